@@ -1,0 +1,1 @@
+"""The coordinator: rounds, cohorts, transport over Flower, journal."""
