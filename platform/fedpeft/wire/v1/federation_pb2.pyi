@@ -1,0 +1,173 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Hello(_message.Message):
+    __slots__ = ("federation", "version", "tasks")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    version: str
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, federation: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Capabilities(_message.Message):
+    __slots__ = ("site", "version", "holdings", "base_identity", "quantization", "device", "base_loads", "instance")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    BASE_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BASE_LOADS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    version: str
+    holdings: _containers.RepeatedCompositeFieldContainer[Holding]
+    base_identity: str
+    quantization: str
+    device: str
+    base_loads: int
+    instance: str
+    def __init__(self, site: _Optional[str] = ..., version: _Optional[str] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., base_identity: _Optional[str] = ..., quantization: _Optional[str] = ..., device: _Optional[str] = ..., base_loads: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("task", "train_examples", "test_examples", "adapter_digest")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TEST_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    train_examples: int
+    test_examples: int
+    adapter_digest: str
+    def __init__(self, task: _Optional[str] = ..., train_examples: _Optional[int] = ..., test_examples: _Optional[int] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
+
+class RoundPlan(_message.Message):
+    __slots__ = ("federation", "run", "round", "tasks")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    run: str
+    round: int
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskPlan]
+    def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
+
+class TaskPlan(_message.Message):
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    TASK_JSON_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    SCHEME_JSON_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DOWN_ROLES_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CAP_FIELD_NUMBER: _ClassVar[int]
+    GRID_SITES_FIELD_NUMBER: _ClassVar[int]
+    GRID_REACH_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    SECURE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    WANT_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    CENTROIDS_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    task_json: str
+    spec_json: str
+    scheme_json: str
+    phase: str
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    adapter_digest: str
+    previous_digest: str
+    down_roles: _containers.RepeatedScalarFieldContainer[str]
+    settings_json: str
+    seed: int
+    weight_cap: int
+    grid_sites: int
+    grid_reach: float
+    cohort: int
+    secure_aggregation: bool
+    epsilon: float
+    want_embedding: bool
+    centroids: _containers.RepeatedCompositeFieldContainer[Centroid]
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ...) -> None: ...
+
+class Centroid(_message.Message):
+    __slots__ = ("task", "values")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, task: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RoundReply(_message.Message):
+    __slots__ = ("site", "run", "round", "results", "base_loads", "instance")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    BASE_LOADS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    run: str
+    round: int
+    results: _containers.RepeatedCompositeFieldContainer[TaskResult]
+    base_loads: int
+    instance: str
+    def __init__(self, site: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[TaskResult, _Mapping]]] = ..., base_loads: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class TaskResult(_message.Message):
+    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest")
+    class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATUS_UNSPECIFIED: _ClassVar[TaskResult.Status]
+        STATUS_OK: _ClassVar[TaskResult.Status]
+        STATUS_REFUSED: _ClassVar[TaskResult.Status]
+        STATUS_FAILED: _ClassVar[TaskResult.Status]
+        STATUS_MISSING_VERSION: _ClassVar[TaskResult.Status]
+    STATUS_UNSPECIFIED: TaskResult.Status
+    STATUS_OK: TaskResult.Status
+    STATUS_REFUSED: TaskResult.Status
+    STATUS_FAILED: TaskResult.Status
+    STATUS_MISSING_VERSION: TaskResult.Status
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Values
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Values, _Mapping]] = ...) -> None: ...
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    status: TaskResult.Status
+    reason: str
+    weight: float
+    counters: _containers.MessageMap[str, Values]
+    layout_fingerprint: str
+    train_seconds: float
+    adapter_digest: str
+    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
+
+class Values(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
