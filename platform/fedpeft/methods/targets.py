@@ -1,0 +1,83 @@
+"""Which linear layers a method touches: found by role in the modules at hand, never by a table of names.
+
+A block is whatever lies in a numbered list of the trunk. Inside a block, a linear layer under a module whose name or
+class says attention is of the role ``attention``, any other of the role ``mlp``. Head, embeddings and pooler lie outside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
+
+from fedpeft.errors import AdapterError
+
+ROLES = ("attention", "mlp", "all")
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
+
+
+def trunk_name(model: nn.Module) -> str:
+    """Attribute of ``model`` that holds the trunk; empty when the model is itself the trunk."""
+    name = str(getattr(model, "base_model_prefix", ""))
+    return name if name and isinstance(getattr(model, name, None), nn.Module) else ""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a dense layer: ``nn.Linear`` and its quantized kinds, or GPT-2's transposed ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_roles(model: nn.Module) -> dict[str, str]:
+    """Module name -> ``attention`` or ``mlp`` for every linear layer in the trunk's blocks, in module order."""
+    trunk = trunk_name(model)
+    prefix = f"{trunk}." if trunk else ""
+    inside = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
+    return {name: _role(name, inside) for name, module in inside.items() if is_linear(module) and _in_block(name)}
+
+
+def resolve(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers that ``targets`` select: roles, name suffixes such as ``q_proj``, or regular expressions.
+
+    Raises:
+        AdapterError: a target selects nothing.
+    """
+    roles = linear_roles(model)
+    chosen: set[str] = set()
+    for target in targets:
+        found = {name for name, role in roles.items() if _selects(target, name, role)}
+        if not found:
+            seen = sorted({name.rpartition(".")[2] for name in roles})
+            raise AdapterError(
+                f"targets: {target!r} selects no linear layer of {type(model).__name__}; use one of {list(ROLES)} or one of {seen}"
+            )
+        chosen |= found
+    return [name for name in roles if name in chosen]
+
+
+def blocks(names: Collection[str]) -> Iterator[str]:
+    """The numbered blocks that hold ``names``, each once, in order: ``bert.encoder.layer.0`` and so on."""
+    return iter(dict.fromkeys(match.group(0) for name in names if (match := re.match(r".*?\.\d+(?=\.)", name))))
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _role(name: str, inside: dict[str, nn.Module]) -> str:
+    parts = name.split(".")
+    first = next(i for i, part in enumerate(parts) if part.isdigit()) + 1
+    parents = (".".join(parts[:end]) for end in range(first + 1, len(parts)))
+    named = any(ATTENTION.search(part) for part in parts[first:])
+    return "attention" if named or any(ATTENTION.search(type(inside[parent]).__name__) for parent in parents) else "mlp"
+
+
+def _selects(target: str, name: str, role: str) -> bool:
+    if target in ROLES:
+        return target in ("all", role)
+    if PATTERN.search(target):
+        return re.fullmatch(target, name) is not None
+    return name == target or name.endswith(f".{target}")
