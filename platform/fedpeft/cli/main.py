@@ -1,0 +1,104 @@
+"""Entry point: builds the command tree and turns every fault into one line and a documented exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import typer
+
+from fedpeft.errors import FedpeftError, StorageError
+
+DEFECT = 70
+INTERRUPTED = 130
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def main() -> None:
+    """Run the command line and exit with its code (see `fedpeft.errors`)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``arguments`` and return the exit code; faults go to stderr as one line each."""
+    try:
+        result = typer.main.get_command(tree())(args=arguments, prog_name="fedpeft", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as fault:
+        fault.show()
+        return fault.exit_code
+    except FedpeftError as fault:
+        return _say(str(fault), fault.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted; the same command goes on from the last committed step", INTERRUPTED)
+    except BrokenPipeError:
+        return _broken_pipe()
+    except OSError as fault:
+        return _os_fault(fault)
+    except Exception as fault:  # noqa: BLE001 - the process edge: a defect is logged whole and said in one line
+        return _defect(fault)
+
+
+def tree() -> typer.Typer:
+    """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
+    from fedpeft.cli import adapters, answers, inspection
+
+    app = typer.Typer(
+        name="fedpeft",
+        help="Federated multi-task PEFT: small task adapters on data that never moves.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    inspection.register(app)
+    answers.register(app)
+    app.add_typer(adapters.app, name="adapters")
+    for entry in sorted(entry_points(group="fedpeft.commands"), key=lambda entry: entry.name):
+        try:
+            app.add_typer(entry.load(), name=entry.name)
+        except ModuleNotFoundError as missing:
+            app.command(entry.name, help=f"needs `pip install 'fedpeft[{entry.name}]'` ({missing.name} is missing)")(_absent(entry.name))
+    return app
+
+
+def _absent(extra: str) -> object:
+    def explain() -> None:
+        raise FedpeftError(f"{extra}: not installed; run pip install 'fedpeft[{extra}]'")
+
+    return explain
+
+
+def _say(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        print(f"fedpeft: {line}", file=sys.stderr)
+    return code
+
+
+def _broken_pipe() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _os_fault(fault: OSError) -> int:
+    where = f"{fault.filename}: " if fault.filename else ""
+    if fault.errno in NO_SPACE:
+        return _say(f"{where}no space left; free some and run the same command again, nothing committed is lost", StorageError.exit_code)
+    return _say(f"{where}{fault.strerror or fault}; check the path and its permissions", StorageError.exit_code)
+
+
+def _defect(fault: Exception) -> int:
+    import traceback
+
+    handle, path = tempfile.mkstemp(prefix="fedpeft-defect-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as log:
+        traceback.print_exception(fault, file=log)
+    return _say(
+        f"a defect of fedpeft: {type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''} (traceback: {Path(path)})", DEFECT
+    )

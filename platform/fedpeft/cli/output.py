@@ -1,0 +1,43 @@
+"""Printing: rich tables for people, JSON lines for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; numbers are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    kept = [list(row) for row in rows]
+    sheet = Table(title=title, title_justify="left", header_style="bold")
+    for place, column in enumerate(columns):
+        numeric = bool(kept) and all(isinstance(row[place], int | float) for row in kept)
+        sheet.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in kept:
+        sheet.add_row(*(cell(value) for value in row))
+    Console().print(sheet)
+
+
+def cell(value: Any) -> str:
+    """One value as text: floats with three decimals, None as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def emit(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Print ``value`` as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def size(count: float) -> str:
+    """A byte count for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

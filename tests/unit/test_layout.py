@@ -1,0 +1,63 @@
+"""The tree itself: rooms, sizes, the stdlib's `platform`, light imports."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = {"platform": "fedpeft", "client": "fedpeft_client", "coordinator": "fedpeft_coordinator"}
+SOURCES = sorted(path for room, package in ROOMS.items() for path in (ROOT / room / package).rglob("*.py") if "v1" not in path.parts)
+
+
+def test_platform_is_the_standard_librarys():
+    assert Path(platform.__file__).is_relative_to(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_source_root_holds_only_its_package_and_readme(room):
+    found = {path.name for path in (ROOT / room).iterdir() if path.name != "__pycache__"}
+    assert found <= {ROOMS[room], "README.md"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_below_300_lines_and_functions_below_60(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
+            assert (node.end_lineno or start) - start < 60, f"{path.name}:{node.lineno} {node.name}"
+
+
+def test_the_median_function_is_short():
+    lengths = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                lengths.append((node.end_lineno or 0) - body[0].lineno + 1)
+    assert sorted(lengths)[len(lengths) // 2] <= 8
+
+
+def test_every_room_explains_itself():
+    rooms = [path for path in (ROOT / "platform/fedpeft").iterdir() if (path / "__init__.py").exists()]
+    rooms += [ROOT / "client", ROOT / "coordinator"]
+    missing = [str(room.relative_to(ROOT)) for room in rooms if not (room / "README.md").exists()]
+    assert missing == []
+
+
+HEAVY = ("torch", "transformers", "peft", "flwr", "sqlalchemy", "sklearn", "pyarrow", "deepspeed", "bitsandbytes")
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = f"import sys\nfrom fedpeft.cli.main import run\nrun(['--help'])\nprint('HEAVY', sorted(set(sys.modules) & set({HEAVY!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "adapters" in done.stdout
