@@ -1,0 +1,58 @@
+"""The frozen model: found, fingerprinted, loaded once, quantized, shared by every task head. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedpeft.bases.base import Base
+from fedpeft.bases.fingerprint import fingerprint
+from fedpeft.bases.resolve import resolve_model
+from fedpeft.bases.spec import BaseSpec, Family, Fingerprint, HeadSpec, Quantization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "LOADS",
+    "Base",
+    "BaseSpec",
+    "Family",
+    "Fingerprint",
+    "HeadSpec",
+    "Quantization",
+    "fingerprint",
+    "load_base",
+    "meta_base",
+    "module_roles",
+    "resolve_model",
+]
+
+LOADS = 0  # how often this process loaded weights; read it as `bases.LOADS`
+
+
+def load_base(spec: BaseSpec, device: str = "auto") -> Base:
+    """Load weights once, frozen and in eval mode, on ``device`` (``auto``: CUDA where there is one).
+
+    Raises:
+        BaseError: the folder is no model we may load, or the quantization does not work on this device or architecture.
+    """
+    global LOADS
+    from fedpeft.bases.loading import load
+
+    base = load(spec, device)
+    LOADS += 1
+    return base
+
+
+def meta_base(spec: BaseSpec) -> Base:
+    """The architecture alone, on the meta device: enough for layouts and initial tensors. Raises `BaseError` as `load_base`."""
+    from fedpeft.bases.loading import blueprint
+
+    return blueprint(spec)
+
+
+def module_roles(model: nn.Module) -> dict[str, list[str]]:
+    """Module names by role (attention, query, key, value, mlp, mlp_out, head, outside) of a shell without adapter."""
+    from fedpeft.bases.roles import module_roles as find
+
+    return find(model)

@@ -1,0 +1,64 @@
+"""A loaded (or meta) base: one frozen trunk, of which every task gets a shell with its own head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.bases.spec import BaseSpec, Family, Fingerprint, HeadSpec
+from fedpeft.errors import BaseError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(eq=False)
+class Base:
+    """The frozen model in memory.
+
+    ``model`` is what was loaded (a causal LM, or an encoder's classification form, whose head is not used), ``trunk`` the part that all
+    shells share, ``device`` ``cpu``, ``cuda`` or ``meta``. At most one adapter is attached at a time; ``holder`` names its task.
+    """
+
+    spec: BaseSpec
+    fingerprint: Fingerprint
+    family: Family
+    tokenizer: Any
+    config: Any
+    device: str
+    model: nn.Module
+    trunk: nn.Module
+    holder: str | None = field(default=None)
+
+    def shell(self, head: HeadSpec) -> nn.Module:
+        """A transformers model with ``head`` on the shared trunk; the head's values are fixed, an adapter overwrites them.
+
+        Classification gives the architecture's sequence-classification form with ``len(head.labels)`` labels, ``lm`` the causal model.
+
+        Raises:
+            BaseError: this family has no such head, or an adapter is attached.
+        """
+        from fedpeft.bases.shell import shell
+
+        self.require_free("shell")
+        return shell(self, head)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Sentence embeddings (N, D): last hidden state, mean over the mask, L2-normalised; the bare base, without adapter.
+
+        Raises:
+            BaseError: an adapter is attached (embeddings must not depend on it), or this is a meta base.
+        """
+        from fedpeft.bases.embed import embed
+
+        self.require_free("embed")
+        return embed(self, texts)
+
+    def require_free(self, what: str) -> None:
+        """Raise `BaseError` when an adapter is attached."""
+        if self.holder is not None:
+            raise BaseError(f"{what}: base {self.spec.model} carries the adapter of task {self.holder!r}; leave its `with` block first")
