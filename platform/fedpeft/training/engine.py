@@ -1,0 +1,184 @@
+"""How one optimizer step is done. The loop is the same for every engine; an engine owns gradients, optimizer and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import cos, isfinite, pi
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedpeft.errors import UpdateError
+from fedpeft.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from fedpeft.adapters.live import Live
+    from fedpeft.tasks import Batch, Task
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Loss summed over ``count`` terms (labelled tokens or examples) of one optimizer step."""
+
+    loss: float
+    count: int
+
+
+class Run(Protocol):
+    """One job under way."""
+
+    def step(self, number: int, window: Sequence[Batch]) -> Sums:
+        """Do optimizer step ``number`` (from 0) on the micro-batches of ``window``. Raises `UpdateError` when it is not finite."""
+
+    def state(self) -> Arrays:
+        """Copies of all that `restore` needs to go on bit-identically: trained values and moments."""
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `state` gave."""
+
+
+class Engine(Protocol):
+    """Local, differentially private, or DeepSpeed."""
+
+    kind: ClassVar[str]
+
+    def begin(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> Run:
+        """Prepare to train ``roles`` of ``live`` on ``task``; the values at this moment are FedProx's anchor."""
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """One process, one device: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on slices of the flat buffer."""
+
+    kind: ClassVar[str] = "local"
+
+    def begin(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> LocalRun:
+        """See `Engine.begin`."""
+        return LocalRun(live, task, settings, roles)
+
+
+class LocalRun:
+    """AdamW over one parameter per trained role, each a slice of ``live.flat`` whose gradient is a slice of ``live.grad``."""
+
+    def __init__(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> None:
+        self.live, self.task, self.settings = live, task, settings
+        self.params = _slices(live, roles)
+        self.base_lr = {role: rate(settings, live.spec.method, role) for role in self.params}
+        groups = [{"params": [param], "lr": self.base_lr[role], "role": role} for role, param in self.params.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+        self.anchor = {role: param.detach().clone() for role, param in self.params.items()} if settings.proximal else {}
+
+    def step(self, number: int, window: Sequence[Batch]) -> Sums:
+        """See `Run.step`."""
+        self._clear_gradients()
+        total, count = self._backward(window)
+        if count == 0:
+            return Sums(0.0, 0)
+        norm = self._condition_gradients(count)
+        loss, size = torch.stack((total, norm)).tolist()
+        if not (isfinite(loss) and isfinite(size)):
+            raise UpdateError(
+                f"training: step {number + 1} of {self.settings.steps} has loss {loss / count:.4g} and gradient norm {size:.4g}; "
+                f"lower training.lr (now {self.settings.lr:g}), set training.clip, or look for broken rows"
+            )
+        factor = schedule(self.settings, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr[group["role"]] * factor
+        self.optimizer.step()
+        return Sums(loss, count)
+
+    def state(self) -> Arrays:
+        """See `Run.state`."""
+        arrays: Arrays = {}
+        for role, param in self.params.items():
+            tensors = {"value": param, **self.optimizer.state.get(param, {})}
+            arrays |= {f"{role}.{key}": np.array(tensor.detach().cpu().numpy(), copy=True) for key, tensor in tensors.items()}
+        return arrays
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """See `Run.restore`."""
+        for role, param in self.params.items():
+            prefix = f"{role}."
+            found = {name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)}
+            with torch.no_grad():
+                param.copy_(found.pop("value"))
+            if found:
+                self.optimizer.state[param] = {key: value.to(param.device) for key, value in found.items()}
+
+    def _clear_gradients(self) -> None:
+        for param in self.params.values():
+            _gradient(param).zero_()
+
+    def _backward(self, window: Sequence[Batch]) -> tuple[torch.Tensor, int]:
+        """Accumulate the gradient of the summed loss; the sum and its number of terms."""
+        total, count = torch.zeros((), device=self.live.flat.device), 0
+        for batch in window:
+            with _autocast(self.settings, self.live.flat.device):
+                loss = self.task.loss(self.live.model, batch)
+            if loss.count:
+                loss.total.backward()  # type: ignore[no-untyped-call]
+                total += loss.total.detach()
+                count += loss.count
+        return total, count
+
+    def _condition_gradients(self, count: int) -> torch.Tensor:
+        """Divide by ``count``, add FedProx's term, clip by the global norm; the norm before clipping, without a device sync."""
+        gradients = {role: _gradient(param) for role, param in self.params.items()}
+        for role, gradient in gradients.items():
+            gradient.div_(count)
+            if self.anchor:
+                gradient.add_(self.params[role].detach() - self.anchor[role], alpha=self.settings.proximal)
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if self.settings.clip:
+            factor = torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0)
+            for gradient in gradients.values():
+                gradient.mul_(factor)
+        return norm
+
+
+def rate(settings: TrainSettings, method: Any, role: str) -> float:
+    """Learning rate of ``role``: its own or the common one, times the method's ``lr_scale`` where it has one."""
+    scale = getattr(method, "lr_scale", None)
+    return settings.lr_by_role.get(role, settings.lr) * (scale(role) if scale else 1.0)
+
+
+def schedule(settings: TrainSettings, number: int) -> float:
+    """Factor on the learning rate in step ``number`` (from 0): linear warm-up, then the schedule over the steps that remain.
+
+    No step has factor 0: warm-up starts at ``1 / (warmup + 1)`` and decay ends at ``1 / remaining``.
+    """
+    if number < settings.warmup:
+        return (number + 1) / (settings.warmup + 1)
+    done = (number - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[settings.schedule]
+
+
+def _slices(live: Live, roles: frozenset[str]) -> dict[str, torch.nn.Parameter]:
+    """One parameter per role, sharing storage with ``live.flat``, its gradient with ``live.grad``."""
+    spans = live.spec.layout.role_spans
+    unknown = sorted(roles - set(spans))
+    if unknown or not roles:
+        raise UpdateError(f"training: roles {unknown or 'none'} to train; the adapter has {sorted(spans)}")
+    params = {role: torch.nn.Parameter(live.flat[spans[role]]) for role in sorted(roles)}
+    for role, param in params.items():
+        param.grad = live.grad[spans[role]]
+    return params
+
+
+def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bf16 on accelerators; CPUs multiply bf16 many times slower than fp32."""
+    if settings.precision == "bf16" and device.type != "cpu":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,100 @@
+"""What a training job is told and what it answers: plain frozen values, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedpeft.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How one round of local training runs; equal settings, seed, rows and start give the same bits on one machine.
+
+    ``lr_by_role`` overrides ``lr`` for single roles (``A``, ``B``, ``head``, ...) and is absolute; ``warmup`` counts optimizer
+    steps; ``accumulate`` is micro-batches per optimizer step; ``clip`` bounds the global gradient norm (0: off); ``proximal``
+    is FedProx's mu (Li et al. 2020, arXiv 1812.06127, eq. 2). With ``base_dropout`` the frozen model's own dropout is on as
+    well; off is the default, because it regularises weights that do not train and costs 15 times the adapter's own work on
+    a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
+    """
+
+    steps: Count = 20
+    batch_size: Count = 16
+    lr: Rate = 1e-3
+    lr_by_role: Mapping[str, Rate] = field(default_factory=dict)
+    weight_decay: Amount = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    accumulate: Count = 1
+    clip: Amount = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_activations: bool = False
+    base_dropout: bool = False
+    save_every: Count = 10
+    proximal: Amount = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("weight_decay", "warmup", "clip", "proximal"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be finite and not negative")
+        for name, rate in (("lr", self.lr), *((f"lr_by_role.{role}", rate) for role, rate in self.lr_by_role.items())):
+            if not (isfinite(rate) and rate > 0):
+                raise ConfigError(f"training.{name} is {rate}; it must be finite and above 0")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every setting that can change the result; how often a checkpoint is written is not one of them."""
+        table = asdict(self) | {"lr_by_role": dict(sorted(self.lr_by_role.items()))}
+        del table["save_every"]
+        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One job: the roles that train now, the seed of order and dropout, the checkpoint's folder, who hears of progress.
+
+    ``progress`` is called after each step with the number of steps done and the mean loss of that step.
+    """
+
+    roles: frozenset[str]
+    seed: int
+    checkpoint: Path | None = None
+    progress: Callable[[int, float], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was done, resumed parts included: ``loss_sum`` over ``count`` loss terms, examples, tokens (no padding), seconds."""
+
+    steps: int
+    loss_sum: float
+    count: int
+    examples: int
+    tokens: int
+    seconds: float
+    resumed_from: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per term over the whole job."""
+        return self.loss_sum / max(self.count, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second of wall-clock time."""
+        return self.tokens / max(self.seconds, 1e-9)
