@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft.bases.base import Base
 from fedpeft.bases.fingerprint import fingerprint
+from fedpeft.bases.quiet import hush
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.spec import BaseSpec, Family, Fingerprint, HeadSpec, Quantization
 
@@ -37,6 +38,7 @@ def load_base(spec: BaseSpec, device: str = "auto") -> Base:
         BaseError: the folder is no model we may load, or the quantization does not work on this device or architecture.
     """
     global LOADS
+    hush()
     from fedpeft.bases.loading import load
 
     base = load(spec, device)
@@ -46,13 +48,15 @@ def load_base(spec: BaseSpec, device: str = "auto") -> Base:
 
 def meta_base(spec: BaseSpec) -> Base:
     """The architecture alone, on the meta device: enough for layouts and initial tensors. Raises `BaseError` as `load_base`."""
+    hush()
     from fedpeft.bases.loading import blueprint
 
     return blueprint(spec)
 
 
 def module_roles(model: nn.Module) -> dict[str, list[str]]:
-    """Module names by role (attention, query, key, value, mlp, mlp_out, head, outside) of a shell without adapter."""
+    """Module names by role (attention, mlp, outside, head) of a shell without adapter."""
+    hush()
     from fedpeft.bases.roles import module_roles as find
 
     return find(model)

@@ -1,0 +1,158 @@
+"""Load a base once: config, tokenizer, weights (safetensors only, never remote code), frozen, in eval mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+from fedpeft.bases.base import Base
+from fedpeft.bases.fingerprint import fingerprint
+from fedpeft.bases.quantize import check_quantized, compute_dtype, keep_layout, settings
+from fedpeft.bases.quiet import quiet_transformers
+from fedpeft.bases.resolve import resolve_model
+from fedpeft.bases.roles import head_modules
+from fedpeft.bases.spec import BaseSpec, Family
+from fedpeft.errors import BaseError
+
+FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, MemoryError, SafetensorError)
+LOADERS: dict[Family, Any] = {"encoder": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
+
+
+def load(spec: BaseSpec, device: str = "auto") -> Base:
+    """Weights of ``spec`` on ``device``. Raises `BaseError` when they cannot be loaded or quantized there."""
+    place = pick_device(spec, device)
+    base = blueprint(spec)
+    extra = settings(spec, place, base.model)
+    folder = resolve_model(spec.model, spec.revision)
+    try:
+        with quiet_transformers():
+            model, report = LOADERS[base.family].from_pretrained(
+                folder,
+                config=base.config,
+                dtype=compute_dtype(spec, place),
+                device_map={"": place},
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **extra,
+            )
+    except FAULTS as fault:
+        raise BaseError(
+            f"base {spec.model}: cannot be loaded from {folder} on {place}: {one_line(fault)}; is the download whole?"
+        ) from None
+    _check_complete(base, model, report)
+    check_quantized(spec, model)
+    keep_layout(model)
+    base.model, base.trunk, base.device = model.requires_grad_(False).eval(), _trunk(spec, model), place
+    return base
+
+
+def blueprint(spec: BaseSpec) -> Base:
+    """The architecture of ``spec`` without weights, on the meta device. Raises `BaseError` as `load`."""
+    prints = fingerprint(spec)
+    folder = resolve_model(spec.model, spec.revision)
+    config = _config(folder, spec)
+    family = _family(config, spec)
+    tokenizer = _tokenizer(folder, config, spec)
+    _check_length(tokenizer, config, spec)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = LOADERS[family].from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except FAULTS as fault:
+        raise BaseError(
+            f"base {spec.model}: {type(config).__name__} cannot be built: {one_line(fault)}; use another architecture"
+        ) from None
+    model.requires_grad_(False).eval()
+    return Base(spec, prints, family, tokenizer, config, "meta", model, _trunk(spec, model))
+
+
+def pick_device(spec: BaseSpec, device: str) -> str:
+    """The device that ``device`` names, ``auto`` being CUDA where there is one. Raises `BaseError` when it is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(kind, False):
+        raise BaseError(
+            f"base {spec.model}: device {device!r} is not here; use one of {['auto', *(name for name, there in here.items() if there)]}"
+        )
+    return device
+
+
+def one_line(fault: BaseException) -> str:
+    """The first line of a library's message, at most 200 characters."""
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return (lines[0] if lines else type(fault).__name__)[:200]
+
+
+def _config(folder: Path, spec: BaseSpec) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except FAULTS as fault:
+        raise BaseError(f"base {spec.model}: unsupported architecture: {one_line(fault)}; use one that transformers knows") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise BaseError(f"base {spec.model}: its weights are already quantized; name the unquantized model and set base.quantization")
+    # A cache of keys and values is of use in generation alone, and generate() asks for it itself.
+    config.use_cache = False
+    return config
+
+
+def _family(config: Any, spec: BaseSpec) -> Family:
+    """Encoder before causal: BERT's kind is in the causal mapping too, for its use as a decoder."""
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseError(f"base {spec.model}: {name} is an encoder-decoder, which is not supported yet; use an encoder or a causal model")
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not masked:
+        return "causal"
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return "encoder"
+    raise BaseError(f"base {spec.model}: {name} has neither a causal nor a classification form; use a text encoder or a causal model")
+
+
+def _tokenizer(folder: Path, config: Any, spec: BaseSpec) -> Any:
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except FAULTS as fault:
+        raise BaseError(f"base {spec.model}: tokenizer cannot be loaded from {folder}: {one_line(fault)}; fetch its files again") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise BaseError(f"base {spec.model}: its tokenizer has no padding, end or unknown token; set pad_token in tokenizer_config.json")
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _check_length(tokenizer: Any, config: Any, spec: BaseSpec) -> None:
+    longest = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", None) or 10**9))
+    if spec.max_tokens > longest:
+        raise BaseError(f"base {spec.model}: max_tokens is {spec.max_tokens}, the model takes {longest}; set base.max_tokens = {longest}")
+
+
+def _check_complete(base: Base, model: nn.Module, report: dict[str, Any]) -> None:
+    """Only a head may be missing from the weights: a trunk filled with random numbers would differ from site to site."""
+    heads = tuple(f"{name}." for name in head_modules(model)) if base.family == "encoder" else ()
+    lacking = sorted(key for key in report["missing_keys"] if not (heads and key.startswith(heads)))
+    wrong = sorted(str(key) for key in report["mismatched_keys"])
+    if lacking or wrong or report["error_msgs"]:
+        found = f"missing {lacking[:3]}" if lacking else f"misshapen {(wrong or list(report['error_msgs']))[:3]}"
+        raise BaseError(f"base {base.spec.model}: the weights do not fit {type(model).__name__}: {found}; use a checkpoint that has them")
+
+
+def _trunk(spec: BaseSpec, model: nn.Module) -> nn.Module:
+    trunk = getattr(model, str(model.base_model_prefix), None)
+    if not isinstance(trunk, nn.Module):
+        raise BaseError(f"base {spec.model}: {type(model).__name__} has no trunk {model.base_model_prefix!r}; use another architecture")
+    return trunk
