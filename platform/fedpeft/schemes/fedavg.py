@@ -1,0 +1,39 @@
+"""Federated averaging of every tensor (McMahan et al. 2017; FedIT, Zhang et al. 2023, arXiv 2305.05644)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedpeft.schemes.base import Phase, check_round, difference, linear, move
+from fedpeft.schemes.optimizers import ServerOptimizer, State
+from fedpeft.tensors import Layout, Tensors
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Every role moves in every round; with two free factors the product misses the cross term Σ p_i (B_i - B̄)(A_i - Ā)."""
+
+    kind: ClassVar[str] = "fedavg"
+    sum_only: ClassVar[bool] = True
+
+    def roles(self, layout: Layout) -> frozenset[str]:
+        """All."""
+        return layout.roles
+
+    def exact(self, layout: Layout) -> bool:
+        """True only for methods without a product of trained factors (IA3, BitFit, prompts, prefixes, heads)."""
+        return linear(layout.roles)
+
+    def phase(self, round: int, layout: Layout) -> Phase:
+        """The same in every round."""
+        check_round(round)
+        return Phase("all", layout.roles)
+
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase) -> Tensors:
+        """The delta of everything."""
+        return difference(before, after, phase)
+
+    def advance(self, current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
+        """Move everything by the optimizer's step."""
+        return move(current, mean, phase, optimizer, state)
