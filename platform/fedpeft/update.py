@@ -24,7 +24,7 @@ Counters = Mapping[str, tuple[float, ...]]
 COUNTER_STEP = 2.0**-20
 COUNTER_LIMIT = 2.0**32
 WEIGHT_STEP = 2.0**-20
-BLOCK = 1 << 15
+BLOCK = 1 << 17
 """Values per block: checks and sums of one block stay in the second-level cache."""
 
 
@@ -85,7 +85,7 @@ class Update:
         if not 0.0 < weight <= 1.0:
             raise UpdateError(f"update: weight {weight} is outside (0, 1]; it is the site's share of the plan's largest weight")
         weight = max(round(weight / WEIGHT_STEP), 1) * WEIGHT_STEP
-        scaled = delta.flat * np.float64(weight / grid.step)
+        scaled = np.multiply(delta.flat, weight / grid.step, dtype=np.float64)
         peak = float(np.abs(scaled).max(initial=0.0))
         if not isfinite(peak):
             raise UpdateError("update: the trained tensors are not finite; lower the learning rate or clip gradients")
@@ -119,7 +119,9 @@ class Update:
         """Sum over weights: the weighted mean delta, float32. Raises `UpdateError` when nothing was summed."""
         if self.weight <= 0:
             raise UpdateError("update: the sum of weights is zero; no site contributed")
-        return Tensors(self.layout, (self.codes * np.float64(self.grid.step / self.weight)).astype(np.float32))
+        flat = np.empty(self.layout.size, np.float32)
+        np.multiply(self.codes, self.grid.step / self.weight, out=flat, dtype=np.float64, casting="same_kind")
+        return Tensors(self.layout, flat)
 
 
 def snap_counters(counters: Mapping[str, Sequence[float]]) -> Counters:
