@@ -73,6 +73,7 @@ def keep_layout(model: nn.Module) -> None:
     The packed form has no backward (gradients of earlier layers vanish without an error), is in bf16, and cannot be
     undone exactly; so that a site that evaluated could never train again.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

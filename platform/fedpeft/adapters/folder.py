@@ -1,0 +1,138 @@
+"""The HF PEFT folder of an adapter, plus ``fedpeft.json`` with the spec; written whole or not at all, read without pickle.
+
+::
+
+    adapter_config.json          what peft.PeftModel.from_pretrained reads
+    adapter_model.safetensors    the tensors, float32, under peft's names
+    fedpeft.json                 {"format", "digest", "spec", "extra"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as write_safetensors
+
+from fedpeft.adapters.spec import Adapter, AdapterSpec
+from fedpeft.errors import AdapterError, StorageError
+from fedpeft.tensors import Tensors
+
+CONFIG, TENSORS, SPEC = "adapter_config.json", "adapter_model.safetensors", "fedpeft.json"
+FORMAT = 1
+
+
+def save(adapter: Adapter, folder: Path, manifest_extra: Mapping[str, Any] | None = None) -> None:
+    """Write ``adapter`` into the new ``folder``: a temporary sibling, fsync, rename; equal adapters give equal bytes.
+
+    Raises:
+        StorageError: the folder exists already, or the disk is full, read-only or gone; nothing is left behind.
+    """
+    folder = Path(folder)
+    write_folder(folder, contents(adapter, manifest_extra))
+
+
+def contents(adapter: Adapter, extra: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """File name -> bytes of the folder that `save` writes. Raises `AdapterError` when a value is not finite."""
+    spec = adapter.spec
+    if not adapter.tensors.finite:
+        raise AdapterError(f"adapter {spec.task}: holds NaN or infinite values; it is not saved, go back to the last version")
+    config = spec.method.peft_config(spec.base_model, spec.head, spec.layout)
+    table = {"format": FORMAT, "digest": adapter.digest, "spec": spec.to_json(), "extra": dict(extra or {})}
+    return {CONFIG: _json(config), TENSORS: write_safetensors(dict(adapter.tensors.named()), {"format": "pt"}), SPEC: _json(table)}
+
+
+def load(folder: Path) -> Adapter:
+    """Read what `save` wrote.
+
+    Raises:
+        StorageError: a file is missing, unreadable, torn, or does not match the digest.
+        AdapterError: the method is unknown, or names, shapes or types are not those of the spec.
+    """
+    folder = Path(folder)
+    table = _table(folder)
+    spec = AdapterSpec.from_json(table["spec"])
+    adapter = Adapter(spec, Tensors.from_named(spec.layout, _tensors(folder)))
+    if adapter.digest != table.get("digest"):
+        raise StorageError(f"{folder}: the tensors do not match the digest in {SPEC}; the folder was changed, fetch the adapter again")
+    return adapter
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make ``folder`` with ``files``, whole or not at all. Raises `StorageError` when it exists or cannot be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder}: exists already; name a new folder")
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        for name, data in files.items():
+            _write(partial / name, data)
+        partial.chmod(0o755)
+        _sync(partial)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except OSError as fault:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"{folder}: cannot be written: {fault.strerror or fault}; free space or choose another place") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _json(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no such file; an adapter folder holds {CONFIG}, {TENSORS} and {SPEC}") from None
+    except OSError as fault:
+        raise StorageError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(_read(folder / SPEC))
+    except ValueError as fault:
+        raise StorageError(f"{folder / SPEC}: torn or not JSON ({fault}); fetch the adapter again") from None
+    if not isinstance(table, dict) or table.get("format") != FORMAT or "spec" not in table:
+        raise AdapterError(
+            f"{folder / SPEC}: not of format {FORMAT}; it was written by another version of fedpeft, upgrade or export it anew"
+        )
+    return table
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    path = folder / TENSORS
+    try:
+        named: dict[str, np.ndarray[Any, Any]] = parse_safetensors(_read(path))
+    except (SafetensorError, KeyError, ValueError, TypeError) as fault:
+        raise StorageError(f"{path}: torn or not safetensors ({fault}); fetch the adapter again") from None
+    wrong = sorted(name for name, values in named.items() if values.dtype != np.float32)
+    if wrong:
+        raise AdapterError(f"{path}: {wrong[:3]} are not float32; convert the tensors to float32")
+    return named
