@@ -1,0 +1,117 @@
+"""Ed25519 signatures of manifests: a registry's own key, and the public keys of those it pulled from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from fedpeft.errors import StorageError
+from fedpeft.registry import disk
+
+CONTEXT = b"fedpeft manifest v1\n"
+"""Prefix of what is signed, so that a signature of a manifest is a signature of nothing else."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The ``folder`` holds ``signing.key`` (mode 0600, made at the first signature), ``signing.pub`` and ``trusted/*.pub``, all PEM."""
+
+    folder: Path
+
+    def sign(self, data: bytes) -> bytes:
+        """A detached signature of ``data`` as JSON that names the signer's public key. Raises `StorageError`, `OSError`."""
+        private = self._private()
+        table = {"key": _hex(private.public_key()), "signature": private.sign(CONTEXT + data).hex()}
+        return (json.dumps(table, sort_keys=True) + "\n").encode()
+
+    def fault(self, data: bytes, signature: bytes) -> str | None:
+        """What is wrong with ``signature`` of ``data``, or None when a known key made it."""
+        try:
+            table = json.loads(signature)
+            key, mark = bytes.fromhex(table["key"]), bytes.fromhex(table["signature"])
+        except (ValueError, KeyError, TypeError):
+            return "the signature is torn"
+        if key.hex() not in self.known():
+            return f"signed by unknown key {key.hex()[:16]}; pull it from its own registry, or put that key into {self.folder}/trusted"
+        try:
+            Ed25519PublicKey.from_public_bytes(key).verify(mark, CONTEXT + data)
+        except (InvalidSignature, ValueError):
+            return f"the signature by key {key.hex()[:16]} does not match the manifest"
+        return None
+
+    @staticmethod
+    def signer(signature: bytes) -> str:
+        """The public key (hex of 32 bytes) that ``signature`` names. Raises `StorageError` when it is torn."""
+        try:
+            return bytes.fromhex(json.loads(signature)["key"]).hex()
+        except (ValueError, KeyError, TypeError):
+            raise StorageError("manifest.sig: torn; pull the version again") from None
+
+    def known(self) -> frozenset[str]:
+        """Public keys (hex of 32 bytes) whose signatures count. Raises `StorageError` when one cannot be read."""
+        paths = [self.folder / "signing.pub", *sorted(self.folder.glob("trusted/*.pub"))]
+        return frozenset(_hex(_public(path)) for path in paths if path.exists())
+
+    def trust(self, key: str) -> None:
+        """Accept signatures of the public ``key`` (hex of 32 bytes) from now on. Raises `OSError`."""
+        if key not in self.known():
+            disk.put(self.folder / "trusted" / f"{key[:16]}.pub", _pem(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))))
+
+    def exposed(self) -> str | None:
+        """What is wrong with the private key's permissions, or None."""
+        path = self.folder / "signing.key"
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0
+        return f"{path}: others may read the signing key (mode {mode:o}); run chmod 600 on it" if mode & 0o077 else None
+
+    def _private(self) -> Ed25519PrivateKey:
+        path, public = self.folder / "signing.key", self.folder / "signing.pub"
+        if not path.exists():
+            self._make(path, public)
+        try:
+            key = load_pem_private_key(disk.read(path), None)
+        except (ValueError, TypeError) as fault:
+            raise StorageError(f"{path}: not a private key ({fault}); restore it from a backup") from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise StorageError(f"{path}: not an Ed25519 key; restore it from a backup")
+        if not public.exists():
+            disk.put(public, _pem(key.public_key()))
+        elif _hex(_public(public)) != _hex(key.public_key()):
+            raise StorageError(f"{path}: does not belong to {public}; restore the pair from one backup")
+        return key
+
+    def _make(self, path: Path, public: Path) -> None:
+        if public.exists():
+            raise StorageError(
+                f"{path}: the signing key is gone but {public} is there; restore it, or move the .pub into trusted/ to sign with a new one"
+            )
+        disk.put(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+
+
+def _public(path: Path) -> Ed25519PublicKey:
+    try:
+        key = load_pem_public_key(disk.read(path))
+    except ValueError as fault:
+        raise StorageError(f"{path}: not a public key ({fault}); restore or remove it") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise StorageError(f"{path}: not an Ed25519 public key; restore or remove it")
+    return key
+
+
+def _hex(key: Ed25519PublicKey) -> str:
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+
+def _pem(key: Ed25519PublicKey) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,114 @@
+"""Manifest: where a version comes from; its canonical bytes are what is hashed and signed, and no clock or machine enters them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from fedpeft import __version__
+from fedpeft.adapters import Adapter
+from fedpeft.config import describe
+from fedpeft.errors import StorageError
+
+FORMAT = 1
+NAME, SIGNATURE = "manifest.json", "manifest.sig"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The publisher gives the lineage; ``task`` to ``ranks``, ``adapter``, ``files`` and ``fedpeft`` are filled from the adapter.
+
+    Attributes:
+        task_settings: the table that builds the task again (``kind`` and settings).
+        quantization: how the sites held the base, each kind once.
+        parents: digests of the versions that this one was trained from.
+        metrics: finite scores by name; others are left out.
+        weight: sum of the sites' weights in the last round; ``examples`` and ``sites`` count likewise.
+        card: the router card (`fedpeft.routing.Card.to_json`).
+        adapter: digest over spec and tensors.
+        files: SHA-256 by file name.
+    """
+
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
+    quantization: tuple[str, ...] = ()
+    scheme: str = ""
+    federation: str = ""
+    round: int = 0
+    parents: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 0.0
+    examples: int = 0
+    sites: int = 0
+    card: Mapping[str, Any] | None = None
+    task: str = ""
+    base_model: str = ""
+    base: str = ""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+    adapter: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    fedpeft: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON form that `from_json` reads back."""
+        table = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in table.items()}
+
+    @staticmethod
+    def from_json(table: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_json`. Raises `StorageError` when fields are missing or unknown."""
+        names = {item.name for item in dataclasses.fields(Manifest)}
+        if set(table) != names:
+            raise StorageError(
+                f"manifest: fields {sorted(set(table) ^ names)} are missing or unknown; it was written by another version of fedpeft"
+            )
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        return Manifest(**values)
+
+    def to_bytes(self) -> bytes:
+        """The canonical form: one line of JSON with sorted keys."""
+        table = {"format": FORMAT, **self.to_json()}
+        return (json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        """Inverse of `to_bytes`. Raises `StorageError` when ``data`` is torn or of another format."""
+        try:
+            table = json.loads(data)
+        except ValueError as fault:
+            raise StorageError(f"{NAME}: torn or not JSON ({fault})") from None
+        if not isinstance(table, dict) or table.pop("format", None) != FORMAT:
+            raise StorageError(f"{NAME}: not of format {FORMAT}; it was written by another version of fedpeft")
+        return Manifest.from_json(table)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: the version's name."""
+        return sha256(self.to_bytes())
+
+
+def complete(lineage: Manifest, adapter: Adapter, files: Mapping[str, bytes]) -> Manifest:
+    """``lineage`` with all that the adapter and its ``files`` tell."""
+    spec = adapter.spec
+    return dataclasses.replace(
+        lineage,
+        metrics={name: float(value) for name, value in sorted(lineage.metrics.items()) if isfinite(value)},
+        task=spec.task,
+        base_model=spec.base_model,
+        base=spec.base,
+        method=describe(spec.method),
+        ranks=tuple(sorted({entry.shape[0] for entry in spec.layout.entries if entry.role == "A"})),
+        adapter=adapter.digest,
+        files={name: sha256(data) for name, data in sorted(files.items())},
+        fedpeft=__version__,
+    )
+
+
+def sha256(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()
