@@ -27,12 +27,12 @@ class Base:
     spec: BaseSpec
     fingerprint: Fingerprint
     family: Family
-    tokenizer: Any
-    config: Any
+    tokenizer: Any = field(repr=False)
+    config: Any = field(repr=False)
     device: str
-    model: nn.Module
-    trunk: nn.Module
-    holder: str | None = field(default=None)
+    model: nn.Module = field(repr=False)
+    trunk: nn.Module = field(repr=False)
+    holder: str | None = None
 
     def shell(self, head: HeadSpec) -> nn.Module:
         """A transformers model with ``head`` on the shared trunk; the head's values are fixed, an adapter overwrites them.
