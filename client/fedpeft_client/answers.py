@@ -1,0 +1,75 @@
+"""A finished answer of one task: the protobuf result and the array beside it, as one blob on the site's disk."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+from fedpeft.update import Counters, Update
+from fedpeft.wire import flat
+from fedpeft.wire.v1.federation_pb2 import TaskResult
+
+LENGTH = struct.Struct("<Q")
+Status = TaskResult.Status
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one task sends back; ``array`` is packed (see `fedpeft.wire.flat`) and empty when nothing but counters travels."""
+
+    result: TaskResult
+    array: bytes = b""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the task was done."""
+        return self.result.status == TaskResult.STATUS_OK
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that travels."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """A form that `from_bytes` reads back, bit for bit."""
+        head = self.result.SerializeToString(deterministic=True)
+        return LENGTH.pack(len(head)) + head + self.array
+
+    @staticmethod
+    def from_bytes(blob: bytes) -> Answer:
+        """Inverse of `to_bytes`."""
+        (length,) = LENGTH.unpack_from(blob)
+        head = blob[LENGTH.size : LENGTH.size + length]
+        return Answer(TaskResult.FromString(head), blob[LENGTH.size + length :])
+
+
+def of_update(task: str, update: Update, seconds: float, adapter_digest: str) -> Answer:
+    """The answer to a training plan."""
+    result = TaskResult(
+        task=task,
+        status=TaskResult.STATUS_OK,
+        weight=update.weight,
+        layout_fingerprint=update.layout.fingerprint,
+        train_seconds=seconds,
+        adapter_digest=adapter_digest,
+    )
+    _put(result, update.counters)
+    return Answer(result, flat.pack(update.layout.fingerprint, update.codes))
+
+
+def of_counters(task: str, counters: Counters, seconds: float, adapter_digest: str) -> Answer:
+    """The answer to an evaluation plan."""
+    result = TaskResult(task=task, status=TaskResult.STATUS_OK, train_seconds=seconds, adapter_digest=adapter_digest)
+    _put(result, counters)
+    return Answer(result)
+
+
+def without(task: str, status: Status, reason: str) -> Answer:
+    """The answer of a task that was not done; ``reason`` is one line and never quotes a row."""
+    return Answer(TaskResult(task=task, status=status, reason=" ".join(reason.split())))
+
+
+def _put(result: TaskResult, counters: Counters) -> None:
+    for name, values in counters.items():
+        result.counters[name].values.extend(values)

@@ -1,0 +1,44 @@
+"""The site's own record of what left it: one JSON line per answered task, never a row of data."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedpeft.errors import StorageError
+
+LIMIT_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What one answer carried away: values and bytes per role, names of counters, weight, digest of the answer."""
+
+    federation: str
+    round: int
+    kind: str
+    task: str
+    outcome: str
+    tensors: dict[str, int] = field(default_factory=dict)
+    counters: tuple[str, ...] = ()
+    weight: float = 0.0
+    digest: str = ""
+    repeated: bool = False
+
+
+def record(path: Path, departure: Departure) -> None:
+    """Append ``departure`` with the time (UTC) to ``path``; past 16 MB the file moves to ``.1``. Raises `StorageError`."""
+    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **asdict(departure)}, sort_keys=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > LIMIT_BYTES:
+            path.replace(path.with_suffix(path.suffix + ".1"))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        raise StorageError(f"{path}: the audit log cannot be written: {fault.strerror}; nothing leaves this site without it") from None

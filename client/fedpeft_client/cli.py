@@ -1,0 +1,97 @@
+"""`fedpeft client`: join a federation, or see beforehand what would leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedpeft_client.config import SiteConfig
+    from fedpeft_client.dry_run import Forecast
+    from fedpeft_client.supervisor import Running
+
+app = typer.Typer(name="client", help="A site: its rows, its policy, its warm base.", no_args_is_help=True)
+Site = Annotated[Path, typer.Argument(help="The site's TOML file (deploy/configs/site.toml is an example).", metavar="SITE.TOML")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one setting, as in --set policy.max_rank=16.", metavar="A.B=VALUE")
+]
+
+
+@app.command()
+def join(site: Site) -> None:
+    """Join the federation and stay until interrupted: runs the SuperNode and the worker, and restarts what dies."""
+    from fedpeft_client.join import join as run
+
+    run(site, _Display())
+
+
+@app.command("dry-run")
+def dry_run(
+    site: Site,
+    plan: Annotated[Path, typer.Option(help="The federation's TOML file.", metavar="FEDERATION.TOML")],
+    number: Annotated[int, typer.Option("--round", min=1, help="Which round; schemes may train other tensors in each.")] = 1,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print exactly what would leave this site in one round: tensors, counters, weight, bytes, epsilon. Nothing is sent."""
+    from fedpeft.cli import output
+    from fedpeft_client.config import load_site
+    from fedpeft_client.dry_run import as_json, forecast, read_plan
+
+    settings = load_site(site, _table(overrides))
+    found = forecast(settings, read_plan(plan), number)
+    if json:
+        return output.emit(as_json(found))
+    return _print(settings, found, number)
+
+
+def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
+    from fedpeft.cli import output
+
+    for one in found:
+        rows = [(line.name, line.role, "x".join(map(str, line.shape)), line.bytes) for line in one.tensors]
+        output.table(f"{one.task}: round {number}, phase {one.phase}", ("tensor", "role", "shape", "bytes"), [] if one.refused else rows)
+        if one.refused:
+            print(f"  REFUSED, nothing leaves: {one.refused}")
+        print(f"  weight   {one.examples} examples: {one.weight}")
+        print(f"  counters {', '.join(f'{name} ({count})' for name, count in one.counters.items())}")
+        print(f"  bytes    {one.bytes} ({output.size(one.bytes)}) of at most {site.policy.max_upload_mb:g} MB")
+        print(f"  epsilon  {one.epsilon}")
+        print(f"  policy   checked {', '.join(one.rules)}\n")
+
+
+def _table(pairs: list[str] | None) -> dict[str, str]:
+    from fedpeft.errors import ConfigError
+
+    wrong = [pair for pair in pairs or [] if "=" not in pair]
+    if wrong:
+        raise ConfigError(f"--set {wrong[0]}: needs the form a.b=value, for example policy.max_rank=16")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+class _Display:
+    """One live line on a terminal; elsewhere a line whenever something changed."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._status: Any = None
+        self._last = ""
+
+    def __call__(self, site: SiteConfig, running: list[Running]) -> None:
+        from fedpeft_client.join import line
+
+        text = line(site, running)
+        if text == self._last:
+            return
+        self._last = text
+        if not self._console.is_terminal:
+            print(text, flush=True)
+        elif self._status is None:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)

@@ -1,0 +1,148 @@
+"""site.toml: who the site is, which rows it holds, on what base, and what a plan may ask of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from fedpeft import config
+from fedpeft.bases import BaseSpec, Quantization
+from fedpeft.config import Section
+from fedpeft.errors import ConfigError
+from fedpeft.tasks import Source
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError("a name is 1 to 63 of a-z, 0-9, '.', '_', '-' and starts with a letter or digit")
+    return value
+
+
+def _address(value: str) -> str:
+    if not ADDRESS.fullmatch(value):
+        raise ValueError("an address is host:port without a scheme, for example coordinator.example.org:8000")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class SiteBase(Section):
+    """The frozen base as this site holds it. Weights and tokenizer must be the federation's; quantization is the site's own choice."""
+
+    model: str = "minilm"
+    quantization: Quantization = "none"
+    revision: str | None = None
+    max_tokens: int = Field(default=256, ge=1)
+
+    def spec(self) -> BaseSpec:
+        """What `fedpeft.bases.load_base` takes."""
+        return BaseSpec(self.model, self.quantization, self.revision, self.max_tokens)
+
+
+class Tls(Section):
+    """The certificate authority that signed the coordinator's certificate (PEM); none means an unencrypted link."""
+
+    root_certificates: Path | None = None
+
+
+class Auth(Section):
+    """This site's ECDSA private key (`ssh-keygen -t ecdsa -b 384`), registered with the coordinator; needs TLS."""
+
+    key: Path | None = None
+
+
+class Policy(Section):
+    """What a plan may ask; an empty list or an absent number allows everything that key speaks about.
+
+    ``tasks`` empty means the tasks of ``[data]``. ``bases`` are fingerprint identities or model names.
+    """
+
+    bases: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    max_rank: int = Field(default=256, ge=1)
+    max_upload_mb: float = Field(default=512.0, gt=0)
+    min_cohort: int = Field(default=1, ge=1)
+    require_secure_aggregation: bool = False
+    max_epsilon: float | None = Field(default=None, gt=0)
+    max_steps: int = Field(default=10_000, ge=1)
+
+
+class SiteConfig(Section):
+    """One site of a federation."""
+
+    name: Name
+    coordinator: Address = "127.0.0.1:8000"
+    state: Path = Path("state")
+    base: SiteBase = SiteBase()
+    device: str = "auto"
+    threads: int = Field(default=0, ge=0)
+    supernode_port: int = Field(default=0, ge=0, le=65535)
+    watchdog_seconds: float = Field(default=1800.0, gt=0)
+    tls: Tls = Tls()
+    auth: Auth = Auth()
+    policy: Policy = Policy()
+    data: dict[str, Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SiteConfig:
+        if self.auth.key is not None and self.tls.root_certificates is None:
+            raise ValueError("auth.key needs tls.root_certificates: a key proves nothing over an unencrypted link; set both or neither")
+        strangers = sorted(set(self.policy.tasks) - set(self.data))
+        if strangers:
+            raise ValueError(f"policy.tasks {strangers} have no rows; tasks of [data] are {sorted(self.data)}")
+        return self
+
+    @property
+    def allowed_tasks(self) -> frozenset[str]:
+        """The tasks that a plan may name."""
+        return frozenset(self.policy.tasks or self.data)
+
+
+def load_site(path: Path | str, overrides: Mapping[str, str] | None = None) -> SiteConfig:
+    """Read a site.toml; relative paths in it are relative to the file.
+
+    Raises:
+        ConfigError: the file is missing or has faults (all are named), or a certificate or key file does not exist.
+    """
+    path = Path(path)
+    site = config.load(path, SiteConfig, overrides)
+    site = _rooted(site, path.resolve().parent)
+    for key, file in (("tls.root_certificates", site.tls.root_certificates), ("auth.key", site.auth.key)):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{path}: {key}: {file} does not exist; give the path of a PEM file, relative to {path.name} or absolute")
+    return site
+
+
+def _rooted(site: SiteConfig, folder: Path) -> SiteConfig:
+    return site.model_copy(
+        update={
+            "state": folder / site.state.expanduser(),
+            "base": _base(folder, site.base),
+            "tls": Tls(root_certificates=_at(folder, site.tls.root_certificates)),
+            "auth": Auth(key=_at(folder, site.auth.key)),
+            "data": {task: _source(folder, source) for task, source in site.data.items()},
+        }
+    )
+
+
+def _base(folder: Path, base: SiteBase) -> SiteBase:
+    """A model that looks like a path is one, relative to the file; everything else is an alias or a hub id."""
+    return base.model_copy(update={"model": str(folder / Path(base.model).expanduser())}) if base.model.startswith((".", "~")) else base
+
+
+def _source(folder: Path, source: Source) -> Source:
+    return source if source.path is None else source.model_copy(update={"path": str(_at(folder, Path(source.path)))})
+
+
+def _at(folder: Path, path: Path | None) -> Path | None:
+    return None if path is None else folder / path.expanduser()

@@ -1,0 +1,166 @@
+"""What would leave this site in one round of a federation, tensor by tensor, before anything is trained or connected.
+
+The federation's file is read here for its plain parts alone: the coordinator's own settings are none of a site's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from fedpeft import config
+from fedpeft.errors import ConfigError, DataError, PolicyError
+from fedpeft.methods import METHODS
+from fedpeft.routing import BINS
+from fedpeft.schemes import SCHEMES, Scheme
+from fedpeft.tensors import Layout
+from fedpeft.training.settings import TrainSettings
+from fedpeft_client import policy
+from fedpeft_client.config import SiteConfig
+from fedpeft_client.plan import FLAT_HEADER_BYTES
+from fedpeft_client.policy import Ask
+from fedpeft_client.rounds import TRAIN_COUNTERS
+from fedpeft_client.shelf import Shelf
+
+if TYPE_CHECKING:
+    from fedpeft.adapters import AdapterSpec
+    from fedpeft.bases import Base
+
+FLOAT_BYTES, CODE_BYTES = 8, 4
+EPSILON = "none: not accounted"
+
+
+class Plain(BaseModel):
+    """The parts of a federation.toml that decide what a site sends; every other key is passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str = "federation"
+    base: dict[str, Any] = {}
+    method: Any = "lora"
+    scheme: Any = "alternating"
+    training: dict[str, Any] = {}
+    cohort: dict[str, Any] = {}
+    max_examples: int = 1_000_000
+    tasks: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One tensor that leaves: int32 codes on the plan's grid."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one task would send in the round: nothing when the policy refuses it.
+
+    ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1.
+    """
+
+    task: str
+    phase: str
+    examples: int
+    weight: str
+    tensors: tuple[Line, ...]
+    counters: Mapping[str, int]
+    bytes: int
+    epsilon: str
+    rules: tuple[str, ...]
+    refused: str | None = None
+
+
+def read_plan(path: Path) -> Plain:
+    """The plain parts of the federation's file. Raises `ConfigError`."""
+    return config.parse(config.read_toml(path), Plain, str(path))
+
+
+def forecast(site: SiteConfig, plain: Plain, number: int = 1) -> list[Forecast]:
+    """What leaves in round ``number`` (from 1) for each task of the federation that the site holds.
+
+    Raises:
+        ConfigError: the federation's method, scheme, training or a task cannot be built, or the site holds none of its tasks.
+        BaseError: the base cannot be found.
+        DataError: a task's rows cannot be read.
+    """
+    from fedpeft.bases import meta_base
+
+    shared = sorted(site.allowed_tasks & set(plain.tasks))
+    if not shared:
+        raise ConfigError(
+            f"site {site.name} holds {sorted(site.allowed_tasks)}, the federation trains {sorted(plain.tasks)}; nothing in common"
+        )
+    base, shelf = meta_base(site.base.spec()), Shelf(site)
+    return [_one(site, plain, name, base, shelf, number) for name in shared]
+
+
+def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, number: int) -> Forecast:
+    spec, scheme, settings = _nouns(plain, name, base)
+    phase = scheme.phase(number, spec.layout)
+    up = spec.layout.subset(phase.roles)
+    examples = len(shelf.rows(name, "train"))
+    if examples == 0:
+        raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
+    counters = {**TRAIN_COUNTERS, **_router(base)}
+    asked = _ask(plain, name, spec, up, settings, base)
+    try:
+        rules, refused = policy.check(asked, site), None
+    except PolicyError as fault:
+        rules, refused = tuple(policy.RULES), str(fault)
+    weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
+    size = asked.upload_bytes + FLOAT_BYTES * sum(TRAIN_COUNTERS.values())
+    return Forecast(name, phase.name, examples, weight, _lines(up), counters, size, EPSILON, rules, refused)
+
+
+def _nouns(plain: Plain, name: str, base: Base) -> tuple[AdapterSpec, Scheme, TrainSettings]:
+    from fedpeft.adapters import make_spec
+    from fedpeft.tasks import TASKS
+
+    table = {key: value for key, value in plain.tasks[name].items() if key != "training"}
+    own = plain.tasks[name].get("training", {})
+    try:
+        task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
+        method = config.build(METHODS, plain.method, "method")
+        scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")  # type: ignore[type-abstract]
+        settings = TypeAdapter(TrainSettings).validate_python({**plain.training, **own})
+    except ValidationError as faults:
+        first = faults.errors()[0]
+        raise ConfigError(f"training.{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    return make_spec(name, base, method, task.head), scheme, settings
+
+
+def _ask(plain: Plain, name: str, spec: AdapterSpec, up: Layout, settings: TrainSettings, base: Base) -> Ask:
+    return Ask(
+        task=name,
+        base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), base.fingerprint.identity))),
+        method=type(spec.method).kind,
+        rank=int(getattr(spec.method, "r", 0)),
+        upload_bytes=CODE_BYTES * up.size + FLAT_HEADER_BYTES,
+        cohort=int(plain.cohort.get("min_sites", 1)),
+        steps=settings.steps * settings.accumulate,
+    )
+
+
+def _lines(up: Layout) -> tuple[Line, ...]:
+    return tuple(Line(entry.name, entry.role, entry.shape, CODE_BYTES * entry.size) for entry in up.entries)
+
+
+def _router(base: Base) -> dict[str, int]:
+    """Counters of an evaluation message: sums of scores, of embeddings, and a histogram of cosines."""
+    width = int(getattr(base.config, "hidden_size", 0))
+    return {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
+
+
+def as_json(forecasts: list[Forecast]) -> list[dict[str, Any]]:
+    """A JSON form, one object per task."""
+    return [asdict(one) for one in forecasts]

@@ -1,0 +1,97 @@
+"""`fedpeft client join`: the site's SuperNode and worker under one supervisor, and what a person sees of them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fedpeft.errors import StorageError
+from fedpeft_client import status, supernode
+from fedpeft_client.config import SiteConfig, load_site
+from fedpeft_client.supervisor import Child, Running, Supervisor, lock
+
+FATAL = frozenset({3, 4, 5})
+"""Exit codes of the worker that no restart cures: configuration, data, base."""
+
+
+def join(path: Path, on_tick: Callable[[SiteConfig, list[Running]], None]) -> None:
+    """Keep the site of ``path`` in its federation until SIGINT or SIGTERM; then end its processes.
+
+    Raises:
+        ConfigError: the file has faults.
+        BaseError, DataError: the worker cannot start and restarting would not help.
+        StorageError: the state folder is taken, or cannot be written.
+    """
+    site = load_site(path)
+    held = lock(site.state / "lock")
+    try:
+        supervisor = Supervisor(children(path, site), site.state / "supervisor.json")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, supervisor.stop)
+        supervisor.run(partial(on_tick, site))
+    finally:
+        held.close()
+
+
+def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:
+    """The two processes of a site: Flower's SuperNode and our worker."""
+    port = site.supernode_port or free_port()
+    secret = site.state / "secret"
+    write_secret(secret)
+    pulse = site.state / "worker.json"
+    node = (sys.executable, "-m", "fedpeft_client.supernode", *supernode.arguments(site, port, secret))
+    work = (sys.executable, "-m", "fedpeft_client.executor", str(path.resolve()), f"127.0.0.1:{port}", str(secret))
+    env = environment(site)
+    return (
+        Child("supernode", node, env, site.state / "supernode.log"),
+        Child("worker", work, env, site.state / "worker.log", partial(status.hung, pulse, site.watchdog_seconds), FATAL),
+    )
+
+
+def environment(site: SiteConfig) -> dict[str, str]:
+    """This process's environment with Flower kept offline and inside the state folder, and this venv's scripts first."""
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+    threads = {"OMP_NUM_THREADS": str(site.threads)} if site.threads else {}
+    scripts = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {**os.environ, **quiet, **threads, "FLWR_HOME": str(site.state / "flower"), "PATH": scripts, "PYTHONUNBUFFERED": "1"}
+
+
+def write_secret(path: Path) -> None:
+    """Make a fresh secret that only this user may read. Raises `StorageError`."""
+    try:
+        path.unlink(missing_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_hex(32).encode())
+    except OSError as fault:
+        raise StorageError(f"{path}: cannot be written: {fault.strerror}; set `state` in site.toml to a folder you may write") from None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def line(site: SiteConfig, running: list[Running]) -> str:
+    """The site's state in one line, for people."""
+    sign = status.read(site.state / "worker.json")
+    parts = [f"{one.child.name} {_state(one)}" for one in running]
+    if sign is not None:
+        doing = f"{sign.busy}{f', step {sign.step}' if sign.step else ''}" if sign.busy else "waiting for the coordinator"
+        parts.append(f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}")
+    return f"{site.name} -> {site.coordinator}: " + "; ".join(parts)
+
+
+def _state(one: Running) -> str:
+    restarts = f", {one.restarts} restart{'s' * (one.restarts != 1)}" if one.restarts else ""
+    if one.process is None:
+        return f"down ({one.last_end}){restarts}"
+    return f"up{restarts}"

@@ -1,0 +1,106 @@
+"""What a plan asks of the site against what site.toml allows; pure checks, one function per rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedpeft.errors import PolicyError
+from fedpeft_client.config import SiteConfig
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one task of a plan asks: ``base`` are identity and model name; ``epsilon`` None means not accounted."""
+
+    task: str
+    base: tuple[str, ...]
+    method: str
+    rank: int
+    upload_bytes: int
+    cohort: int
+    steps: int
+    secure_aggregation: bool = False
+    epsilon: float | None = None
+
+
+Rule = Callable[[Ask, SiteConfig], str | None]
+
+
+def check(ask: Ask, site: SiteConfig) -> tuple[str, ...]:
+    """Check every rule; return their names.
+
+    Raises:
+        PolicyError: the plan breaks rules; each is named with what was asked and what is allowed.
+    """
+    faults = [f"{name}: {fault}" for name, rule in RULES.items() if (fault := rule(ask, site)) is not None]
+    if faults:
+        raise PolicyError(
+            f"policy of {site.name} refuses task {ask.task!r}: {'; '.join(faults)}; change the plan, or [policy] in the site's file"
+        )
+    return tuple(RULES)
+
+
+def _tasks(ask: Ask, site: SiteConfig) -> str | None:
+    allowed = sorted(site.allowed_tasks)
+    return None if ask.task in allowed else f"asked {ask.task!r}, allowed {allowed}"
+
+
+def _bases(ask: Ask, site: SiteConfig) -> str | None:
+    allowed = site.policy.bases
+    return None if not allowed or set(ask.base) & set(allowed) else f"asked {' '.join(ask.base)}, allowed {list(allowed)}"
+
+
+def _methods(ask: Ask, site: SiteConfig) -> str | None:
+    allowed = site.policy.methods
+    return None if not allowed or ask.method in allowed else f"asked {ask.method!r}, allowed {list(allowed)}"
+
+
+def _rank(ask: Ask, site: SiteConfig) -> str | None:
+    return _at_most(ask.rank, site.policy.max_rank)
+
+
+def _upload(ask: Ask, site: SiteConfig) -> str | None:
+    megabytes = ask.upload_bytes / 1e6
+    limit = site.policy.max_upload_mb
+    return None if megabytes <= limit else f"asked {megabytes:.3f} MB, allowed at most {limit:g} MB"
+
+
+def _cohort(ask: Ask, site: SiteConfig) -> str | None:
+    least = site.policy.min_cohort
+    return None if ask.cohort >= least else f"asked a cohort of {ask.cohort}, allowed at least {least}"
+
+
+def _secure(ask: Ask, site: SiteConfig) -> str | None:
+    required = site.policy.require_secure_aggregation
+    return "asked without secure aggregation, allowed only with it" if required and not ask.secure_aggregation else None
+
+
+def _epsilon(ask: Ask, site: SiteConfig) -> str | None:
+    limit = site.policy.max_epsilon
+    if limit is None:
+        return None
+    if ask.epsilon is None:
+        return f"asked without privacy accounting, allowed at most epsilon {limit:g}"
+    return None if ask.epsilon <= limit else f"asked epsilon {ask.epsilon:g}, allowed at most {limit:g}"
+
+
+def _steps(ask: Ask, site: SiteConfig) -> str | None:
+    return _at_most(ask.steps, site.policy.max_steps)
+
+
+def _at_most(asked: int, limit: int) -> str | None:
+    return None if asked <= limit else f"asked {asked}, allowed at most {limit}"
+
+
+RULES: dict[str, Rule] = {
+    "tasks": _tasks,
+    "bases": _bases,
+    "methods": _methods,
+    "max_rank": _rank,
+    "max_upload_mb": _upload,
+    "min_cohort": _cohort,
+    "require_secure_aggregation": _secure,
+    "max_epsilon": _epsilon,
+    "max_steps": _steps,
+}

@@ -1,0 +1,146 @@
+"""One task of one round at the site: train or score, and what of it may leave as sums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import AdapterError, BaseError, DataError
+from fedpeft.routing import histogram
+from fedpeft.tensors import Tensors
+from fedpeft.update import Counters, Update, snap_counters
+from fedpeft.wire.v1.federation_pb2 import Centroid
+from fedpeft_client.plan import Work
+from fedpeft_client.shelf import Shelf
+
+if TYPE_CHECKING:
+    from fedpeft.bases import Base
+
+TRAIN_COUNTERS = {"train.loss": 2, "train.examples": 1, "train.seen": 1, "train.tokens": 1}
+"""What travels beside trained tensors, and how many values each has."""
+
+
+class WrongBase(BaseError):  # noqa: N818 - it says what happened, as its base does
+    """The plan is for another base than the site's."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a task works with: the warm base, the rows, and who hears of progress (task, step)."""
+
+    base: Base
+    shelf: Shelf
+    progress: Callable[[str, int], None] = lambda _task, _step: None
+
+
+def check_base(work: Work, base: Base) -> None:
+    """Raise `WrongBase` unless the plan is for this site's base, `AdapterError` unless its layout is what the base gives."""
+    from fedpeft.adapters import make_spec
+
+    mine = base.fingerprint.identity
+    if work.spec.base != mine:
+        raise WrongBase(
+            f"task {work.plan.task!r}: the plan is for base {work.spec.base} ({work.spec.base_model}), this site holds base {mine} "
+            f"({base.spec.model}); get the same weights and tokenizer on both sides"
+        )
+    if work.spec.task != work.plan.task or work.task.name != work.plan.task:
+        raise AdapterError(
+            f"plan of task {work.plan.task!r}: describes tasks {work.spec.task!r} and {work.task.name!r}; send one task per plan"
+        )
+    own = make_spec(work.plan.task, base, work.spec.method, work.task.head)
+    if own.layout != work.spec.layout:
+        raise AdapterError(
+            f"plan of task {work.plan.task!r}: layout {work.spec.layout.fingerprint[:12]} of {work.spec.layout.size} values, this base and "
+            f"method give {own.layout.fingerprint[:12]} of {own.layout.size}; do both sides run one version?"
+        )
+
+
+def train(work: Work, start: Tensors, bench: Bench, checkpoint: Path) -> tuple[Update, float]:
+    """Train from ``start`` and encode what the scheme contributes; with the seconds that training took.
+
+    Raises:
+        DataError: no rows, or rows that the task cannot read.
+        UpdateError: training diverged, or the delta leaves the round's grid.
+    """
+    from fedpeft.adapters import attach
+    from fedpeft.training import TrainJob
+    from fedpeft.training import train as run
+
+    data = bench.shelf.encoded(work.task, "train", bench.base)
+    examples = len(bench.shelf.rows(work.plan.task, "train"))
+    job = TrainJob(work.phase.roles, work.plan.seed, checkpoint, lambda step, _loss: bench.progress(work.plan.task, step))
+    with attach(bench.base, work.spec) as live:
+        live.load(start)
+        result = run(live, work.task, data, work.settings, job)
+        delta = work.scheme.contribution(start, live.read(), work.phase)
+    counters = {
+        "train.loss": (result.loss_sum, float(result.count)),
+        "train.examples": (float(examples),),
+        "train.seen": (float(result.examples),),
+        "train.tokens": (float(result.tokens),),
+    }
+    return Update.encode(delta, share(examples, work.plan.weight_cap), counters, work.grid), result.seconds
+
+
+def share(examples: int, cap: int) -> float:
+    """The site's weight in (0, 1]: its examples up to ``cap``, over ``cap``. Raises `DataError` when it has none."""
+    if examples < 1:
+        raise DataError("the train split holds no rows; check [data] of the site's file")
+    return min(examples, max(cap, 1)) / max(cap, 1)
+
+
+def evaluate(work: Work, start: Tensors, bench: Bench, base_alone: Callable[[], Counters]) -> tuple[Counters, float]:
+    """Counters on the held-out rows under ``start`` and under the base alone, and what the plan wants for the router."""
+    from fedpeft.adapters import attach
+    from fedpeft.training import evaluate as run
+
+    began = time.monotonic()
+    data = bench.shelf.encoded(work.task, "test", bench.base)
+    with attach(bench.base, work.spec) as live:
+        live.load(start)
+        adapter = run(live, work.task, data)
+    counters = {f"adapter.{name}": values for name, values in adapter.items()}
+    counters |= {f"base.{name}": values for name, values in base_alone().items()}
+    counters |= router_counters(work, bench)
+    return snap_counters(counters), time.monotonic() - began
+
+
+def score_base(work: Work, bench: Bench) -> Counters:
+    """Counters on the held-out rows without training: the language model itself, or round 0's fresh classification head."""
+    from fedpeft.adapters import attach, initial
+    from fedpeft.training import evaluate as run
+
+    data = bench.shelf.encoded(work.task, "test", bench.base)
+    if work.spec.head.kind == "lm":
+        return work.task.evaluate(bench.base.shell(work.spec.head), data, bench.base)
+    with attach(bench.base, work.spec) as live:
+        live.load(initial(bench.base, work.spec, seed=0).tensors)
+        return run(live, work.task, data)
+
+
+def router_counters(work: Work, bench: Bench) -> dict[str, tuple[float, ...]]:
+    """The sum of the train rows' embeddings, and histograms of their cosines to each centroid of the plan."""
+    if not (work.plan.want_embedding or work.plan.centroids):
+        return {}
+    vectors = bench.shelf.vectors(work.task, bench.base)
+    counters: dict[str, tuple[float, ...]] = {}
+    if work.plan.want_embedding:
+        counters["embedding.sum"] = tuple(vectors.sum(axis=0, dtype=np.float64).tolist())
+        counters["embedding.count"] = (float(len(vectors)),)
+    return counters | _histograms(work.plan.centroids, vectors)
+
+
+def _histograms(centroids: Iterable[Centroid], vectors: NDArray[np.float32]) -> dict[str, tuple[float, ...]]:
+    found = {}
+    for centroid in centroids:
+        values = np.asarray(centroid.values, np.float32)
+        if values.shape != vectors.shape[1:]:
+            raise AdapterError(f"centroid of task {centroid.task!r}: {values.size} values, this base embeds in {vectors.shape[1]}")
+        found[f"cosine.{centroid.task}"] = histogram(vectors, values / np.float32(max(float(np.linalg.norm(values)), 1e-12)))
+    return found

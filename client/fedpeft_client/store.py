@@ -1,0 +1,100 @@
+"""The site's files: one blob per key, written whole or not at all, checked when read, the oldest dropped first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.errors import StorageError
+
+SEAL = hashlib.sha256().digest_size
+KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A bounded folder of blobs; keys are hex digests. A blob that is torn on disk counts as absent."""
+
+    root: Path
+    keep: int
+
+    def put(self, key: str, blob: bytes) -> None:
+        """Write ``blob`` under ``key``: temporary file, fsync, rename, fsync of the folder. Raises `StorageError`."""
+        write_atomic(self._path(key), hashlib.sha256(blob).digest() + blob)
+        self._trim()
+
+    def get(self, key: str) -> bytes | None:
+        """The blob of ``key``, or None; reading it makes it the youngest."""
+        path = self._path(key)
+        try:
+            sealed = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except OSError as fault:
+            raise StorageError(f"{path}: cannot be read: {fault.strerror}; check the permissions of the state folder") from None
+        if hashlib.sha256(sealed[SEAL:]).digest() != sealed[:SEAL]:
+            path.unlink(missing_ok=True)
+            return None
+        return sealed[SEAL:]
+
+    def __contains__(self, key: str) -> bool:
+        return KEY.fullmatch(key) is not None and self._path(key).is_file()
+
+    def _path(self, key: str) -> Path:
+        if not KEY.fullmatch(key):
+            raise StorageError(f"store {self.root.name}: key {key[:80]!r} is not a SHA-256 in hex; do both sides run one version?")
+        return self.root / key
+
+    def _trim(self) -> None:
+        blobs = sorted((p for p in self.root.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime_ns)
+        for old in blobs[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, blob: bytes) -> None:
+    """Replace ``path`` by ``blob`` so that a reader or a crash sees the old file or the new one. Raises `StorageError`."""
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        sync_folder(path.parent)
+    except OSError as fault:
+        if temporary is not None:
+            with suppress(OSError):
+                Path(temporary).unlink()
+        raise StorageError(f"{path}: cannot be written: {fault.strerror}; free space or set `state` in site.toml to another disk") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def scratch(root: Path, key: str, keep: int) -> Path:
+    """A folder for half-done work under ``key``; of the others the ``keep`` youngest stay. Raises `StorageError`."""
+    folder = root / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        others = sorted((p for p in root.iterdir() if p != folder), key=lambda p: p.stat().st_mtime_ns)
+    except OSError as fault:
+        raise StorageError(f"{folder}: cannot be made: {fault.strerror}; free space or set `state` in site.toml to another disk") from None
+    for old in others[: max(len(others) - keep, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder

@@ -1,0 +1,40 @@
+"""Flower's own SuperNode command in a process of ours that ends with its supervisor: `python -m fedpeft_client.supernode`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from fedpeft.errors import LinkError
+from fedpeft_client.config import SiteConfig
+from fedpeft_client.lifeline import hold
+
+
+def arguments(site: SiteConfig, port: int, secret: Path) -> list[str]:
+    """The command line of the SuperNode: our process takes the tasks, at ``port`` of loopback, with ``secret``."""
+    line = ["--superlink", site.coordinator, "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--superexec-auth-secret-file", str(secret)]
+    roots, key = site.tls.root_certificates, site.auth.key
+    line += ["--insecure"] if roots is None else ["--root-certificates", str(roots)]
+    return line if key is None else [*line, "--auth-supernode-private-key", str(key)]
+
+
+def command() -> Callable[[], object]:
+    """The function behind the installed `flower-supernode` script. Raises `LinkError` when Flower is not installed."""
+    found = list(entry_points(group="console_scripts", name="flower-supernode"))
+    if not found:
+        raise LinkError("flower-supernode is not installed; run: pip install 'fedpeft[client]'")
+    return found[0].load()  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Run Flower's SuperNode with this process's arguments until it, or the supervisor, ends."""
+    hold()
+    sys.argv[0] = "flower-supernode"
+    command()()
+
+
+if __name__ == "__main__":
+    main()

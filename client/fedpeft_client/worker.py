@@ -1,0 +1,260 @@
+"""The Worker: answers the coordinator's messages with warm rows and a warm base; knows nothing of Flower."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError
+from fedpeft.tensors import Tensors
+from fedpeft.update import Counters
+from fedpeft.wire import Envelope
+from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
+from fedpeft_client import answers, audit, plan, policy, rounds
+from fedpeft_client.answers import Answer
+from fedpeft_client.config import SiteConfig
+from fedpeft_client.plan import MissingVersion, Work
+from fedpeft_client.rounds import Bench, WrongBase
+from fedpeft_client.shelf import Shelf, Split
+from fedpeft_client.store import Store, scratch, write_atomic
+
+if TYPE_CHECKING:
+    from fedpeft.bases import Base
+
+KEPT_ADAPTERS = 32
+KEPT_ANSWERS = 32
+KEPT_CHECKPOINTS = 8
+"""What stays on disk: the youngest of each kind."""
+SPLITS: dict[str, tuple[Split, ...]] = {"train": ("train",), "evaluate": ("train", "test")}
+log = logging.getLogger("fedpeft.worker")
+
+
+@dataclass(frozen=True)
+class Done:
+    """An answer about to leave, and the work it answers when that could be read."""
+
+    answer: Answer
+    work: Work | None = None
+    repeated: bool = False
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """Bytes of values by role."""
+        if self.work is None or not self.answer.array:
+            return {}
+        return {role: 4 * (span.stop - span.start) for role, span in self.work.up.role_spans.items()}
+
+
+@dataclass
+class Worker:
+    """One site. `handle` is called with one message at a time and never raises for the fault of a single task.
+
+    ``progress`` hears (what, step) while work goes on; the supervisor's watchdog lives on it. ``broken`` is set once the
+    device has failed in a way that only a new process cures.
+    """
+
+    site: SiteConfig
+    progress: Callable[[str, int], None] = lambda _what, _step: None
+    instance: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _scores: dict[tuple[str, str], Counters] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.site)
+        self.adapters = Store(self.site.state / "adapters", KEPT_ADAPTERS)
+        self.answers = Store(self.site.state / "answers", KEPT_ANSWERS)
+        self.held = _read_held(self.site.state / "held.json")
+        self.broken = False
+
+    @property
+    def base_loads(self) -> int:
+        """How often this process loaded a base: 1 once the worker is warm."""
+        from fedpeft import bases
+
+        return int(bases.LOADS)
+
+    @cached_property
+    def base(self) -> Base:
+        """The site's base, loaded when first needed and kept. Raises `BaseError`."""
+        import torch
+
+        from fedpeft.bases import load_base
+
+        if self.site.threads:
+            torch.set_num_threads(self.site.threads)
+        self.progress("loading the base", 0)
+        return load_base(self.site.base.spec(), self.site.device)
+
+    def handle(self, envelope: Envelope) -> Envelope:
+        """Answer one message.
+
+        Raises:
+            LinkError: the message is of a kind that sites do not answer.
+            UpdateError: the message's body is malformed.
+        """
+        if envelope.kind == "hello":
+            return self._hello(envelope.open(Hello))
+        if envelope.kind not in ("train", "evaluate"):
+            raise LinkError(
+                f"message of kind {envelope.kind!r}: a site answers 'hello', 'train' and 'evaluate'; do both sides run one version?"
+            )
+        return self._round(envelope, envelope.open(RoundPlan))
+
+    def _hello(self, hello: Hello) -> Envelope:
+        asked = [task for task in sorted(self.site.allowed_tasks) if task in hello.tasks or not hello.tasks]
+        holdings = [held for task in asked if (held := self._holding(task)) is not None]
+        return Envelope.of(
+            "reply",
+            Capabilities(
+                site=self.site.name,
+                version=version("fedpeft"),
+                holdings=holdings,
+                base_identity=self.base.fingerprint.identity,
+                quantization=self.base.fingerprint.quantization,
+                device=str(self.base.device),
+                base_loads=self.base_loads,
+                instance=self.instance,
+            ),
+        )
+
+    def _holding(self, task: str) -> Holding | None:
+        try:
+            train, test = self.shelf.count(task, "train"), self.shelf.count(task, "test")
+        except DataError as fault:
+            log.error("task %s is left out: %s", task, fault)
+            return None
+        digest = self.held.get(task, "")
+        return Holding(task=task, train_examples=train, test_examples=test, adapter_digest=digest if digest in self.adapters else "")
+
+    def _round(self, envelope: Envelope, asked: RoundPlan) -> Envelope:
+        given = [self._task(envelope, asked, task) for task in asked.tasks]
+        reply = RoundReply(
+            site=self.site.name,
+            run=asked.run,
+            round=asked.round,
+            results=[answer.result for answer in given],
+            base_loads=self.base_loads,
+            instance=self.instance,
+        )
+        return Envelope.of("reply", reply, {answer.result.task: answer.array for answer in given if answer.array})
+
+    def _task(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Answer:
+        """Answer one task; whatever goes wrong is its named failure and nobody else's."""
+        try:
+            done = self._answer(envelope, asked, task)
+            self._record(envelope.kind, asked, done)
+        except Exception as fault:  # noqa: BLE001 - the edge between tasks: one task's fault must not take the others down
+            done = Done(_failure(task.task, fault))
+            self.broken = self.broken or type(fault).__name__ == "AcceleratorError"
+            with suppress(FedpeftError):
+                self._record(envelope.kind, asked, done)
+        return done.answer
+
+    def _answer(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
+        work = plan.read(asked, task)
+        policy.check(plan.ask(work, self.base.fingerprint.identity), self.site)
+        rounds.check_base(work, self.base)
+        self.progress(task.task, 0)
+        start = plan.start(work, envelope, self.adapters)
+        self._hold(task.task, task.adapter_digest)
+        key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task))
+        kept = self.answers.get(key)
+        if kept is not None:
+            return Done(Answer.from_bytes(kept), work, repeated=True)
+        answer = self._train(work, start, key) if envelope.kind == "train" else self._evaluate(work, start)
+        self.answers.put(key, answer.to_bytes())
+        shutil.rmtree(self.site.state / "checkpoints" / key, ignore_errors=True)
+        return Done(answer, work)
+
+    def _local(self, kind: str, task: str) -> str:
+        """What of this site, beside the plan, determines an answer."""
+        rows = [self.shelf.digest(task, split) for split in SPLITS[kind]]
+        return " ".join((*rows, self.base.fingerprint.quantization, str(self.base.spec.max_tokens)))
+
+    def _train(self, work: Work, start: Tensors, key: str) -> Answer:
+        checkpoint = scratch(self.site.state / "checkpoints", key, KEPT_CHECKPOINTS)
+        update, seconds = rounds.train(work, start, self._bench, checkpoint)
+        return answers.of_update(work.plan.task, update, seconds, work.plan.adapter_digest)
+
+    def _evaluate(self, work: Work, start: Tensors) -> Answer:
+        counters, seconds = rounds.evaluate(work, start, self._bench, lambda: self._base_alone(work))
+        return answers.of_counters(work.plan.task, counters, seconds, work.plan.adapter_digest)
+
+    def _base_alone(self, work: Work) -> Counters:
+        key = (work.plan.task_json, work.spec.schema)
+        if key not in self._scores:
+            self._scores[key] = rounds.score_base(work, self._bench)
+        return self._scores[key]
+
+    @property
+    def _bench(self) -> Bench:
+        return Bench(self.base, self.shelf, self.progress)
+
+    def _hold(self, task: str, digest: str) -> None:
+        if self.held.get(task) != digest:
+            self.held[task] = digest
+            write_atomic(self.site.state / "held.json", json.dumps(self.held, sort_keys=True).encode())
+
+    def _record(self, kind: str, asked: RoundPlan, done: Done) -> None:
+        result = done.answer.result
+        status = TaskResult.Status.Name(result.status).removeprefix("STATUS_").lower()
+        left = audit.Departure(
+            federation=asked.federation,
+            round=asked.round,
+            kind=kind,
+            task=result.task,
+            outcome=f"{status}: {result.reason}" if result.reason else status,
+            tensors=done.tensors,
+            counters=tuple(sorted(result.counters)),
+            weight=result.weight,
+            digest=done.answer.digest,
+            repeated=done.repeated,
+        )
+        audit.record(self.site.state / "audit.jsonl", left)
+
+
+def _failure(task: str, fault: Exception) -> Answer:
+    """The named failure for ``fault``; details that could quote a row stay in the site's log."""
+    log.error("task %s: %s: %s", task, type(fault).__name__, fault, exc_info=None if isinstance(fault, FedpeftError) else fault)
+    if isinstance(fault, MissingVersion):
+        return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
+    if isinstance(fault, PolicyError | WrongBase):
+        return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
+    return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))
+
+
+def _reason(task: str, fault: Exception) -> str:
+    name = type(fault).__name__
+    if isinstance(fault, DataError):
+        return f"{name}: the rows of task {task!r} cannot be used; the site's worker.log says which row and why"
+    if isinstance(fault, FedpeftError):
+        return f"{name}: {fault}"
+    if isinstance(fault, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(fault):
+        _free_memory()
+        return f"OutOfMemory: task {task!r} does not fit into this site's memory; lower training.batch_size or base.max_tokens"
+    if isinstance(fault, OSError):
+        return f"StorageError: {fault.strerror}; free space or set `state` in site.toml to another disk"
+    return f"{name}: a defect of fedpeft in task {task!r}; the site's worker.log has the traceback"
+
+
+def _free_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _read_held(path: Path) -> dict[str, str]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(task): str(digest) for task, digest in held.items()} if isinstance(held, dict) else {}
