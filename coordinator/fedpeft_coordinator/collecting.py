@@ -1,0 +1,147 @@
+"""Answers of an exchange: each is checked and added to running sums, or becomes a named drop-out. Constant memory per task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedpeft.errors import FedpeftError, UpdateError
+from fedpeft.schemes import Sum
+from fedpeft.tensors import Layout
+from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
+from fedpeft.wire import Envelope
+from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
+from fedpeft_coordinator.planning import grid_of
+from fedpeft_coordinator.setup import Setup
+from fedpeft_coordinator.state import Round
+from fedpeft_coordinator.transport import Answer, Failure
+
+MAX_COUNTERS, MAX_VALUES = 256, 1 << 16
+"""Names of counters, and values of one, that a site may send."""
+MAX_REASON = 300
+NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}
+
+Accept = Callable[[TaskResult, Envelope], None]
+"""Takes one task's result into account, or raises `UpdateError`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one answer meant: per task ``ok`` or why it does not count, which tasks the site wants sent whole, and facts."""
+
+    site: str
+    outcomes: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+    have: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    base_loads: int | None = None
+    vanished: bool = False
+    bytes_up: int = 0
+
+    @property
+    def drops(self) -> dict[str, str]:
+        """Tasks that this site does not contribute to, and why."""
+        return {task: why for task, why in self.outcomes.items() if why != "ok" and task not in self.missing}
+
+
+def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> Report:
+    """Judge one answer to a request for ``tasks``; never raises for what a site sent."""
+    if isinstance(answer.result, Failure):
+        return Report(answer.site, dict.fromkeys(tasks, answer.result.reason), vanished=answer.result.vanished)
+    envelope = answer.result
+    try:
+        reply = _open(answer.site, envelope, plan.number)
+    except FedpeftError as fault:
+        return Report(answer.site, dict.fromkeys(tasks, f"bad answer: {line(fault)}"), bytes_up=envelope.size)
+    results = {result.task: result for result in reply.results}
+    outcomes = {task: _judge(results.get(task), envelope, accept) for task in tasks}
+    good = [task for task, outcome in outcomes.items() if outcome == "ok"]
+    return Report(
+        site=answer.site,
+        outcomes=outcomes,
+        missing=tuple(task for task in tasks if task in results and results[task].status == TaskResult.STATUS_MISSING_VERSION),
+        have={task: results[task].adapter_digest for task in good},
+        seconds=sum(results[task].train_seconds for task in good),
+        base_loads=reply.base_loads,
+        bytes_up=envelope.size,
+    )
+
+
+def _open(site: str, envelope: Envelope, number: int) -> RoundReply:
+    if envelope.kind != "reply":
+        raise UpdateError(f"a {envelope.kind!r} message came, a 'reply' was expected; do both sides run one version?")
+    reply = envelope.open(RoundReply)
+    if reply.site != site or reply.round != number:
+        raise UpdateError(f"it is of {reply.site!r} for round {reply.round}, {site!r} was asked for round {number}")
+    return reply
+
+
+def _judge(result: TaskResult | None, envelope: Envelope, accept: Accept) -> str:
+    if result is None:
+        return "failed: the answer has no result for this task"
+    if result.status == TaskResult.STATUS_MISSING_VERSION:
+        return f"failed: {line(result.reason)}"
+    if result.status != TaskResult.STATUS_OK:
+        return f"{NAMED.get(result.status, 'failed')}: {line(result.reason)}"
+    try:
+        accept(result, envelope)
+    except UpdateError as fault:
+        return f"bad update: {line(fault)}"
+    return "ok"
+
+
+class Updates:
+    """Running sums of a training exchange: one vector of codes per task, whatever the number of sites."""
+
+    def __init__(self, plan: Round, setup: Setup) -> None:
+        self._layouts = {name: setup.tasks[name].layout.subset(plan.tasks[name].roles) for name in plan.asked}
+        self._grids = {name: grid_of(plan.tasks[name], setup.limits) for name in plan.asked}
+        self._sums = {name: Sum(self._layouts[name], self._grids[name]) for name in plan.asked}
+
+    def accept(self, result: TaskResult, envelope: Envelope) -> None:
+        """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
+        self._sums[result.task].add(decode(result, envelope, self._layouts[result.task], self._grids[result.task]))
+
+    def result(self, task: str) -> Update:
+        """The sum so far."""
+        return self._sums[task].result()
+
+
+class Tally:
+    """Running sums of an evaluation exchange: counters only."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, Counters] = {}
+
+    def accept(self, result: TaskResult, _envelope: Envelope) -> None:
+        """Add one site's counters. Raises `UpdateError` when they are not finite or do not fit the others'."""
+        self.counters[result.task] = add_counters(self.counters.get(result.task, {}), counters_of(result))
+
+
+def decode(result: TaskResult, envelope: Envelope, layout: Layout, grid: Grid) -> Update:
+    """The update that travelled. Raises `UpdateError`; ranges of codes and weight are checked by the sum."""
+    if result.layout_fingerprint != layout.fingerprint:
+        raise UpdateError(f"layout is {result.layout_fingerprint[:12]!r}, the plan has {layout.fingerprint[:12]}; it trained other tensors")
+    codes = envelope.array(result.task, layout.fingerprint)
+    if codes.dtype != np.int32:
+        raise UpdateError(f"values are {codes.dtype}, int32 codes were expected; do both sides run one version?")
+    return Update(layout, grid, codes, result.weight, counters_of(result), 1)
+
+
+def counters_of(result: TaskResult) -> Counters:
+    """The counters of a result. Raises `UpdateError` when there are too many or they are not finite."""
+    if len(result.counters) > MAX_COUNTERS:
+        raise UpdateError(f"{len(result.counters)} counters, at most {MAX_COUNTERS} are taken")
+    counters = {name: tuple(values.values) for name, values in result.counters.items()}
+    longest = max(map(len, counters.values()), default=0)
+    if longest > MAX_VALUES:
+        raise UpdateError(f"a counter of {longest} values, at most {MAX_VALUES} are taken")
+    return snap_counters(counters)
+
+
+def line(text: object) -> str:
+    """One line of at most ``MAX_REASON`` characters, printable: what a site writes must not garble a screen or a log."""
+    flat = " ".join(str(text).split())
+    return "".join(sign if sign.isprintable() else "?" for sign in flat)[:MAX_REASON]

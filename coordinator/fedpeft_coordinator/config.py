@@ -1,0 +1,251 @@
+"""federation.toml: what is trained, by whom, how rounds run, and where the coordinator listens."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from fedpeft import config
+from fedpeft.bases import BaseSpec, Quantization
+from fedpeft.config import Section
+from fedpeft.errors import ConfigError
+from fedpeft.methods import METHODS
+from fedpeft.training.settings import TrainSettings
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
+def _task_table(value: Any) -> Any:
+    from fedpeft.tasks import TASKS
+
+    return config.build(TASKS, value, "task")
+
+
+def _scheme(value: Any) -> Any:
+    from fedpeft.schemes import SCHEMES
+
+    return config.build(SCHEMES, value, "scheme")
+
+
+def _server(value: Any) -> Any:
+    from fedpeft.schemes import SERVER_OPTIMIZERS
+
+    return config.build(SERVER_OPTIMIZERS, value, "server")
+
+
+class Base(Section):
+    """The frozen base; ``fingerprint`` pins its identity, so that a changed download cannot go unnoticed."""
+
+    model: str = "minilm"
+    quantization: Quantization = "none"
+    revision: str | None = None
+    max_tokens: int = Field(default=256, ge=1)
+    fingerprint: str | None = None
+
+    @property
+    def spec(self) -> BaseSpec:
+        """The platform's noun."""
+        return BaseSpec(self.model, self.quantization, self.revision, self.max_tokens)
+
+
+class TaskEntry(Section):
+    """One task, and what of ``[training]`` differs for it."""
+
+    task: Annotated[Any, BeforeValidator(_task_table)]
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class Cohort(Section):
+    """Who is asked in a round. ``wait_for_sites`` absent means ``min_sites``; ``deadline`` is in seconds.
+
+    ``retries``: how often a site is asked again in a round after its node or worker died, and how often a round is repeated
+    that no task got enough answers in.
+    """
+
+    min_sites: int = Field(default=1, ge=1)
+    wait_for_sites: int | None = Field(default=None, ge=1)
+    fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    deadline: float = Field(default=600.0, gt=0.0)
+    retries: int = Field(default=3, ge=0)
+
+    @property
+    def expected(self) -> int:
+        """Sites to wait for before the first round."""
+        return self.wait_for_sites or self.min_sites
+
+
+class Wire(Section):
+    """``reach``: the largest weighted change of any single value that a site may send."""
+
+    reach: float = Field(default=2.0, gt=0.0, allow_inf_nan=False)
+
+
+class Tls(Section):
+    """PEM files of the public listener; ``ca`` is what sites are given."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+class Link(Section):
+    """Where sites connect. Beyond loopback ``tls`` is required unless ``insecure = true`` says otherwise.
+
+    With ``node_auth`` only sites whose public key lies in ``node_keys`` as NAME.pub may connect, and only under that name.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    tls: Tls | None = None
+    insecure: bool = False
+    node_auth: bool = False
+    node_keys: Path = Path("keys")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Link:
+        if self.node_auth and self.tls is None:
+            raise ValueError("link.node_auth = true needs [link.tls]: a key proves nothing over an unencrypted link; set both or neither")
+        if self.tls is None and not self.insecure and not _loopback(self.host):
+            raise ValueError(
+                f"link.host = {self.host!r} is reachable from outside and [link.tls] is missing; "
+                "make certificates with deploy/certificates.py, or accept the risk with link.insecure = true"
+            )
+        return self
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class FederationConfig(Section):
+    """One federation. Paths are relative to the file once it came through `load_federation`."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    rounds: int = Field(default=10, ge=1)
+    state: Path = Path("state")
+    registry: Path | None = None
+    database: str | None = None
+    base: Base = Base()
+    method: Annotated[Any, BeforeValidator(lambda value: config.build(METHODS, value, "method"))] = Field(default_factory=METHODS["lora"])
+    scheme: Annotated[Any, BeforeValidator(_scheme)] = Field(default="alternating", validate_default=True)
+    server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
+    training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
+    cohort: Cohort = Cohort()
+    wire: Wire = Wire()
+    link: Link = Link()
+    evaluate_every: int = Field(default=0, ge=0)
+    publish_every: int = Field(default=0, ge=0)
+    max_examples: int = Field(default=1_000_000, ge=1)
+    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskEntry] = Field(min_length=1)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tables: Any) -> Any:
+        """A task's name is its key; its own training settings lie beside the task's."""
+        return {name: _entry(name, table) for name, table in tables.items()} if isinstance(tables, Mapping) else tables
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FederationConfig:
+        for rule in RULES:
+            rule(self)
+        return self
+
+    def settings(self, task: str) -> TrainSettings:
+        """``[training]`` with what the task changes."""
+        return _settings({**asdict(self.training), **self.tasks[task].training})
+
+    @property
+    def registry_folder(self) -> Path:
+        """Where versions are published."""
+        return self.registry or self.state / "registry"
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the journal."""
+        return self.database or f"sqlite:///{(self.state / 'journal.sqlite').resolve()}"
+
+
+def _entry(name: str, table: Any) -> Any:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"tasks.{name}: is {table!r}; needs a table with kind and labels")
+    if "task" in table:
+        return table
+    own = {key: value for key, value in table.items() if key != "training"}
+    return {"task": {**own, "name": name}, "training": table.get("training", {})}
+
+
+def _settings(table: dict[str, Any]) -> TrainSettings:
+    unknown = sorted(set(table) - set(TrainSettings.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"training: unknown keys {unknown}; known keys are {sorted(TrainSettings.__dataclass_fields__)}")
+    try:
+        return TypeAdapter(TrainSettings).validate_python(table)
+    except ValidationError as faults:
+        lines = [f"training.{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})" for fault in faults.errors()]
+        raise ValueError("; ".join(lines)) from None
+    except ConfigError as fault:
+        raise ValueError(str(fault)) from None
+
+
+def _cohort_rule(federation: FederationConfig) -> None:
+    cohort = federation.cohort
+    if cohort.wait_for_sites is not None and cohort.wait_for_sites < cohort.min_sites:
+        raise ValueError(
+            f"cohort.wait_for_sites = {cohort.wait_for_sites} is below cohort.min_sites = {cohort.min_sites}: "
+            "the first round could never reach its quorum; raise the former or lower the latter"
+        )
+
+
+def _training_rule(federation: FederationConfig) -> None:
+    for name in federation.tasks:
+        settings = federation.settings(name)
+        if settings.warmup >= settings.steps > 0 and settings.warmup > 0:
+            raise ValueError(
+                f"training.warmup = {settings.warmup} and training.steps = {settings.steps} (task {name}): the learning rate would never "
+                "be reached; make warmup smaller than steps"
+            )
+
+
+def _checkpoint_rule(federation: FederationConfig) -> None:
+    kind = type(federation.method).kind
+    checkpointed = [name for name in federation.tasks if federation.settings(name).checkpoint_activations]
+    if checkpointed and kind.startswith("prefix"):
+        raise ValueError(
+            f"method.kind = {kind!r} and training.checkpoint_activations = true (tasks {checkpointed}): prefixes live in the attention "
+            "cache, which activation checkpointing recomputes without; switch one of them off"
+        )
+
+
+RULES = (_cohort_rule, _training_rule, _checkpoint_rule)
+
+
+def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None) -> FederationConfig:
+    """Read a federation.toml; relative paths in it are relative to the file.
+
+    Raises:
+        ConfigError: the file is missing or has faults (all are named), or a certificate file does not exist.
+    """
+    path = Path(path)
+    federation = config.load(path, FederationConfig, overrides)
+    folder = path.resolve().parent
+    link = federation.link
+    tls = None if link.tls is None else Tls(**{name: folder / file.expanduser() for name, file in link.tls})
+    for name, file in tls or ():
+        if not file.is_file():
+            raise ConfigError(f"{path}: link.tls.{name}: {file} does not exist; deploy/certificates.py makes the files")
+    return federation.model_copy(
+        update={
+            "state": folder / federation.state.expanduser(),
+            "registry": None if federation.registry is None else folder / federation.registry.expanduser(),
+            "link": link.model_copy(update={"tls": tls, "node_keys": folder / link.node_keys.expanduser()}),
+        }
+    )

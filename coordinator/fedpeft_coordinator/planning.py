@@ -1,0 +1,105 @@
+"""Plans: who is asked for what in a round. Pure functions of the journal and the setup, so a restart plans the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from fedpeft.errors import UpdateError
+from fedpeft.schemes import Phase, check_start
+from fedpeft.tensors import Tensors
+from fedpeft.update import Grid
+from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
+from fedpeft_coordinator.state import Round, Site, TaskRound
+
+Load = Callable[[TaskSetup, str], Tensors]
+"""The tensors of a task by digest; an empty digest means the round-0 tensors."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a plan is made from: the rounds so far, the sites, and the store."""
+
+    history: Sequence[Round]
+    sites: Iterable[Site]
+    load: Load
+
+
+def holders(task: str, sites: Iterable[Site]) -> list[Site]:
+    """Sites that may be asked to train ``task``, by name."""
+    return sorted((site for site in sites if site.usable and site.train.get(task, 0) > 0), key=lambda site: site.name)
+
+
+def cohort(names: Sequence[str], limits: Limits, seed: int) -> tuple[str, ...]:
+    """The part of ``names`` that is asked: all, or ``fraction`` of them (never fewer than ``min_sites``), by ``seed``."""
+    wanted = max(limits.min_sites, ceil(limits.fraction * len(names)))
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    return tuple(sorted(ranked[:wanted]))
+
+
+def plan_round(setup: Setup, number: int, attempt: int, known: Known) -> Round:
+    """Round ``number``: per task the phase, the cohort, the seed and the adapter to start from."""
+    tasks = {name: _check(setup, task, _plan(setup, task, number, known), known.load) for name, task in setup.tasks.items()}
+    return Round(number, attempt, "planned", tasks)
+
+
+def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound:
+    past = [row.tasks[task.name] for row in known.history if row.number < number and task.name in row.tasks]
+    phase, seed = setup.scheme.phase(number, task.layout), derive(setup.seed, number, task.name)
+    able = {site.name: site.train[task.name] for site in holders(task.name, known.sites)}
+    names = cohort(list(able), setup.limits, seed)
+    return TaskRound(
+        task=task.name,
+        phase=phase.name,
+        roles=tuple(sorted(phase.roles & task.layout.roles)),
+        cohort=names,
+        seed=seed,
+        weight_cap=min(setup.limits.max_examples, max((able[name] for name in names), default=1)),
+        before=past[-1].current if past else known.load(task, "").digest,
+        state=past[-1].current_state if past else "",
+    )
+
+
+def _check(setup: Setup, task: TaskSetup, plan: TaskRound, load: Load) -> TaskRound:
+    """``plan``, or ``plan`` skipped when it cannot be carried out."""
+    if len(plan.cohort) < setup.limits.min_sites:
+        return skipped(plan, f"{len(plan.cohort)} site(s) hold it, cohort.min_sites = {setup.limits.min_sites}")
+    if not plan.roles:
+        return skipped(plan, f"phase {plan.phase!r} moves nothing of this method")
+    try:
+        check_start(load(task, plan.before), phase_of(plan))
+    except UpdateError as fault:
+        return skipped(plan, str(fault))
+    return plan
+
+
+def phase_of(plan: TaskRound) -> Phase:
+    """The scheme's phase that ``plan`` is for."""
+    return Phase(plan.phase, frozenset(plan.roles))
+
+
+def grid_of(plan: TaskRound, limits: Limits) -> Grid:
+    """The fixed-point grid of the round: wide enough for the whole cohort."""
+    return Grid(max(len(plan.cohort), 1), limits.reach)
+
+
+def skipped(plan: TaskRound, reason: str) -> TaskRound:
+    """``plan`` not carried out: the adapter stays as it is, bit for bit."""
+    return replace(plan, outcome="skipped", reason=reason)
+
+
+def changed_since(task: str, have: str, history: Sequence[Round], current: str) -> frozenset[str] | None:
+    """Roles that moved since the task's adapter was ``have``; None when ``have`` is no adapter of this federation's past."""
+    if have == current:
+        return frozenset()
+    roles: frozenset[str] = frozenset()
+    for past in reversed(history):
+        row = past.tasks.get(task)
+        if row is None or not row.after:
+            continue
+        roles |= frozenset(row.roles)
+        if row.before == have:
+            return roles
+    return None

@@ -1,0 +1,98 @@
+"""The messages of a round: one per site, all its tasks, and of each adapter only what the site does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedpeft.tensors import Tensors
+from fedpeft.wire import Envelope, flat
+from fedpeft.wire.v1.federation_pb2 import Centroid, RoundPlan, TaskPlan
+from fedpeft_coordinator.planning import Load, changed_since, grid_of
+from fedpeft_coordinator.setup import Setup, TaskSetup
+from fedpeft_coordinator.state import Round, Site, TaskRound
+
+Centroids = Mapping[str, tuple[float, ...]]
+
+
+@dataclass
+class Writer:
+    """Writes the requests of one exchange; each distinct array is packed once, however many sites get it."""
+
+    setup: Setup
+    run: str
+    history: Sequence[Round]
+    load: Load
+    centroids: Centroids = field(default_factory=dict)
+    _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
+
+    def train(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
+        """The request to train ``tasks`` of ``plan``; ``whole`` sends the adapters complete, whatever the site has."""
+        return self._request("train", plan, {name: plan.tasks[name].before for name in tasks}, {} if whole else site.have)
+
+    def evaluate(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
+        """The request to score ``tasks`` as they are after ``plan``."""
+        return self._request("evaluate", plan, {name: plan.tasks[name].current for name in tasks}, {} if whole else site.have)
+
+    def _request(self, kind: str, plan: Round, digests: Mapping[str, str], have: Mapping[str, str]) -> Envelope:
+        message = RoundPlan(federation=self.setup.name, run=self.run, round=plan.number)
+        arrays = {}
+        for name, digest in sorted(digests.items()):
+            task = self._task(kind, plan.tasks[name], digest)
+            arrays[name] = self._down(task, have.get(name, ""))
+            message.tasks.append(task)
+        return Envelope.of(kind, message, arrays)
+
+    def _task(self, kind: str, plan: TaskRound, digest: str) -> TaskPlan:
+        task, grid = self.setup.tasks[plan.task], grid_of(plan, self.setup.limits)
+        message = TaskPlan(
+            task=task.name,
+            task_json=task.task_json,
+            spec_json=task.spec_json,
+            scheme_json=self.setup.scheme_json,
+            phase=plan.phase,
+            roles=plan.roles,
+            adapter_digest=digest,
+            settings_json=task.settings_json,
+            seed=plan.seed if kind == "train" else task.seed,
+            weight_cap=plan.weight_cap,
+            grid_sites=grid.sites,
+            grid_reach=grid.reach,
+            cohort=len(plan.cohort),
+        )
+        if kind == "evaluate":
+            self._want_card(message)
+        return message
+
+    def _want_card(self, message: TaskPlan) -> None:
+        """Ask for embeddings until the task's centroid is known; then for the cosines to it."""
+        centroid = self.centroids.get(message.task)
+        message.want_embedding = centroid is None
+        if centroid is not None:
+            message.centroids.append(Centroid(task=message.task, values=centroid))
+
+    def _down(self, message: TaskPlan, have: str) -> bytes:
+        """Set what the array beside ``message`` patches, and return the array."""
+        task = self.setup.tasks[message.task]
+        roles = changed_since(task.name, have, self.history, message.adapter_digest) if have else None
+        if roles is None or roles >= task.layout.roles:
+            return self._pack(task, message.adapter_digest, ())
+        # A site that is up to date still gets its smallest role: if it lost its copy it then says so instead of failing.
+        patch = tuple(sorted(roles or {smallest(task)}))
+        message.previous_digest = have
+        message.down_roles.extend(patch)
+        return self._pack(task, message.adapter_digest, patch)
+
+    def _pack(self, task: TaskSetup, digest: str, roles: tuple[str, ...]) -> bytes:
+        key = (task.name, digest, roles)
+        if key not in self._packed:
+            whole = self.load(task, digest)
+            part: Tensors = whole.pick(roles) if roles else whole
+            self._packed[key] = flat.pack(part.layout.fingerprint, part.flat)
+        return self._packed[key]
+
+
+def smallest(task: TaskSetup) -> str:
+    """The role of ``task`` with the fewest values."""
+    spans = task.layout.role_spans
+    return min(sorted(spans), key=lambda role: spans[role].stop - spans[role].start)

@@ -1,0 +1,114 @@
+"""The roster: every site that ever said hello, what it holds, and whether rounds may count on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from fedpeft import __version__
+from fedpeft.errors import CohortError
+from fedpeft.wire.v1.federation_pb2 import Capabilities
+from fedpeft_coordinator.collecting import Report, line
+from fedpeft_coordinator.events import Events
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.setup import Setup
+from fedpeft_coordinator.state import Site
+from fedpeft_coordinator.transport import Transport
+
+POLL_SECONDS = 0.2
+
+
+class Roster:
+    """Sites by name. A site that is known but not connected is still counted on, until it lets a deadline pass.
+
+    So a site that is restarted while a round is planned takes part in that round as if nothing had happened.
+    """
+
+    def __init__(self, setup: Setup, journal: Journal, transport: Transport, events: Events) -> None:
+        self._setup, self._journal, self._transport, self._events = setup, journal, transport, events
+        self.sites: dict[str, Site] = journal.sites()
+        self.connected: set[str] = set()
+
+    def refresh(self) -> dict[str, Site]:
+        """Take in who is connected now."""
+        seen = {name: self._merge(self._judge(name, given)) for name, given in self._transport.sites().items()}
+        for name in seen.keys() - self.connected:
+            self._events("site", site=name, tasks=dict(seen[name].train), device=seen[name].device, refused=seen[name].refused)
+        self.connected = set(seen)
+        self._keep(seen.values())
+        return self.sites
+
+    def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
+        """Refresh until ``ready``. Raises `CohortError` after the cohort's deadline, saying ``what`` was missing."""
+        end = time.monotonic() + self._setup.limits.deadline
+        while True:
+            self.refresh()
+            if ready():
+                return
+            if time.monotonic() >= end:
+                raise CohortError(
+                    f"{what()} within {self._setup.limits.deadline:g} s (cohort.deadline); start more sites with "
+                    "`fedpeft client join SITE.toml` and run the same command again"
+                )
+            time.sleep(POLL_SECONDS)
+
+    @property
+    def present(self) -> list[Site]:
+        """Sites that are connected and may be asked."""
+        return [site for name, site in self.sites.items() if name in self.connected and site.usable]
+
+    def note(self, report: Report) -> None:
+        """Take in what an answer said about its site."""
+        site = self.sites.get(report.site)
+        if site is None:
+            return
+        loads = site.base_loads if report.base_loads is None else report.base_loads
+        changed = replace(site, have={**site.have, **report.have}, base_loads=loads, vanished=report.vanished)
+        if report.vanished:
+            self.connected.discard(site.name)
+        self._keep([changed])
+
+    def _keep(self, sites: Iterable[Site]) -> None:
+        changed = [site for site in sites if self.sites.get(site.name) != site]
+        if changed:
+            self._journal.save_sites(changed)
+            self.sites.update((site.name, site) for site in changed)
+
+    def _merge(self, said: Site) -> Site:
+        """What a site said in its hello, with what its answers said since, unless its worker was restarted in between."""
+        known = self.sites.get(said.name)
+        if known is None or known.instance != said.instance or not said.instance:
+            return said
+        return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads))
+
+    def _judge(self, name: str, given: Capabilities) -> Site:
+        tasks = self._setup.tasks.keys()
+        return Site(
+            name=name,
+            train={held.task: int(held.train_examples) for held in given.holdings if held.task in tasks},
+            test={held.task: int(held.test_examples) for held in given.holdings if held.task in tasks},
+            have={held.task: held.adapter_digest for held in given.holdings if held.task in tasks and held.adapter_digest},
+            instance=given.instance,
+            base_loads=int(given.base_loads),
+            device=line(given.device),
+            quantization=line(given.quantization),
+            refused=_refusal(given, self._setup.identity),
+        )
+
+
+def _refusal(given: Capabilities, identity: str) -> str:
+    """Why a site cannot take part, or an empty string."""
+    if given.version and minor(given.version) != minor(__version__):
+        return f"runs fedpeft {line(given.version)}, the coordinator {__version__}; install the same minor version on both sides"
+    if identity and given.base_identity and given.base_identity != identity:
+        return (
+            f"holds base {line(given.base_identity[:12])}, the federation trains on {identity[:12]}; "
+            "get the same weights and tokenizer there"
+        )
+    return ""
+
+
+def minor(version: str) -> list[str]:
+    """The first two numbers of a version."""
+    return version.split(".")[:2]

@@ -1,0 +1,283 @@
+"""The Round: a state machine whose every step is in the journal before the next begins.
+
+planned (cohort, seeds, phase, start) -> collecting -> combined (mean) -> committed (new adapter) -> published. Whatever
+kills the process, `Coordinator.run` goes on from the last step in the journal, and the final adapters are the same bits:
+plans are pure functions of journal and setup, sums are exact in any order, and each step replaces the one before.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedpeft.errors import CohortError, ConfigError, UpdateError
+from fedpeft.tensors import Tensors
+from fedpeft.update import Counters
+from fedpeft_coordinator import planning, scoring
+from fedpeft_coordinator.collecting import Tally, Updates
+from fedpeft_coordinator.events import Events
+from fedpeft_coordinator.exchange import Around, Asked, Drops, Exchange
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.planning import Known
+from fedpeft_coordinator.requests import Writer
+from fedpeft_coordinator.roster import Roster
+from fedpeft_coordinator.setup import Setup, TaskSetup
+from fedpeft_coordinator.state import Round, TaskRound
+from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.summary import summary, why
+from fedpeft_coordinator.transport import Transport
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is said about a version besides its tensors."""
+
+    round: int
+    federation: str
+    metrics: Mapping[str, float]
+    card: Mapping[str, Any] | None
+    parents: tuple[str, ...]
+
+
+class Publisher(Protocol):
+    """Where versions go; publishing the same tensors twice gives the same digest and no second copy."""
+
+    def __call__(self, task: TaskSetup, tensors: Tensors, release: Release) -> str:
+        """Publish and return the version's digest."""
+        ...
+
+
+@dataclass
+class Coordinator:
+    """Runs the rounds of ``setup``; all that it must remember is in ``journal`` and ``store``.
+
+    Raises:
+        ConfigError: the journal belongs to a federation that was set up differently.
+    """
+
+    setup: Setup
+    journal: Journal
+    store: Store
+    transport: Transport
+    events: Events = field(default_factory=Events)
+    publisher: Publisher | None = None
+
+    def __post_init__(self) -> None:
+        notes = self.journal.notes()
+        _same(notes.get("facts", self.setup.facts), self.setup.facts)
+        self.run_id = str(notes.get("run", uuid.uuid4().hex))
+        if "run" not in notes:
+            self.journal.note("run", self.run_id)
+            self.journal.note("facts", dict(self.setup.facts))
+        self.centroids: dict[str, tuple[float, ...]] = {name: tuple(values) for name, values in notes.get("centroids", {}).items()}
+        self.history = self.journal.rounds()
+        self.roster = Roster(self.setup, self.journal, self.transport, self.events)
+        self._around = Around(self.transport, self.roster, self.events)
+        self._cache: dict[str, Tensors] = {}
+
+    def run(self) -> list[Round]:
+        """Run until the last round is published; returns all rounds.
+
+        Raises:
+            CohortError: too few sites, even after the repeats that ``cohort.retries`` allows.
+            LinkError: sites cannot be reached at all.
+            StorageError: no space; nothing committed is lost.
+        """
+        while self.step():
+            pass
+        return self.history
+
+    def step(self) -> bool:
+        """Do one step and commit it; False when there is nothing left to do."""
+        last = self.history[-1] if self.history else None
+        if last is not None and last.step != "published":
+            self._save(self._actions[last.step](last))
+            return True
+        number = last.number + 1 if last else 1
+        if number > self.setup.rounds:
+            return False
+        self._save(self._plan(number, 0))
+        return True
+
+    def tensors(self, task: str, digest: str = "") -> Tensors:
+        """The tensors of ``task`` by digest; those of round 0 when it is empty."""
+        return self._load(self.setup.tasks[task], digest)
+
+    @property
+    def _actions(self) -> dict[str, Callable[[Round], Round]]:
+        return {"planned": self._open, "collecting": self._collect, "combined": self._commit, "committed": self._publish}
+
+    def _save(self, round_: Round) -> None:
+        self.journal.save(round_)
+        self.history = [past for past in self.history if past.number < round_.number] + [round_]
+        self.events("step", round=round_.number, attempt=round_.attempt, step=round_.step)
+
+    # planned ---------------------------------------------------------------------------------------------------------------
+
+    def _plan(self, number: int, attempt: int) -> Round:
+        if not self.history:
+            expected = self.setup.limits.wait_for_sites
+            self.roster.wait(
+                lambda: len(self.roster.present) >= expected, lambda: f"{len(self.roster.present)} of {expected} sites said hello"
+            )
+        plan = self._planned(number, attempt)
+        if not plan.asked:
+            self.roster.wait(lambda: bool(self._planned(number, attempt).asked), lambda: f"round {number}: {why(plan)}")
+            plan = self._planned(number, attempt)
+        self.events("plan", round=number, attempt=attempt, rounds=self.setup.rounds, tasks=summary(plan))
+        return plan
+
+    def _planned(self, number: int, attempt: int) -> Round:
+        return planning.plan_round(self.setup, number, attempt, Known(self.history, self.roster.refresh().values(), self._load))
+
+    def _open(self, plan: Round) -> Round:
+        return plan.at("collecting")
+
+    # collecting ------------------------------------------------------------------------------------------------------------
+
+    def _collect(self, plan: Round) -> Round:
+        self.roster.refresh()
+        updates, writer = Updates(plan, self.setup), self._writer(plan)
+        asked = _by_site({name: plan.tasks[name].cohort for name in plan.asked})
+        exchange = Exchange(
+            "train",
+            plan,
+            lambda site, tasks, whole: writer.train(plan, self.roster.sites[site], tasks, whole),
+            updates.accept,
+            self.setup.limits,
+        )
+        drops = exchange.run(asked, self._around)
+        done = plan.at("combined", **{name: self._combine(plan.tasks[name], updates, drops) for name in plan.asked})
+        self.events("combined", round=plan.number, attempt=plan.attempt, tasks=summary(done))
+        return done if done.updated else self._repeat(done)
+
+    def _combine(self, plan: TaskRound, updates: Updates, drops: Drops) -> TaskRound:
+        """The task's mean, or the task untouched when too few sites contributed."""
+        total, lost = updates.result(plan.task), drops.get(plan.task, {})
+        if total.count < self.setup.limits.min_sites:
+            few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
+            return replace(planning.skipped(plan, few), drops=lost)
+        mean = self.store.put_tensors(total.mean())
+        return replace(plan, outcome="updated", mean=mean, weight=total.weight, counters=dict(total.counters), drops=lost)
+
+    def _repeat(self, done: Round) -> Round:
+        """Plan the round again: no task moved. Raises `CohortError` when it was repeated often enough."""
+        if done.attempt >= self.setup.limits.retries:
+            raise CohortError(
+                f"round {done.number}: no task got enough answers in {done.attempt + 1} attempts ({why(done)}); "
+                "look at the sites' logs, then run the same command again: it goes on from this round"
+            )
+        return self._plan(done.number, done.attempt + 1)
+
+    # combined --------------------------------------------------------------------------------------------------------------
+
+    def _commit(self, done: Round) -> Round:
+        moved = {name: self._advance(done.tasks[name]) for name in done.updated}
+        return done.at("committed", **moved)
+
+    def _advance(self, row: TaskRound) -> TaskRound:
+        task = self.setup.tasks[row.task]
+        mean = self.store.tensors(row.mean, task.layout.subset(row.roles))
+        state = self.store.arrays(row.state) if row.state else {}
+        try:
+            after, kept = self.setup.scheme.advance(self._load(task, row.before), mean, planning.phase_of(row), self.setup.server, state)
+        except UpdateError as fault:
+            return planning.skipped(row, str(fault))
+        if not after.finite:
+            return planning.skipped(row, "the server optimizer's step is not finite; lower server.lr")
+        return replace(row, after=self.store.put_tensors(after), state_after=self.store.put_arrays(kept) if kept else "")
+
+    # committed -------------------------------------------------------------------------------------------------------------
+
+    def _publish(self, done: Round) -> Round:
+        last = done.number == self.setup.rounds
+        publish = self.publisher is not None and (last or _due(done.number, self.setup.publish_every))
+        if publish or _due(done.number, self.setup.evaluate_every):
+            counters = self._evaluate(done, cards=publish)
+            found = {
+                name: replace(row, scores=scoring.scores(self.setup.tasks[name], counters.get(name, {})))
+                for name, row in done.tasks.items()
+            }
+            done = done.at("committed", **found)
+            self.events("scores", round=done.number, tasks={name: dict(row.scores) for name, row in found.items()})
+            if publish:
+                done = done.at("committed", **{name: self._release(done, name, counters.get(name, {})) for name in done.tasks})
+        self.store.prune(_live(done))
+        self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
+        return done.at("published")
+
+    def _evaluate(self, done: Round, cards: bool) -> dict[str, Counters]:
+        """Counters of held-out rows, per task; asked a second time where a card is due whose centroid was not known yet."""
+        counters = self._score(done)
+        fresh = {name: found for name in counters if name not in self.centroids and (found := scoring.centroid(counters[name]))}
+        if fresh:
+            self.centroids |= fresh
+            self.journal.note("centroids", {name: list(values) for name, values in self.centroids.items()})
+        return self._score(done) if cards and fresh else counters
+
+    def _score(self, done: Round) -> dict[str, Counters]:
+        self.roster.refresh()
+        tally, writer = Tally(), self._writer(done)
+        able = {name: tuple(site.name for site in self.roster.present if site.test.get(name, 0) > 0) for name in done.tasks}
+        exchange = Exchange(
+            "evaluate",
+            done,
+            lambda site, tasks, whole: writer.evaluate(done, self.roster.sites[site], tasks, whole),
+            tally.accept,
+            self.setup.limits,
+        )
+        exchange.run(_by_site(able), self._around)
+        return tally.counters
+
+    def _release(self, done: Round, name: str, counters: Counters) -> TaskRound:
+        row, task = done.tasks[name], self.setup.tasks[name]
+        assert self.publisher is not None
+        earlier = [past.tasks[name].version for past in self.history if name in past.tasks and past.number < done.number]
+        parents = tuple(version for version in earlier if version)[-1:]
+        card = scoring.card(name, counters, self.centroids.get(name))
+        version = self.publisher(task, self._load(task, row.current), Release(done.number, self.setup.name, row.scores, card, parents))
+        self.events("published", round=done.number, task=name, version=version)
+        return replace(row, version=version)
+
+    # helpers ---------------------------------------------------------------------------------------------------------------
+
+    def _writer(self, plan: Round) -> Writer:
+        return Writer(self.setup, self.run_id, self.history, self._load, self.centroids)
+
+    def _load(self, task: TaskSetup, digest: str) -> Tensors:
+        """Tensors by digest, the latest few kept in memory; round 0 is made from the seed and kept in the store."""
+        if not digest:
+            made = task.initial()
+            digest = self.store.put_tensors(made)
+            self._cache[f"{task.name} {digest}"] = made
+        key = f"{task.name} {digest}"
+        if key not in self._cache:
+            self._cache[key] = self.store.tensors(digest, task.layout)
+        while len(self._cache) > 2 * len(self.setup.tasks):
+            del self._cache[next(iter(self._cache))]
+        return self._cache[key]
+
+
+def _same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a journal of another federation."""
+    changed = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"the state folder belongs to a federation with other settings ({', '.join(changed)}); set them back, "
+            "or start anew with another `state` folder"
+        )
+
+
+def _by_site(cohorts: Mapping[str, tuple[str, ...]]) -> Asked:
+    names = sorted({site for sites in cohorts.values() for site in sites})
+    return {site: tuple(task for task, sites in sorted(cohorts.items()) if site in sites) for site in names}
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _live(done: Round) -> set[str]:
+    return {digest for row in done.tasks.values() for digest in (row.before, row.after, row.state, row.state_after) if digest}

@@ -1,0 +1,104 @@
+"""What the journal remembers: a round with its tasks, and the sites; plain values with a JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Step = Literal["planned", "collecting", "combined", "committed", "published"]
+Outcome = Literal["open", "updated", "skipped"]
+
+
+@dataclass(frozen=True)
+class TaskRound:
+    """One task in one round: the plan (fixed before anything is sent) and, later, what became of it.
+
+    ``before``, ``state``, ``mean``, ``after`` and ``state_after`` are digests in the store; ``state`` and ``state_after`` belong
+    to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores`` and ``version`` come last.
+    """
+
+    task: str
+    phase: str
+    roles: tuple[str, ...]
+    cohort: tuple[str, ...]
+    seed: int
+    weight_cap: int
+    before: str
+    state: str
+    outcome: Outcome = "open"
+    reason: str = ""
+    mean: str = ""
+    weight: float = 0.0
+    counters: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    drops: Mapping[str, str] = field(default_factory=dict)
+    after: str = ""
+    state_after: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+
+    @property
+    def current(self) -> str:
+        """The global adapter once this round is over: untouched unless it was updated."""
+        return self.after or self.before
+
+    @property
+    def current_state(self) -> str:
+        """The server optimizer's state once this round is over."""
+        return self.state_after or self.state
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> TaskRound:
+        """Inverse of `dataclasses.asdict` after a trip through JSON."""
+        lists = {name: tuple(row[name]) for name in ("roles", "cohort")}
+        counters = {name: tuple(values) for name, values in row["counters"].items()}
+        return TaskRound(**{**row, **lists, "counters": counters})
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round and how far it came; ``attempt`` counts repeats after too few answers."""
+
+    number: int
+    attempt: int
+    step: Step
+    tasks: Mapping[str, TaskRound]
+
+    @property
+    def asked(self) -> list[str]:
+        """Tasks with a cohort to ask."""
+        return [name for name, task in self.tasks.items() if task.outcome != "skipped" and task.cohort]
+
+    @property
+    def updated(self) -> list[str]:
+        """Tasks whose global adapter moves."""
+        return [name for name, task in self.tasks.items() if task.outcome == "updated"]
+
+    def at(self, step: Step, **tasks: TaskRound) -> Round:
+        """This round one step on, with some tasks replaced."""
+        return replace(self, step=step, tasks={**self.tasks, **tasks})
+
+    def to_json(self) -> dict[str, Any]:
+        """The tasks' JSON form."""
+        return {name: asdict(task) for name, task in self.tasks.items()}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of a site: training and held-out examples and the adapter kept, per task; how it was last seen."""
+
+    name: str
+    train: Mapping[str, int] = field(default_factory=dict)
+    test: Mapping[str, int] = field(default_factory=dict)
+    have: Mapping[str, str] = field(default_factory=dict)
+    instance: str = ""
+    base_loads: int = 0
+    device: str = ""
+    quantization: str = ""
+    vanished: bool = False
+    refused: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether rounds may count on it."""
+        return not (self.vanished or self.refused)
