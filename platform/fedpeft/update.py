@@ -2,8 +2,9 @@
 
 A site's delta is multiplied by its weight and rounded to whole multiples of a grid step that the plan fixes for the
 round; what travels are 32-bit integers. Integer addition is exact, so the sum is the same bits in whatever order the
-updates arrive, it takes constant memory, and it is already the ring that secure aggregation masks. The rounding error
-of the mean is below one step, whatever the number of sites (the step halves as the cohort doubles, and errors average).
+updates arrive, it takes constant memory, and it is already the ring that secure aggregation masks. Each site rounds by
+at most half a step, so the mean is off by at most half a step over the mean weight, whatever the number of sites; the
+step itself doubles as the cohort doubles, because the sum has to stay within 32 bits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Counters = Mapping[str, tuple[float, ...]]
 
 COUNTER_STEP = 2.0**-20
 COUNTER_LIMIT = 2.0**32
+"""Largest counter of one site; sums are exact in float64, hence the same in any order, as long as they stay below 2^33."""
 WEIGHT_STEP = 2.0**-20
 BLOCK = 1 << 17
 """Values per block: checks and sums of one block stay in the second-level cache."""
@@ -58,7 +60,7 @@ class Update:
     """A weighted sum over ``count`` sites: integer ``codes`` on ``grid``, the sum of weights, and sums of counters.
 
     Laws (tested with hypothesis): ``+`` is associative and commutative bit for bit, `Update.zero` is its unit, and
-    ``mean`` of a sum differs from the float64 mean of the weighted deltas by less than one grid step per unit of weight.
+    ``mean`` differs from the float64 weighted mean of the deltas by at most ``count / weight`` half steps and one rounding to float32.
     """
 
     layout: Layout
