@@ -1,5 +1,6 @@
 """TOML to models: every fault at once, each with key, value and what is allowed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ class Data(Section):
 class Job(Section):
     name: str
     device: Literal["cpu", "cuda"] = "cpu"
-    data: dict[str, Data] = {}
+    data: Mapping[str, Data] = {}
     combine: plugin(KINDS, "combine") = Plain()  # type: ignore[valid-type]
 
 
@@ -130,5 +131,5 @@ def test_settings_of_the_real_tables_are_checked():
 
 def test_parse_takes_a_table_that_is_already_read():
     assert parse({"name": "n"}, Job, "here") == Job(name="n")
-    with pytest.raises(ConfigError, match="^here: name: is required"):
+    with pytest.raises(ConfigError, match=r"^here: name: is required"):
         parse({}, Job, "here")

@@ -23,11 +23,8 @@ COUNTERS = st.dictionaries(st.sampled_from(["loss", "count", "tp"]), st.tuples(s
 def cohorts(draw, least=1):
     grid = draw(GRIDS)
     size = draw(st.integers(least, min(grid.sites, 5)) if grid.sites >= least else st.just(grid.sites))
-    reach = min(grid.reach, 1e3)
-    deltas = [
-        Tensors(LAYOUT, draw(hnp.arrays(np.float32, LAYOUT.size, elements=st.floats(-1, 1, width=32))) * np.float32(reach * 0.99))
-        for _ in range(size)
-    ]
+    values = hnp.arrays(np.float32, LAYOUT.size, elements=st.floats(-1, 1, width=32))
+    deltas = [Tensors(LAYOUT, draw(values) * np.float32(grid.reach * 0.99)) for _ in range(size)]
     weights = draw(st.lists(st.floats(1e-3, 1.0), min_size=size, max_size=size))
     return grid, deltas, weights, [draw(COUNTERS) for _ in range(size)]
 

@@ -1,0 +1,45 @@
+"""Layouts of every method class, and random cohorts on them."""
+
+import numpy as np
+import pytest
+
+from fedpeft.tensors import Entry, Layout, Tensors
+
+OUT, INNER, RANK = 5, 6, 3
+FACTORS = [Entry("A", "q.lora_A.weight", (RANK, INNER)), Entry("B", "q.lora_B.weight", (OUT, RANK))]
+SECOND = [Entry("A", "v.lora_A.weight", (2, INNER)), Entry("B", "v.lora_B.weight", (OUT, 2))]
+HEAD = [Entry("head", "classifier.weight", (2, OUT)), Entry("bias", "classifier.bias", (2,))]
+
+
+@pytest.fixture(scope="session")
+def layouts():
+    """Layouts by method class."""
+    return {
+        "lora": Layout.of(FACTORS + SECOND + HEAD),
+        "dora": Layout.of([*FACTORS, Entry("M", "q.lora_magnitude_vector.weight", (OUT,)), *HEAD]),
+        "ia3": Layout.of([Entry("scale", "k.ia3_l", (1, INNER)), *HEAD]),
+        "bitfit": Layout.of([Entry("bias", "q.bias", (OUT,)), *HEAD[:1]]),
+        "prompt": Layout.of([Entry("prompt", "prompt_embeddings", (4, OUT))]),
+        "bottleneck": Layout.of([Entry("down", "down.weight", (2, OUT)), Entry("up", "up.weight", (OUT, 2))]),
+    }
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """``draw(layout, rng, scale)``: random tensors."""
+
+    def make(layout, rng, scale=1.0):
+        return Tensors(layout, (rng.standard_normal(layout.size) * scale).astype(np.float32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def product():
+    """``product(tensors, module)``: B A in float64."""
+
+    def multiply(tensors, module="q"):
+        named = tensors.named()
+        return named[f"{module}.lora_B.weight"].astype(np.float64) @ named[f"{module}.lora_A.weight"].astype(np.float64)
+
+    return multiply
