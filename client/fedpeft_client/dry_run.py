@@ -129,7 +129,7 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[AdapterSpec, Scheme, Tr
     try:
         task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
         method = config.build(METHODS, plain.method, "method")
-        scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")  # type: ignore[type-abstract]
+        scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")
         settings = TypeAdapter(TrainSettings).validate_python({**plain.training, **own})
     except ValidationError as faults:
         first = faults.errors()[0]

@@ -70,7 +70,7 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     try:
         task = config.build(TASKS, json.loads(plan.task_json), f"task {plan.task}")
         spec = AdapterSpec.from_json(json.loads(plan.spec_json))
-        scheme: Scheme = config.build(SCHEMES, json.loads(plan.scheme_json), "scheme")  # type: ignore[type-abstract]
+        scheme: Scheme = config.build(SCHEMES, json.loads(plan.scheme_json), "scheme")
         settings = TypeAdapter(TrainSettings).validate_python(json.loads(plan.settings_json))
     except ValidationError as faults:
         first = faults.errors()[0]
@@ -132,7 +132,7 @@ def answer_key(site: SiteConfig, kind: str, round_plan: RoundPlan, work: Work, d
     plan = TaskPlan()
     plan.CopyFrom(work.plan)
     for name in VOLATILE:
-        plan.ClearField(name)  # type: ignore[arg-type]
+        plan.ClearField(name)
     head = json.dumps([kind, site.name, round_plan.federation, round_plan.round, data_digest]).encode()
     return hashlib.sha256(head + b"\0" + plan.SerializeToString(deterministic=True)).hexdigest()
 

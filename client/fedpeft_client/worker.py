@@ -65,7 +65,7 @@ class Worker:
     site: SiteConfig
     progress: Callable[[str, int], None] = lambda _what, _step: None
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
-    _scores: dict[tuple[str, str], Counters] = field(default_factory=dict)
+    _scores: dict[tuple[str, str, int], Counters] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.site)
@@ -189,7 +189,7 @@ class Worker:
         return answers.of_counters(work.plan.task, counters, seconds, work.plan.adapter_digest)
 
     def _base_alone(self, work: Work) -> Counters:
-        key = (work.plan.task_json, work.spec.schema)
+        key = (work.plan.task_json, work.spec.schema, work.plan.seed)
         if key not in self._scores:
             self._scores[key] = rounds.score_base(work, self._bench)
         return self._scores[key]

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedpeft import config
-from fedpeft.adapters import initial, make_spec
+from fedpeft.adapters import AdapterSpec, initial, make_spec
 from fedpeft.bases import Base, BaseSpec, load_base
 from fedpeft.methods import METHODS
 from fedpeft.schemes import SCHEMES
@@ -24,7 +25,7 @@ from fedpeft.wire.v1.federation_pb2 import RoundPlan, RoundReply, TaskPlan, Task
 from fedpeft_client.config import SiteConfig, load_site
 from fedpeft_client.worker import Worker
 
-SETTINGS = TrainSettings(steps=3, batch_size=4, lr=1e-3, save_every=1)
+SETTINGS = TrainSettings(steps=2, batch_size=2, lr=1e-3, save_every=1)
 LABELS = ("animal", "tool")
 WORDS = {"animal": ("cat", "horse", "sparrow", "whale", "fox"), "tool": ("hammer", "saw", "drill", "pliers", "chisel")}
 FORMS = ("the {} is in the yard", "I saw a {} today", "a picture of a {}", "have you heard of the {}?", "my {} is old")
@@ -75,16 +76,18 @@ def make_worker(base: Base) -> Callable[[SiteConfig], Worker]:
     return make
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Plans:
     """What a coordinator sends: `of` builds one task's plan, `train` and `evaluate` the messages."""
 
     base: Base
 
+    @cache  # noqa: B019 - one instance for the whole session
     def start(self, task: str = "kinds", **method: Any) -> Tensors:
         return initial(self.base, self.spec(task, **method), seed=1).tensors
 
-    def spec(self, task: str = "kinds", **method: Any):
+    @cache  # noqa: B019 - one instance for the whole session
+    def spec(self, task: str = "kinds", **method: Any) -> AdapterSpec:
         built = config.build(METHODS, {"kind": "lora", "r": 4, **method}, "method")
         return make_spec(task, self.base, built, Classification(task, LABELS).head)
 
@@ -118,6 +121,6 @@ class Plans:
         return {result.task: result for result in reply.open(RoundReply).results}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plans(base: Base) -> Plans:
     return Plans(base)
