@@ -68,15 +68,24 @@ def check_quantized(spec: BaseSpec, model: nn.Module) -> None:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights at the first forward in eval mode, which it does on CPUs with AVX512-BF16.
+    """Make bitsandbytes' layers of ``model`` keep their weights as they were loaded, so that a site may evaluate and then train.
 
-    The packed form has no backward (gradients of earlier layers vanish without an error), is in bf16, and cannot be
-    undone exactly; so that a site that evaluated could never train again.
+    On CPUs with AVX512-BF16 a 4-bit layer repacks itself at its first forward in eval mode, into bf16 and without a
+    backward (gradients of earlier layers vanish with no error); that is forbidden. An 8-bit layer moves its scales from
+    the weight to its state at the first forward; peft's DoRA then puts a weight back that has codes and no scales,
+    whereupon the layer forgets them; a hook tells it to keep those it has.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "init_8bit_state"):
+            module.register_forward_pre_hook(_keep_scales)
+
+
+def _keep_scales(module: Any, inputs: Any) -> None:
+    if module.weight.CB is not None and module.weight.SCB is None and module.state.SCB is not None:
+        module.weight.CB = None
 
 
 def is_quantized(module: nn.Module) -> bool:

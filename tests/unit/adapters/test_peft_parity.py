@@ -1,0 +1,72 @@
+"""What we export, stock peft loads on a freshly loaded model, with the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedpeft.adapters import Adapter, attach, make_spec, save
+from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
+from fedpeft.methods.protocol import Method
+
+Warm = Callable[..., Base]
+Shaken = Callable[..., Adapter]
+LABELS = HeadSpec("classification", ("a", "b", "c"))
+LM = HeadSpec("lm")
+PLACES = [("encoder", LABELS), ("causal", LABELS), ("causal", LM)]
+Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# peft 0.21 asks transformers 5.23 by a name that transformers deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def parity(base: Base, folder: Path, adapter: Adapter, inputs: dict[str, Any], where: Path) -> Logits:
+    """(our logits, peft's, the bare model's) on ``inputs``."""
+    save(adapter, where)
+    with attach(base, adapter.spec) as live, torch.no_grad():
+        live.load(adapter.tensors)
+        ours = live.model.eval()(**inputs).logits
+    if adapter.spec.head.kind == "lm":
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        fresh = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(adapter.spec.head.labels), dtype=torch.float32)
+        fresh.config.pad_token_id = base.tokenizer.pad_token_id
+    with torch.no_grad():
+        bare = fresh.eval()(**inputs).logits
+        theirs = PeftModel.from_pretrained(fresh, where).eval()(**inputs).logits
+    return ours, theirs, bare
+
+
+def skip_own(method: Method, adapter: Adapter) -> None:
+    kind = method.peft_config("m", adapter.spec.head, adapter.spec.layout)["peft_type"]
+    if kind.startswith("FEDPEFT"):
+        pytest.skip(f"peft has no {kind}")
+
+
+@pytest.mark.parametrize(("name", "head"), PLACES, ids=["encoder", "causal-classes", "causal-lm"])
+def test_same_logits_in_stock_peft(
+    warm: Warm, folders: dict[str, Path], method: Method, shaken: Shaken, inputs: dict[str, Any], tmp_path: Path, name: str, head: HeadSpec
+) -> None:
+    adapter = shaken(make_spec("t", warm(name), method, head))
+    skip_own(method, adapter)
+    ours, theirs, bare = parity(warm(name), folders[name], adapter, inputs, tmp_path / "a")
+    real = inputs["attention_mask"].bool() if head.kind == "lm" else slice(None)
+    torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
+    if ours.shape == bare.shape:
+        assert (ours - bare).abs().max() > 1e-3
+
+
+def test_minilm(method: Method, shaken: Shaken, tmp_path: Path) -> None:
+    from fedpeft.bases import resolve_model
+
+    base = load_base(BaseSpec("minilm"), "cpu")
+    adapter = shaken(make_spec("t", base, method, LABELS))
+    skip_own(method, adapter)
+    inputs = base.tokenizer(["open a file", "sort the items of a list by a key"], padding=True, return_tensors="pt")
+    ours, theirs, _ = parity(base, resolve_model("minilm"), adapter, dict(inputs), tmp_path / "a")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
