@@ -55,6 +55,7 @@ class Exchange:
         for site, tasks in self._pass(lacking, True, end, drops, around).items():
             for task in tasks:
                 drops[task][site] = "failed: asks for the whole adapter again although it was sent"
+        around.roster.flush()
         return {task: dict(sorted(sites.items())) for task, sites in drops.items()}
 
     def _pass(self, asked: Asked, whole: bool, end: float, drops: Drops, around: Around) -> Asked:

@@ -29,6 +29,7 @@ class Roster:
         self._setup, self._journal, self._transport, self._events = setup, journal, transport, events
         self.sites: dict[str, Site] = journal.sites()
         self.connected: set[str] = set()
+        self._changed: set[str] = set()
 
     def refresh(self) -> dict[str, Site]:
         """Take in who is connected now."""
@@ -37,6 +38,7 @@ class Roster:
             self._events("site", site=name, tasks=dict(seen[name].train), device=seen[name].device, refused=seen[name].refused)
         self.connected = set(seen)
         self._keep(seen.values())
+        self.flush()
         return self.sites
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
@@ -59,7 +61,7 @@ class Roster:
         return [site for name, site in self.sites.items() if name in self.connected and site.usable]
 
     def note(self, report: Report) -> None:
-        """Take in what an answer said about its site."""
+        """Take in what an answer said about its site; `flush` brings it to the journal."""
         site = self.sites.get(report.site)
         if site is None:
             return
@@ -70,10 +72,16 @@ class Roster:
         self._keep([changed])
 
     def _keep(self, sites: Iterable[Site]) -> None:
-        changed = [site for site in sites if self.sites.get(site.name) != site]
-        if changed:
-            self._journal.save_sites(changed)
-            self.sites.update((site.name, site) for site in changed)
+        for site in sites:
+            if self.sites.get(site.name) != site:
+                self.sites[site.name] = site
+                self._changed.add(site.name)
+
+    def flush(self) -> None:
+        """Write what changed to the journal."""
+        if self._changed:
+            self._journal.save_sites(self.sites[name] for name in sorted(self._changed))
+            self._changed.clear()
 
     def _merge(self, said: Site) -> Site:
         """What a site said in its hello, with what its answers said since, unless its worker was restarted in between."""

@@ -1,0 +1,193 @@
+"""A federation without models: pure numpy sites that answer real plans, for the in-memory transport. Also a process to kill."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS
+from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.update import Grid, Update
+from fedpeft.wire import Envelope, flat
+from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
+from fedpeft_coordinator.events import Events
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.rounds import Coordinator
+from fedpeft_coordinator.setup import Limits, Setup, TaskSetup
+from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.transport_memory import MemoryTransport
+
+LAYOUT = Layout.of([Entry("A", "x.lora_A", (2, 5)), Entry("B", "x.lora_B", (5, 2)), Entry("head", "classifier.weight", (3, 4))])
+TASKS = ("area", "kind", "thing")
+HOLDINGS = {"north": {"area": 40, "kind": 10}, "south": {"area": 25}, "west": {"kind": 30, "area": 7}}
+
+
+def start(task: str) -> Tensors:
+    """Round 0 as LoRA has it: A random, B zero."""
+    rng = np.random.default_rng(sum(map(ord, task)))
+    values = Tensors(LAYOUT, rng.normal(size=LAYOUT.size).astype(np.float32))
+    return values.patch(Tensors.zeros(LAYOUT.subset({"B"})))
+
+
+def goal(site: str, task: str) -> np.ndarray:
+    return np.random.default_rng(sum(map(ord, site + task))).normal(size=LAYOUT.size).astype(np.float32)
+
+
+@dataclass
+class Site:
+    """Moves a quarter of the way to its own goal; keeps adapters by digest as a real site does."""
+
+    name: str
+    holds: dict[str, int]
+    kept: dict[str, Tensors] = field(default_factory=dict)
+    have: dict[str, str] = field(default_factory=dict)
+    asked: list[Envelope] = field(default_factory=list)
+    twist: Callable[[TaskResult, dict[str, bytes]], None] = lambda _result, _arrays: None
+    identity: str = ""
+
+    def __call__(self, envelope: Envelope) -> Envelope:
+        if envelope.kind == "hello":
+            tasks = envelope.open(Hello).tasks or list(self.holds)
+            held = [
+                Holding(task=t, train_examples=n, test_examples=n, adapter_digest=self.have.get(t, ""))
+                for t, n in self.holds.items()
+                if t in tasks
+            ]
+            return Envelope.of("reply", Capabilities(site=self.name, holdings=held, base_identity=self.identity, base_loads=1))
+        self.asked.append(envelope)
+        plan, arrays = envelope.open(RoundPlan), {}
+        reply = RoundReply(site=self.name, run=plan.run, round=plan.round, base_loads=1)
+        for task in plan.tasks:
+            result = self._answer(envelope, plan, task, arrays)
+            self.twist(result, arrays)
+            reply.results.append(result)
+        return Envelope.of("reply", reply, arrays)
+
+    def _answer(self, envelope: Envelope, plan: RoundPlan, task: TaskPlan, arrays: dict[str, bytes]) -> TaskResult:
+        begin = self._begin(envelope, task)
+        if begin is None:
+            return TaskResult(task=task.task, status=TaskResult.STATUS_MISSING_VERSION, reason="not here")
+        if envelope.kind == "evaluate":
+            result = TaskResult(task=task.task, status=TaskResult.STATUS_OK, adapter_digest=task.adapter_digest)
+            for name, values in self._scores(begin, task).items():
+                result.counters[name].values.extend(values)
+            return result
+        scheme = SCHEMES[json.loads(task.scheme_json)["kind"]]()
+        phase = scheme.phase(plan.round, LAYOUT)
+        after = Tensors(LAYOUT, begin.flat + 0.25 * (goal(self.name, task.task) - begin.flat) + np.float32(task.seed % 7) / 1000)
+        weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
+        update = Update.encode(
+            scheme.contribution(begin, after, phase), weight, {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach)
+        )
+        arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes)
+        result = TaskResult(
+            task=task.task,
+            status=TaskResult.STATUS_OK,
+            weight=update.weight,
+            layout_fingerprint=update.layout.fingerprint,
+            adapter_digest=task.adapter_digest,
+        )
+        for name, values in update.counters.items():
+            result.counters[name].values.extend(values)
+        return result
+
+    def _scores(self, begin: Tensors, task: TaskPlan) -> dict[str, tuple[float, ...]]:
+        found = {
+            "adapter.correct": (float(round(begin.norm())),),
+            "adapter.count": (100.0,),
+            "base.correct": (1.0,),
+            "base.count": (100.0,),
+        }
+        if task.want_embedding:
+            found |= {"embedding.sum": (3.0, 4.0), "embedding.count": (5.0,)}
+        return found | {f"cosine.{c.task}": tuple(float(i) for i in range(64)) for c in task.centroids}
+
+    def _begin(self, envelope: Envelope, task: TaskPlan) -> Tensors | None:
+        if task.adapter_digest not in self.kept:
+            layout = LAYOUT.subset(task.down_roles) if task.down_roles else LAYOUT
+            part = Tensors(layout, envelope.array(task.task, layout.fingerprint).astype(np.float32))
+            if task.previous_digest and task.previous_digest not in self.kept:
+                return None
+            whole = self.kept[task.previous_digest].patch(part) if task.previous_digest else part
+            assert whole.digest == task.adapter_digest
+            self.kept[whole.digest] = whole
+        self.have[task.task] = task.adapter_digest
+        return self.kept[task.adapter_digest]
+
+
+def setup(rounds: int = 4, scheme: str = "alternating", server: str = "adam", tasks: tuple[str, ...] = TASKS, **extra: object) -> Setup:
+    limits = Limits(deadline=2.0, retries=2, **extra)  # type: ignore[arg-type]
+    made = {name: task_setup(name) for name in tasks}
+    return Setup(
+        name="fake",
+        seed=7,
+        rounds=rounds,
+        tasks=made,
+        scheme=SCHEMES[scheme](),
+        scheme_json=json.dumps({"kind": scheme}),
+        server=SERVER_OPTIMIZERS[server](),
+        limits=limits,
+        evaluate_every=2,
+        facts={"seed": 7, "scheme": scheme},
+    )
+
+
+def task_setup(name: str) -> TaskSetup:
+    return TaskSetup(
+        name, LAYOUT, json.dumps({"kind": "classification", "name": name}), "{}", "{}", lambda: start(name), 11,
+        lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]},
+    )  # fmt: skip
+
+
+def sites(holdings: dict[str, dict[str, int]] | None = None) -> dict[str, Site]:
+    return {name: Site(name, dict(holds)) for name, holds in (holdings or HOLDINGS).items()}
+
+
+@dataclass
+class Federation:
+    """A coordinator over in-memory sites, that can be opened again on the same folder."""
+
+    folder: Path
+    setup: Setup
+    sites: dict[str, Site]
+    events: list[dict[str, object]] = field(default_factory=list)
+    published: list[tuple[str, str, object]] = field(default_factory=list)
+    url: str = ""
+
+    def open(self, **transport: object) -> Coordinator:
+        network = MemoryTransport(dict(self.sites), Hello(tasks=list(self.setup.tasks)), **transport)  # type: ignore[arg-type]
+        journal = Journal(self.url or f"sqlite:///{self.folder / 'journal.sqlite'}")
+        return Coordinator(self.setup, journal, Store(self.folder / "blobs"), network, Events(None, [self.events.append]), self._publish)
+
+    def _publish(self, task: TaskSetup, tensors: Tensors, release: object) -> str:
+        self.published.append((task.name, tensors.digest, release))
+        return f"sha256:{tensors.digest}"
+
+    def final(self) -> dict[str, str]:
+        last = Journal(f"sqlite:///{self.folder / 'journal.sqlite'}").last()
+        assert last is not None
+        return {name: row.current for name, row in last.tasks.items()}
+
+    def named(self, event: str) -> list[dict[str, object]]:
+        return [row for row in self.events if row["event"] == event]
+
+
+def slow(site: Site, seconds: float) -> Site:
+    def wait(_result: TaskResult, _arrays: dict[str, bytes]) -> None:
+        time.sleep(seconds)
+
+    return replace(site, twist=wait)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    pause = float(sys.argv[2])
+    federation = Federation(folder, setup(rounds=6), {name: slow(site, pause) for name, site in sites().items()})
+    federation.open().run()
+    print(json.dumps(federation.final()))

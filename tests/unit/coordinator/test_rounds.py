@@ -1,0 +1,332 @@
+"""The state machine: any crash point gives the same bits, order is irrelevant, every drop-out has a name."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedpeft.errors import CohortError, ConfigError
+from fedpeft.tensors import Tensors
+from fedpeft.wire import Envelope, flat
+from fedpeft.wire.v1.federation_pb2 import TaskResult
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.transport import Failure
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    federation = fake.Federation(tmp_path_factory.mktemp("undisturbed"), fake.setup(), fake.sites())
+    federation.open().run()
+    return federation.final()
+
+
+def test_runs_to_the_end_and_publishes_once(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    rounds = federation.open().run()
+    assert [row.number for row in rounds] == [1, 2, 3, 4]
+    assert all(row.step == "published" for row in rounds)
+    assert [task for task, _, _ in federation.published] == ["area", "kind", "thing"]
+    release = federation.published[0][2]
+    assert release.metrics["base.accuracy"] == 0.01
+    assert release.card["centroid"] == pytest.approx([0.6, 0.8])
+    assert release.card["count"] == 3 * sum(range(64))
+    assert -1 < release.card["threshold"] < 1
+
+
+def test_a_task_that_nobody_holds_is_untouched(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    last = federation.open().run()[-1]
+    assert last.tasks["thing"].current == fake.start("thing").digest
+    assert last.tasks["thing"].outcome == "skipped"
+    assert "0 site(s) hold it" in last.tasks["thing"].reason
+    assert last.tasks["area"].current != fake.start("area").digest
+
+
+def test_the_mean_is_the_weighted_mean(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=1, scheme="fedavg", server="sgd"), fake.sites())
+    coordinator = federation.open()
+    row = coordinator.run()[0].tasks["area"]
+    begin = fake.start("area").flat.astype(np.float64)
+    weights = {name: holds["area"] for name, holds in fake.HOLDINGS.items()}
+    deltas = {name: 0.25 * (fake.goal(name, "area") - begin) + (row.seed % 7) / 1000 for name in weights}
+    oracle = begin + sum(weights[name] * deltas[name] for name in weights) / sum(weights.values())
+    np.testing.assert_allclose(coordinator.tensors("area", row.current).flat, oracle, atol=1e-6)
+    assert row.counters["train.loss"] == (7.5, 6.0)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.randoms(use_true_random=False))
+def test_order_of_arrival_is_irrelevant(fake: ModuleType, undisturbed: dict[str, str], tmp_path_factory, order) -> None:  # type: ignore[no-untyped-def]
+    federation = fake.Federation(tmp_path_factory.mktemp("order"), fake.setup(), fake.sites())
+    federation.open(order=lambda names: order.sample(names, len(names))).run()
+    assert federation.final() == undisturbed
+
+
+class Crash(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the commit", "after the commit"])
+@pytest.mark.parametrize("point", range(1, 21))
+def test_any_crash_point_gives_the_same_bits(
+    fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path, point: int, before: bool
+) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    coordinator = federation.open()
+    save, seen = coordinator.journal.save, 0
+
+    def crash(step: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == point and before:
+            raise Crash
+        save(step)
+        if seen == point:
+            raise Crash
+
+    coordinator.journal.save = crash
+    with pytest.raises(Crash):
+        coordinator.run()
+    federation.open().run()
+    assert federation.final() == undisturbed
+
+
+def test_crash_while_collecting(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    for count in (1, 3, 4, 8):
+        federation = fake.Federation(tmp_path / str(count), fake.setup(), fake.sites())
+        asked = 0
+
+        def fault(_site: str, request: Envelope) -> Failure | None:
+            nonlocal asked
+            asked += request.kind == "train"
+            if asked == count:  # noqa: B023 - used within the iteration
+                raise Crash
+            return None
+
+        with pytest.raises(Crash):
+            federation.open(fault=fault).run()
+        federation.open().run()
+        assert federation.final() == undisturbed
+
+
+@pytest.fixture(scope="module")
+def whole(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _process(fake, tmp_path_factory.mktemp("whole"))
+
+
+def _process(fake: ModuleType, folder: Path) -> str:
+    command = [sys.executable, str(fake.__file__), str(folder), "0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 1.0])
+def test_kill_minus_nine_of_a_real_process(fake: ModuleType, whole: str, tmp_path: Path, seconds: float) -> None:
+    script = str(fake.__file__)
+    killed = subprocess.Popen([sys.executable, script, str(tmp_path / "cut"), "0.03"], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (tmp_path / "cut" / "journal.sqlite").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert _process(fake, tmp_path / "cut") == whole
+
+
+def _wrong_layout(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+    result.layout_fingerprint = "00" * 32
+
+
+def _cut(result: TaskResult, arrays: dict[str, bytes]) -> None:
+    arrays[result.task] = arrays[result.task][:-4]
+
+
+def _beyond(result: TaskResult, arrays: dict[str, bytes]) -> None:
+    values = flat.unpack(arrays[result.task])[1].copy()
+    values[3] = 2**31 - 1
+    arrays[result.task] = flat.pack(result.layout_fingerprint, values)
+
+
+def _float(result: TaskResult, arrays: dict[str, bytes]) -> None:
+    values = flat.unpack(arrays[result.task])[1].astype(np.float32)
+    arrays[result.task] = flat.pack(result.layout_fingerprint, values * np.float32("nan"))
+
+
+def _heavy(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+    result.weight = 1000.0
+
+
+def _nan_counter(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+    result.counters["train.loss"].values[0] = float("nan")
+
+
+def _absent(result: TaskResult, arrays: dict[str, bytes]) -> None:
+    del arrays[result.task]
+
+
+def _refuse(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+    result.status, result.reason = TaskResult.STATUS_REFUSED, "max_rank: 8 > 4\n\x1b[31m"
+
+
+def _fail(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+    result.status, result.reason = TaskResult.STATUS_FAILED, "out of memory"
+
+
+LIES = {
+    "layout is": _wrong_layout,
+    "bytes follow": _cut,
+    "at most": _beyond,
+    "values are <f4|values are float32": _float,
+    "weight 1000": _heavy,
+    "not finite": _nan_counter,
+    "no array": _absent,
+    "refused: max_rank: 8 > 4 \\?\\[31m": _refuse,
+    "failed: out of memory": _fail,
+}
+
+
+@pytest.mark.parametrize("reason", LIES)
+def test_a_lie_is_a_named_drop_out(fake: ModuleType, tmp_path: Path, reason: str) -> None:
+    import re
+
+    honest = fake.Federation(tmp_path / "honest", fake.setup(rounds=1), {n: s for n, s in fake.sites().items() if n != "west"})
+    honest.setup = fake.setup(rounds=1)
+    federation = fake.Federation(tmp_path / "lie", fake.setup(rounds=1), fake.sites())
+    federation.sites["west"].twist = lambda result, arrays: LIES[reason](result, arrays) if result.weight else None
+    row = federation.open().run()[0].tasks["area"]
+    assert row.outcome == "updated"
+    assert list(row.drops) == ["west"]
+    assert re.search(reason, row.drops["west"])
+    assert row.counters["train.loss"] == (5.0, 4.0)
+
+
+def test_a_site_that_vanishes_is_named_and_not_asked_again_until_it_returns(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    gone = False
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        nonlocal gone
+        gone = gone or (site == "west" and request.kind == "train")
+        return Failure("no answer within 2 s", vanished=True) if gone and site == "west" else None
+
+    rounds = federation.open(fault=fault).run()
+    assert rounds[0].tasks["area"].drops == {"west": "no answer within 2 s"}
+    assert rounds[1].tasks["area"].cohort == ("north", "south")
+
+
+def test_below_quorum_is_untouched_and_repeated_then_refused(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(min_sites=3), fake.sites())
+    broken = federation.sites["west"]
+    broken.twist = _fail
+    with pytest.raises(CohortError, match=r"2 of 3 site\(s\) contributed, cohort\.min_sites = 3"):
+        federation.open().run()
+    assert len([row for row in federation.named("combined")]) == 3
+    broken.twist = lambda _result, _arrays: None
+    last = federation.open().run()[-1]
+    assert last.tasks["kind"].current == fake.start("kind").digest
+    assert last.tasks["area"].outcome == "updated"
+
+
+def test_a_skipped_first_round_does_not_waste_the_second(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=3), fake.sites())
+    federation.sites["west"].twist = federation.sites["north"].twist = lambda r, a: _fail(r, a) if r.task == "kind" else None
+    coordinator = federation.open()
+    while not (coordinator.history and coordinator.history[-1].step == "published"):
+        coordinator.step()
+    federation.sites["west"].twist = federation.sites["north"].twist = lambda _r, _a: None
+    rounds = coordinator.run()
+    assert [row.tasks["kind"].outcome for row in rounds] == ["skipped", "skipped", "updated"]
+    assert "B is all zero" in rounds[1].tasks["kind"].reason
+
+
+def test_only_what_changed_travels_down(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=3), fake.sites({"south": {"area": 25}}))
+    federation.setup = replace(fake.setup(rounds=3, tasks=("area",)), evaluate_every=0)
+    federation.open().run()
+    sent = [e for e in federation.sites["south"].asked if e.kind == "train"]
+    sizes = [flat.unpack(e.arrays["area"])[1].size for e in sent]
+    full, a, b, head = fake.LAYOUT.size, 10, 10, 12
+    assert sizes == [full, b + head, a + head]
+
+
+def test_a_site_that_lost_its_copy_is_sent_the_whole(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    coordinator = federation.open()
+    while len(coordinator.history) < 3:
+        coordinator.step()
+    federation.sites["north"].kept.clear()
+    coordinator.run()
+    assert federation.final() == undisturbed
+
+
+def test_another_federation_on_the_same_state_is_refused(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=1), fake.sites())
+    federation.open().run()
+    federation.setup = fake.setup(rounds=1, scheme="fedavg")
+    with pytest.raises(ConfigError, match=r"other settings \(scheme\)"):
+        federation.open()
+
+
+def test_more_rounds_go_on_where_it_ended(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=2), fake.sites())
+    federation.open().run()
+    federation.setup = fake.setup(rounds=4)
+    federation.open().run()
+    assert federation.final() == undisturbed
+
+
+def test_a_fraction_of_the_sites_is_drawn_from_the_seed(fake: ModuleType, tmp_path: Path) -> None:
+    many = {f"s{i}": {"area": 5} for i in range(10)}
+    drawn = []
+    for name in ("one", "two"):
+        federation = fake.Federation(tmp_path / name, fake.setup(rounds=4, fraction=0.3), fake.sites(many))
+        drawn.append([row.tasks["area"].cohort for row in federation.open().run()])
+    assert drawn[0] == drawn[1]
+    assert {len(cohort) for cohort in drawn[0]} == {3}
+    assert len(set(drawn[0])) > 1
+
+
+def test_a_wrong_base_is_refused_by_name(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, replace(fake.setup(rounds=1), identity="a" * 64), fake.sites())
+    federation.sites["west"].identity = "b" * 64
+    coordinator = federation.open()
+    row = coordinator.run()[0].tasks["area"]
+    assert row.cohort == ("north", "south")
+    assert "holds base bbbbbbbbbbbb" in coordinator.roster.sites["west"].refused
+
+
+def test_nobody_comes(fake: ModuleType, tmp_path: Path) -> None:
+    base = fake.setup(wait_for_sites=5)
+    federation = fake.Federation(tmp_path, replace(base, limits=replace(base.limits, deadline=0.3)), fake.sites())
+    with pytest.raises(CohortError, match=r"3 of 5 sites said hello within 0\.3 s"):
+        federation.open().run()
+
+
+def test_old_blobs_are_pruned_and_torn_ones_noticed(fake: ModuleType, tmp_path: Path) -> None:
+    from fedpeft.errors import StorageError
+
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    coordinator = federation.open()
+    coordinator.run()
+    assert len(list((tmp_path / "blobs").iterdir())) <= 4 * len(fake.TASKS)
+    digest = federation.final()["area"]
+    path = tmp_path / "blobs" / f"{digest}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(StorageError, match="torn"):
+        coordinator.store.tensors(digest, fake.LAYOUT)
+
+
+def test_journal_gives_back_what_it_took(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    rounds = federation.open().run()
+    assert Journal(f"sqlite:///{tmp_path / 'journal.sqlite'}").rounds() == rounds
+    assert isinstance(federation.open().tensors("area"), Tensors)
