@@ -14,6 +14,7 @@ from fedpeft.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 class Section(BaseModel):
@@ -77,19 +78,26 @@ def build(table: Mapping[str, type[T]], value: Any, noun: str) -> T:
     if unknown:
         raise ValueError(f"{value['kind']}: unknown keys {unknown}; known keys are {known}")
     try:
-        return TypeAdapter(chosen).validate_python(settings)
+        return _adapter(chosen).validate_python(settings)  # type: ignore[no-any-return]
     except ValidationError as faults:
         raise ValueError("; ".join(f"{value['kind']}.{_key(f['loc'])}: {f['msg']} (got {f['input']!r})" for f in faults.errors())) from None
 
 
 def describe(plugin: Any) -> dict[str, Any]:
     """The table that `build` turns back into ``plugin``: its kind and its settings, JSON-ready."""
-    return {"kind": type(plugin).kind, **TypeAdapter(type(plugin)).dump_python(plugin, mode="json")}
+    return {"kind": type(plugin).kind, **_adapter(type(plugin)).dump_python(plugin, mode="json")}
 
 
 def plugin(table: Mapping[str, type[Any]], noun: str) -> Any:
     """A pydantic field type that `build` fills from ``table``."""
     return Annotated[Any, BeforeValidator(lambda value: build(table, value, noun))]
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Compiling a dataclass's schema costs milliseconds, and plans are described and built in every round."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _override(table: dict[str, Any], key: str, text: str) -> None:
