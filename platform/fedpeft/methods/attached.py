@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ MARK = "_fedpeft_attached"
 
 @dataclass
 class Attached:
-    """What was put on a shell: the method's kind, the head's parameters, and the hooks to remove."""
+    """What was put on a shell: the method's kind, the head's and its own parameters by name, and how to undo it."""
 
     kind: str
     head: dict[str, nn.Parameter]
+    own: dict[str, nn.Parameter] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
 
 def begin(model: nn.Module, kind: str, head: HeadSpec) -> Attached:
@@ -54,9 +57,12 @@ def attached_to(model: nn.Module) -> Attached:
 
 
 def end(model: nn.Module) -> None:
-    """Remove hooks and mark."""
-    for handle in attached_to(model).handles:
+    """Remove hooks, undo changes, remove the mark."""
+    attached = attached_to(model)
+    for handle in attached.handles:
         handle.remove()
+    for undo in reversed(attached.undo):
+        undo()
     object.__delattr__(model, MARK)
 
 
@@ -94,14 +100,18 @@ def inject(model: nn.Module, config: Any, attached: Attached) -> None:
 
 def eject(model: nn.Module) -> None:
     """Put the layers that peft wrapped back in their places."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in wrapped:
+    for name, layer in wrapped(model).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def wrapped(model: nn.Module) -> dict[str, Any]:
+    """Module name -> layer that peft put around a module of the base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def injected(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -63,7 +63,8 @@ class Lora:
         from peft import LoraConfig
         from transformers.pytorch_utils import Conv1D
 
-        from fedpeft.methods.attached import begin, inject
+        from fedpeft.methods.attached import begin, inject, wrapped
+        from fedpeft.methods.fused import fuse
         from fedpeft.methods.targets import resolve
 
         names = resolve(model, self.targets)
@@ -76,6 +77,9 @@ class Lora:
             fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
         )
         inject(model, config, begin(model, self.kind, head))
+        if not self.dora:
+            for layer in wrapped(model).values():
+                fuse(layer, self.dropout)
         return model
 
     def entries(self, model: nn.Module) -> Entries:

@@ -7,7 +7,7 @@ class says attention is of the role ``attention``, any other of the role ``mlp``
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from fedpeft.errors import AdapterError
 
 ROLES = ("attention", "mlp", "all")
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION_CLASS = re.compile(r"(attention|attn)$", re.IGNORECASE)
+KEY_VALUE = re.compile(r"(^|_)(k|v|kv|key|value)(_|$)|^w[kv]$", re.IGNORECASE)
 PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
 
 
@@ -58,9 +60,34 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [name for name in roles if name in chosen]
 
 
-def blocks(names: Collection[str]) -> Iterator[str]:
-    """The numbered blocks that hold ``names``, each once, in order: ``bert.encoder.layer.0`` and so on."""
-    return iter(dict.fromkeys(match.group(0) for name in names if (match := re.match(r".*?\.\d+(?=\.)", name))))
+def writers(model: nn.Module, role: str) -> list[str]:
+    """The last linear layer of every attention, or of every MLP: the one that writes back to the hidden state."""
+    return [names[-1] for names in _groups(model, role)]
+
+
+def keys_and_values(model: nn.Module) -> list[str]:
+    """Key and value projections of every attention; where they are fused with the query, the fused layer."""
+    found = []
+    for names in _groups(model, "attention"):
+        named = [name for name in names if KEY_VALUE.search(name.rpartition(".")[2])]
+        found += named or names[:-1]
+    return found
+
+
+def _groups(model: nn.Module, role: str) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, found in linear_roles(model).items():
+        if found == role:
+            groups.setdefault(_owner(name, role), []).append(name)
+    return list(groups.values())
+
+
+def _owner(name: str, role: str) -> str:
+    """The innermost numbered parent, and within it the outermost part that says attention."""
+    parents = name.split(".")[:-1]
+    end = max((i for i, part in enumerate(parents) if part.isdigit()), default=-1) + 1
+    attention = (i + 1 for i in range(end, len(parents)) if role == "attention" and ATTENTION.search(parents[i]))
+    return ".".join(parents[: next(attention, end)])
 
 
 def _in_block(name: str) -> bool:
@@ -70,9 +97,9 @@ def _in_block(name: str) -> bool:
 def _role(name: str, inside: dict[str, nn.Module]) -> str:
     parts = name.split(".")
     first = next(i for i, part in enumerate(parts) if part.isdigit()) + 1
-    parents = (".".join(parts[:end]) for end in range(first + 1, len(parts)))
+    parents = (".".join(parts[:end]) for end in range(first, len(parts)))
     named = any(ATTENTION.search(part) for part in parts[first:])
-    return "attention" if named or any(ATTENTION.search(type(inside[parent]).__name__) for parent in parents) else "mlp"
+    return "attention" if named or any(ATTENTION_CLASS.search(type(inside[parent]).__name__) for parent in parents) else "mlp"
 
 
 def _selects(target: str, name: str, role: str) -> bool:

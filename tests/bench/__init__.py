@@ -1,0 +1,1 @@
+"""Benchmarks with the peer beside ours in one process; run by ``make bench``, never by pytest."""
