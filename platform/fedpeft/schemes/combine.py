@@ -80,14 +80,15 @@ class Sum:
 
 def _accumulate(total: Codes, updates: tuple[Update, ...]) -> None:
     """Add every update's codes block by block; the block of the sum and of the update meet in the cache for add and check."""
+    parts = [(update.codes, update.count * update.grid.limit) for update in updates]
     for start in range(0, total.size, BLOCK):
         block = total[start : start + BLOCK]
-        for place, update in enumerate(updates):
-            codes, bound = update.codes[start : start + BLOCK], update.count * update.grid.limit
+        for place, (vector, bound) in enumerate(parts):
+            codes = vector[start : start + BLOCK]
             np.add(block, codes, out=block)
             if np.maximum.reduce(codes) > bound or np.minimum.reduce(codes) < -bound:
                 _undo(total, updates, start, place)
-                raise UpdateError(_beyond(update, start, bound))
+                raise UpdateError(_beyond(updates[place], start, bound))
 
 
 def _undo(total: Codes, updates: tuple[Update, ...], start: int, place: int) -> None:
