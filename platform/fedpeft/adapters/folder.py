@@ -60,7 +60,9 @@ def load(folder: Path) -> Adapter:
     folder = Path(folder)
     table = _table(folder)
     spec = AdapterSpec.from_json(table["spec"])
-    adapter = Adapter(spec, Tensors.from_named(spec.layout, _tensors(folder)))
+    named = _tensors(folder)
+    _check_shapes(folder, spec, named)
+    adapter = Adapter(spec, Tensors.from_named(spec.layout, named))
     if adapter.digest != table.get("digest"):
         raise StorageError(f"{folder}: the tensors do not match the digest in {SPEC}; the folder was changed, fetch the adapter again")
     return adapter
@@ -68,10 +70,10 @@ def load(folder: Path) -> Adapter:
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Make ``folder`` with ``files``, whole or not at all. Raises `StorageError` when it exists or cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder}: exists already; name a new folder")
     partial: Path | None = None
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StorageError(f"{folder}: exists already; name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         for name, data in files.items():
@@ -117,13 +119,20 @@ def _read(path: Path) -> bytes:
 def _table(folder: Path) -> dict[str, Any]:
     try:
         table = json.loads(_read(folder / SPEC))
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise StorageError(f"{folder / SPEC}: torn or not JSON ({fault}); fetch the adapter again") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT or "spec" not in table:
         raise AdapterError(
             f"{folder / SPEC}: not of format {FORMAT}; it was written by another version of fedpeft, upgrade or export it anew"
         )
     return table
+
+
+def _check_shapes(folder: Path, spec: AdapterSpec, named: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Before anything is allocated: a spec from outside may claim any size."""
+    wrong = [entry.name for entry in spec.layout.entries if entry.name in named and named[entry.name].shape != entry.shape]
+    if wrong:
+        raise AdapterError(f"{folder}: shapes of {wrong[:3]} in {TENSORS} are not those of {SPEC}; fetch the adapter again")
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:

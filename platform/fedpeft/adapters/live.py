@@ -88,7 +88,7 @@ class Live:
 
     def detach(self) -> None:
         """Take the adapter off: the base is as before `attach`, bit for bit. Doing it twice does nothing."""
-        if self.base.holder is None or not self._own:
+        if not self._own:
             return
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(False)

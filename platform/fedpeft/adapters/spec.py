@@ -96,7 +96,9 @@ def _digest(table: dict[str, Any]) -> str:
 
 
 def _checked(layout: Layout) -> Layout:
-    bad = [e.name for e in layout.entries if not all(isinstance(n, int) and n > 0 for n in e.shape)]
+    bad = [e.name for e in layout.entries if not all(type(n) is int and n > 0 for n in e.shape)]
     if bad:
         raise ValueError(f"tensors {bad[:3]} have a size that is no positive whole number")
+    if not all(isinstance(e.name, str) and isinstance(e.role, str) for e in layout.entries):
+        raise ValueError("names and roles of tensors must be texts")
     return layout

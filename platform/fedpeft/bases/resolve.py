@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -50,10 +51,10 @@ def _hub_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+        cached = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True))
+        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+            return cached
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as fault:

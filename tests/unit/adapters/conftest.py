@@ -15,7 +15,7 @@ from fedpeft.methods import METHODS
 from fedpeft.methods.protocol import Method
 from fedpeft.tensors import Tensors
 
-LABELS = HeadSpec("classification", ("a", "b", "c"))
+LABELS, LM = HeadSpec("classification", ("a", "b", "c")), HeadSpec("lm")
 WORDS = ["<unk>", "<pad>", "</s>", "<s>", *(f"w{i}" for i in range(60))]
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "targets": ("all",)},
@@ -27,6 +27,12 @@ VARIANTS: dict[str, Method] = {kind: METHODS[kind](**SMALL.get(kind, {})) for ki
     "rslora": METHODS["lora"](r=4, rslora=True),  # type: ignore[call-arg]
     "dora": METHODS["lora"](r=4, targets=("all",), dora=True),  # type: ignore[call-arg]
 }
+
+
+PLACES = {"encoder": ("encoder", LABELS), "causal-classes": ("causal", LABELS), "causal-lm": ("causal", LM)}
+# A causal classifier reads the last token, which peft cannot find behind a prompt in a padded batch; the method refuses.
+REFUSED = {("prompt", "causal-classes")}
+Placed = tuple[Method, str, HeadSpec]
 
 
 def write_model(folder: Path, model: Any) -> Path:
@@ -55,7 +61,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = {**sizes, "max_position_embeddings": 80, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 3}
     return {
         "encoder": write_model(tmp_path_factory.mktemp("bert"), BertModel(BertConfig(**small))),
-        "causal": write_model(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=4))),
+        "causal": write_model(
+            tmp_path_factory.mktemp("llama"), LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=4, attention_bias=True))
+        ),
     }
 
 
@@ -95,6 +103,13 @@ def inputs() -> dict[str, Any]:
 def method(request: pytest.FixtureRequest) -> Method:
     """Each method in turn, and LoRA's two variants."""
     return VARIANTS[request.param]
+
+
+@pytest.fixture(params=[f"{kind}:{place}" for kind in sorted(VARIANTS) for place in PLACES if (kind, place) not in REFUSED])
+def placed(request: pytest.FixtureRequest) -> Placed:
+    """Each method on each base and head that it takes: (method, name of the base, head)."""
+    kind, _, place = request.param.partition(":")
+    return (VARIANTS[kind], *PLACES[place])
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from fedpeft.methods.protocol import Method
 Warm = Callable[..., Base]
 Shaken = Callable[..., Adapter]
 LABELS = HeadSpec("classification", ("a", "b", "c"))
-LM = HeadSpec("lm")
-PLACES = [("encoder", LABELS), ("causal", LABELS), ("causal", LM)]
+Placed = tuple[Method, str, HeadSpec]
 Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # peft 0.21 asks transformers 5.23 by a name that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -42,23 +41,27 @@ def parity(base: Base, folder: Path, adapter: Adapter, inputs: dict[str, Any], w
     return ours, theirs, bare
 
 
-def skip_own(method: Method, adapter: Adapter) -> None:
-    kind = method.peft_config("m", adapter.spec.head, adapter.spec.layout)["peft_type"]
-    if kind.startswith("FEDPEFT"):
-        pytest.skip(f"peft has no {kind}")
+def is_own(adapter: Adapter) -> bool:
+    """Whether the method is one that peft does not have."""
+    spec = adapter.spec
+    return str(spec.method.peft_config("m", spec.head, spec.layout)["peft_type"]).startswith("FEDPEFT")
 
 
-@pytest.mark.parametrize(("name", "head"), PLACES, ids=["encoder", "causal-classes", "causal-lm"])
 def test_same_logits_in_stock_peft(
-    warm: Warm, folders: dict[str, Path], method: Method, shaken: Shaken, inputs: dict[str, Any], tmp_path: Path, name: str, head: HeadSpec
+    warm: Warm, folders: dict[str, Path], placed: Placed, shaken: Shaken, inputs: dict[str, Any], tmp_path: Path
 ) -> None:
+    method, name, head = placed
     adapter = shaken(make_spec("t", warm(name), method, head))
-    skip_own(method, adapter)
+    if is_own(adapter):
+        with pytest.raises(KeyError, match="FEDPEFT"):
+            parity(warm(name), folders[name], adapter, inputs, tmp_path / "a")
+        return
     ours, theirs, bare = parity(warm(name), folders[name], adapter, inputs, tmp_path / "a")
-    real = inputs["attention_mask"].bool() if head.kind == "lm" else slice(None)
-    torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
-    if ours.shape == bare.shape:
-        assert (ours - bare).abs().max() > 1e-3
+    if head.kind == "lm":  # a prompt's own positions come first; padding answers anything
+        real = inputs["attention_mask"].bool()
+        ours, theirs, bare = (logits[:, -real.shape[1] :][real] for logits in (ours, theirs, bare))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - bare).abs().max() > 1e-3
 
 
 def test_minilm(method: Method, shaken: Shaken, tmp_path: Path) -> None:
@@ -66,7 +69,8 @@ def test_minilm(method: Method, shaken: Shaken, tmp_path: Path) -> None:
 
     base = load_base(BaseSpec("minilm"), "cpu")
     adapter = shaken(make_spec("t", base, method, LABELS))
-    skip_own(method, adapter)
+    if is_own(adapter):
+        return  # its refusal by peft is tested above
     inputs = base.tokenizer(["open a file", "sort the items of a list by a key"], padding=True, return_tensors="pt")
     ours, theirs, _ = parity(base, resolve_model("minilm"), adapter, dict(inputs), tmp_path / "a")
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
