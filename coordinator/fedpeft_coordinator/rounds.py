@@ -1,6 +1,6 @@
 """The Round: a state machine whose every step is in the journal before the next begins.
 
-planned (cohort, seeds, phase, start) -> collecting -> combined (mean) -> committed (new adapter) -> published. Whatever
+planned (cohort, seeds, phase, start) -> collecting -> combined (mean) -> committed (new adapter) -> scored -> published. Whatever
 kills the process, `Coordinator.run` goes on from the last step in the journal, and the final adapters are the same bits:
 plans are pure functions of journal and setup, sums are exact in any order, and each step replaces the one before.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedpeft.errors import CohortError, ConfigError, UpdateError
 from fedpeft.tensors import Tensors
@@ -21,6 +21,7 @@ from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.exchange import Around, Asked, Drops, Exchange
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.planning import Known
+from fedpeft_coordinator.release import Publisher, due, moved_since_version, release_of
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.roster import Roster
 from fedpeft_coordinator.setup import Setup, TaskSetup
@@ -28,25 +29,6 @@ from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.summary import summary, why
 from fedpeft_coordinator.transport import Transport
-
-
-@dataclass(frozen=True)
-class Release:
-    """What is said about a version besides its tensors."""
-
-    round: int
-    federation: str
-    metrics: Mapping[str, float]
-    card: Mapping[str, Any] | None
-    parents: tuple[str, ...]
-
-
-class Publisher(Protocol):
-    """Where versions go; publishing the same tensors twice gives the same digest and no second copy."""
-
-    def __call__(self, task: TaskSetup, tensors: Tensors, release: Release) -> str:
-        """Publish and return the version's digest."""
-        ...
 
 
 @dataclass
@@ -107,7 +89,13 @@ class Coordinator:
 
     @property
     def _actions(self) -> dict[str, Callable[[Round], Round]]:
-        return {"planned": self._open, "collecting": self._collect, "combined": self._commit, "committed": self._publish}
+        return {
+            "planned": self._open,
+            "collecting": self._collect,
+            "combined": self._commit,
+            "committed": self._rate,
+            "scored": self._publish,
+        }
 
     def _save(self, round_: Round) -> None:
         self.journal.save(round_)
@@ -191,27 +179,32 @@ class Coordinator:
 
     # committed -------------------------------------------------------------------------------------------------------------
 
-    def _publish(self, done: Round) -> Round:
-        last = done.number == self.setup.rounds
-        publish = self.publisher is not None and (last or _due(done.number, self.setup.publish_every))
-        if publish or _due(done.number, self.setup.evaluate_every):
-            counters = self._evaluate(done, cards=publish)
-            found = {
-                name: replace(row, scores=scoring.scores(self.setup.tasks[name], counters.get(name, {})))
-                for name, row in done.tasks.items()
-            }
-            done = done.at("committed", **found)
-            self.events("scores", round=done.number, tasks={name: dict(row.scores) for name, row in found.items()})
-            if publish:
-                done = done.at("committed", **{name: self._release(done, name, counters.get(name, {})) for name in done.tasks})
-        self.store.prune(_live(done))
-        self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
-        return done.at("published")
+    def _due(self, number: int) -> bool:
+        """Whether versions are published after round ``number``."""
+        return self.publisher is not None and (number == self.setup.rounds or due(number, self.setup.publish_every))
+
+    def _rate(self, done: Round) -> Round:
+        """Score the round where that is due; everything that a version will say is in the journal before it is published."""
+        if not (self._due(done.number) or due(done.number, self.setup.evaluate_every)):
+            return done.at("scored")
+        counters = self._evaluate(done, cards=self._due(done.number))
+        rows = {name: self._rated(row, counters.get(name, {})) for name, row in done.tasks.items()}
+        self.events("scores", round=done.number, tasks={name: dict(row.scores) for name, row in rows.items()})
+        return done.at("scored", **rows)
+
+    def _rated(self, row: TaskRound, counters: Counters) -> TaskRound:
+        kinds = {self.roster.sites[site].quantization for site in row.cohort if site in self.roster.sites}
+        return replace(
+            row,
+            scores=scoring.scores(self.setup.tasks[row.task], counters),
+            card=scoring.card(row.task, counters, self.centroids.get(row.task)),
+            kinds=tuple(sorted(kinds - {""})),
+        )
 
     def _evaluate(self, done: Round, cards: bool) -> dict[str, Counters]:
         """Counters of held-out rows, per task; asked a second time where a card is due whose centroid was not known yet."""
         counters = self._score(done)
-        fresh = {name: found for name in counters if name not in self.centroids and (found := scoring.centroid(counters[name]))}
+        fresh = {name: found for name in counters if name not in self.centroids and (found := scoring.direction(counters[name]))}
         if fresh:
             self.centroids |= fresh
             self.journal.note("centroids", {name: list(values) for name, values in self.centroids.items()})
@@ -231,13 +224,21 @@ class Coordinator:
         exchange.run(_by_site(able), self._around)
         return tally.counters
 
-    def _release(self, done: Round, name: str, counters: Counters) -> TaskRound:
+    # scored ----------------------------------------------------------------------------------------------------------------
+
+    def _publish(self, done: Round) -> Round:
+        if self.publisher is not None and self._due(done.number):
+            done = done.at("scored", **{name: self._release(done, name, self.publisher) for name in done.tasks})
+        self.store.prune(_live(done))
+        self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
+        return done.at("published")
+
+    def _release(self, done: Round, name: str, publisher: Publisher) -> TaskRound:
+        """Publish one task, unless it never moved or did not move since its last version."""
         row, task = done.tasks[name], self.setup.tasks[name]
-        assert self.publisher is not None
-        earlier = [past.tasks[name].version for past in self.history if name in past.tasks and past.number < done.number]
-        parents = tuple(version for version in earlier if version)[-1:]
-        card = scoring.card(name, counters, self.centroids.get(name))
-        version = self.publisher(task, self._load(task, row.current), Release(done.number, self.setup.name, row.scores, card, parents))
+        if not moved_since_version(name, self.history):
+            return row
+        version = publisher(task, self._load(task, row.current), release_of(name, self.history, row, (self.setup.name, self.run_id)))
         self.events("published", round=done.number, task=name, version=version)
         return replace(row, version=version)
 
@@ -273,10 +274,6 @@ def _same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def _by_site(cohorts: Mapping[str, tuple[str, ...]]) -> Asked:
     names = sorted({site for sites in cohorts.values() for site in sites})
     return {site: tuple(task for task, sites in sorted(cohorts.items()) if site in sites) for site in names}
-
-
-def _due(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0
 
 
 def _live(done: Round) -> set[str]:

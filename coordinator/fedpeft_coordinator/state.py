@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Step = Literal["planned", "collecting", "combined", "committed", "published"]
+Step = Literal["planned", "collecting", "combined", "committed", "scored", "published"]
 Outcome = Literal["open", "updated", "skipped"]
 
 
@@ -15,7 +15,8 @@ class TaskRound:
     """One task in one round: the plan (fixed before anything is sent) and, later, what became of it.
 
     ``before``, ``state``, ``mean``, ``after`` and ``state_after`` are digests in the store; ``state`` and ``state_after`` belong
-    to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores`` and ``version`` come last.
+    to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores``, ``card`` and ``kinds`` (how
+    the sites held the base) are known once the round is scored; ``version`` is set where it was published.
     """
 
     task: str
@@ -35,6 +36,8 @@ class TaskRound:
     after: str = ""
     state_after: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    card: Mapping[str, Any] | None = None
+    kinds: tuple[str, ...] = ()
     version: str = ""
 
     @property
@@ -50,7 +53,7 @@ class TaskRound:
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TaskRound:
         """Inverse of `dataclasses.asdict` after a trip through JSON."""
-        lists = {name: tuple(row[name]) for name in ("roles", "cohort")}
+        lists = {name: tuple(row[name]) for name in ("roles", "cohort", "kinds")}
         counters = {name: tuple(values) for name, values in row["counters"].items()}
         return TaskRound(**{**row, **lists, "counters": counters})
 

@@ -199,14 +199,17 @@ class LinkGrid:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _trace: object) -> None:
-        status = SubStatus.COMPLETED if kind is None else SubStatus.FAILED
+        self.close("" if kind is None else kind.__name__)
+
+    def close(self, fault: str = "") -> None:
+        """End the run; ``fault`` names what failed, if something did."""
+        if self._beating is None:
+            return
         self._beating.__exit__(None, None, None)
+        self._beating = None
+        status = SubStatus.FAILED if fault else SubStatus.COMPLETED
         try:
-            self._client.PushTaskOutput(
-                PushTaskOutputRequest(
-                    context=context_to_proto(self.context), sub_status=status, details="" if kind is None else kind.__name__
-                )
-            )
+            self._client.PushTaskOutput(PushTaskOutputRequest(context=context_to_proto(self.context), sub_status=status, details=fault))
         except httpx.HTTPError as error:
             log.debug("push of the run's end: %s", error)
         self._http.close()

@@ -1,0 +1,149 @@
+"""From a federation.toml to what rounds need: layouts and round-0 tensors from the base's architecture, no weights where possible."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.config import describe
+from fedpeft.errors import BaseError, ConfigError
+from fedpeft.tensors import Tensors
+from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.release import Release
+from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
+
+if TYPE_CHECKING:
+    from fedpeft.adapters import AdapterSpec
+    from fedpeft.bases import Base
+    from fedpeft.registry import Registry
+
+
+@dataclass(frozen=True)
+class RegistryPublisher:
+    """Publishes to a registry on disk; ``specs`` and ``tasks`` (their tables) by task."""
+
+    registry: Registry
+    specs: Mapping[str, AdapterSpec]
+    tasks: Mapping[str, Mapping[str, Any]]
+    scheme: str
+
+    def __call__(self, task: TaskSetup, tensors: Tensors, release: Release) -> str:
+        """Publish and return the version's digest. Raises `StorageError`."""
+        from fedpeft.adapters import Adapter
+        from fedpeft.registry import Manifest
+
+        manifest = Manifest(
+            task_settings=self.tasks[task.name],
+            quantization=release.kinds,
+            scheme=self.scheme,
+            federation=release.federation,
+            round=release.round,
+            parents=release.parents,
+            metrics=release.metrics,
+            weight=release.weight,
+            examples=release.examples,
+            sites=release.sites,
+            card=release.card,
+        )
+        origin = f"{release.origin}/{task.name}"
+        return str(self.registry.publish(Adapter(self.specs[task.name], tensors), manifest, origin).digest)
+
+
+def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
+    """The setup of ``config`` and where its versions go.
+
+    Raises:
+        BaseError: the base cannot be found or is not the pinned one.
+        ConfigError: a task and the base, or the method and the base, do not fit; both settings are named.
+        AdapterError: the method finds nothing to attach to.
+    """
+    from fedpeft.registry import Registry
+
+    base = _base(config)
+    specs = {name: _spec(config, base, name) for name in config.tasks}
+    tables = {name: describe(entry.task) for name, entry in config.tasks.items()}
+    setup = Setup(
+        name=config.name,
+        seed=config.seed,
+        rounds=config.rounds,
+        tasks={name: _task(config, base, specs[name]) for name in config.tasks},
+        scheme=config.scheme,
+        scheme_json=json.dumps(describe(config.scheme)),
+        server=config.server,
+        limits=limits(config),
+        evaluate_every=config.evaluate_every,
+        publish_every=config.publish_every,
+        identity=base.fingerprint.identity,
+        facts=facts(config, base.fingerprint.identity, tables),
+    )
+    return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
+
+
+def limits(config: FederationConfig) -> Limits:
+    """The cohort's limits and the wire's, as rounds take them."""
+    cohort = config.cohort
+    return Limits(
+        min_sites=cohort.min_sites,
+        wait_for_sites=cohort.expected,
+        fraction=cohort.fraction,
+        deadline=cohort.deadline,
+        retries=cohort.retries,
+        reach=config.wire.reach,
+        max_examples=config.max_examples,
+    )
+
+
+def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change between two starts on one state folder."""
+    found = {
+        "name": config.name,
+        "seed": config.seed,
+        "base": identity,
+        "method": describe(config.method),
+        "scheme": describe(config.scheme),
+        "server": describe(config.server),
+        "tasks": {name: dict(table) for name, table in tasks.items()},
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
+def _base(config: FederationConfig) -> Base:
+    from fedpeft.bases import load_base, meta_base
+
+    spec = replace(config.base.spec, quantization="none")
+    base = load_base(spec, "cpu") if config.method.needs_weights else meta_base(spec)
+    found, pinned = base.fingerprint.identity, config.base.fingerprint
+    if pinned is not None and pinned != found:
+        raise BaseError(f"base {config.base.model}: identity is {found}, base.fingerprint pins {pinned}; get those weights, or pin anew")
+    return base
+
+
+def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
+    from fedpeft.adapters import make_spec
+
+    task = config.tasks[name].task
+    if task.head.kind == "lm" and base.family == "encoder":
+        raise ConfigError(
+            f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is an encoder; "
+            "take a causal base, or kind = 'classification'"
+        )
+    return make_spec(name, base, config.method, task.head)
+
+
+def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
+    from fedpeft.adapters import initial
+
+    task, seed = config.tasks[spec.task].task, derive(config.seed, 0, spec.task)
+    return TaskSetup(
+        name=spec.task,
+        layout=spec.layout,
+        task_json=json.dumps(describe(task)),
+        spec_json=json.dumps(spec.to_json()),
+        settings_json=json.dumps(asdict(config.settings(spec.task)), sort_keys=True),
+        initial=cache(lambda: initial(base, spec, seed).tensors),
+        seed=seed,
+        scores=task.scores,
+    )

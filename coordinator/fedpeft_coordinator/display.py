@@ -1,0 +1,94 @@
+"""Progress for people: a live bar on a terminal, plain lines elsewhere; both made of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Event = dict[str, Any]
+
+
+@contextmanager
+def shown(rounds: int, console: Console) -> Iterator[Callable[[Event], None]]:
+    """A listener for events, for as long as the block runs."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("round {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        row = bar.add_task("waiting for sites", total=rounds)
+
+        def listen(event: Event) -> None:
+            line = LINES.get(event["event"])
+            text = line(event) if line else None
+            if text:
+                bar.console.print(text, highlight=False, soft_wrap=True)
+            if event["event"] == "plan":
+                bar.update(row, description=f"round {event['round']}: {'; '.join(_phases(event))}")
+            if event["event"] == "round":
+                bar.update(row, completed=event["round"])
+
+        yield listen
+
+
+def _phases(event: Event) -> list[str]:
+    return [f"{task} {found['phase']} at {len(found['cohort'])}" for task, found in event["tasks"].items() if found["outcome"] != "skipped"]
+
+
+def _site(event: Event) -> str:
+    if event["refused"]:
+        return f"[yellow]site {escape(event['site'])} cannot take part: {escape(event['refused'])}[/yellow]"
+    held = ", ".join(f"{task} ({count})" for task, count in sorted(event["tasks"].items())) or "none of the tasks"
+    return f"site {escape(event['site'])} is here ({escape(event['device'] or 'device unknown')}): {escape(held)}"
+
+
+def _round(event: Event) -> str:
+    parts = [f"{task} {_task(found)}" for task, found in sorted(event["tasks"].items())]
+    return escape(f"round {event['round']}/{event['rounds']}: {'; '.join(parts)}")
+
+
+def _task(found: Event) -> str:
+    if found["outcome"] == "skipped":
+        return f"untouched ({found['reason']})"
+    loss = "" if found["loss"] is None else f" loss {found['loss']:.4f}"
+    return f"{found['phase']}{loss} from {len(found['cohort']) - len(found['drops'])} of {len(found['cohort'])} site(s)"
+
+
+def _answer(event: Event) -> str | None:
+    faults = {task: why for task, why in event["outcomes"].items() if why != "ok"}
+    if not faults:
+        return None
+    return "\n".join(
+        f"[yellow]round {event['round']}: {escape(event['site'])} dropped out of {escape(task)}: {escape(why)}[/yellow]"
+        for task, why in faults.items()
+    )
+
+
+def _scores(event: Event) -> str:
+    parts = [f"{task} {_values(found)}" for task, found in event["tasks"].items() if found]
+    return escape(f"round {event['round']} scores: {'; '.join(parts) or 'no site holds test rows'}")
+
+
+def _values(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(found.items()))
+
+
+LINES: dict[str, Callable[[Event], str | None]] = {
+    "site": _site,
+    "round": _round,
+    "answer": _answer,
+    "scores": _scores,
+    "published": lambda event: escape(f"published {event['task']} as {event['version'][:19]} (round {event['round']})"),
+    "link": lambda event: f"[dim]link: {escape(event['reason'])}[/dim]",
+    "left": lambda event: f"[dim]site {escape(event['site'])} left[/dim]",
+    "again": lambda event: f"[dim]site {escape(event['site'])} is asked again: {escape(event['reason'])}[/dim]",
+    "stranger": lambda event: f"[yellow]node {event['node']} is turned away: {escape(event['reason'])}[/yellow]",
+}

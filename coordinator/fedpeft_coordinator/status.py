@@ -1,0 +1,73 @@
+"""How a federation stands, from its journal and events; reads only, and may be asked while it runs."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from fedpeft.errors import StorageError
+from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.events import read_events
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.lock import holder
+from fedpeft_coordinator.state import Round, Site
+
+
+def status(config: FederationConfig) -> dict[str, Any]:
+    """Everything as JSON-ready values. Raises `StorageError` when nothing ran yet."""
+    if config.database is None and not (config.state / "journal.sqlite").exists():
+        raise StorageError(f"{config.state}: nothing ran here yet; start with `fedpeft coordinator up`")
+    journal = Journal(config.database_url)
+    rounds, sites = journal.rounds(), journal.sites()
+    events = list(read_events(config.state / "events.jsonl"))
+    return {
+        "federation": config.name,
+        "running": holder(config.state),
+        "rounds": config.rounds,
+        "round": rounds[-1].number if rounds else 0,
+        "step": rounds[-1].step if rounds else "waiting for sites",
+        "base": journal.notes().get("facts", {}).get("base"),
+        "tasks": {name: _task(name, rounds) for name in config.tasks},
+        "sites": {name: _site(site, rounds, events) for name, site in sites.items()},
+        "registry": str(config.registry_folder),
+    }
+
+
+def _task(name: str, rounds: list[Round]) -> dict[str, Any]:
+    rows = [past.tasks[name] for past in rounds if name in past.tasks]
+    scored = [row for row in rows if row.scores]
+    versions = [row.version for row in rows if row.version]
+    losses = [row.counters["train.loss"] for row in rows if row.counters.get("train.loss")]
+    return {
+        "adapter": rows[-1].current if rows else None,
+        "updated": sum(bool(row.after) for row in rows),
+        "skipped": sum(row.outcome == "skipped" for row in rows),
+        "loss": losses[-1][0] / losses[-1][1] if losses and losses[-1][1] else None,
+        "scores": dict(scored[-1].scores) if scored else {},
+        "version": versions[-1] if versions else None,
+        "last_reason": rows[-1].reason if rows else "",
+    }
+
+
+def _site(site: Site, rounds: list[Round], events: list[dict[str, Any]]) -> dict[str, Any]:
+    answers = [event for event in events if event["event"] == "answer" and event["site"] == site.name]
+    trained = [event for event in answers if event["kind"] == "train"]
+    drops = [
+        {"round": past.number, "task": name, "reason": row.drops[site.name]}
+        for past in rounds
+        for name, row in past.tasks.items()
+        if site.name in row.drops
+    ]
+    return {
+        "tasks": dict(site.train),
+        "device": site.device,
+        "quantization": site.quantization,
+        "base_loads": site.base_loads,
+        "state": "refused" if site.refused else "vanished" if site.vanished else "ok",
+        "refused": site.refused,
+        "drop_outs": drops[-5:],
+        "bytes_up": sum(event["bytes_up"] for event in answers),
+        "bytes_down": sum(event["bytes_down"] for event in answers),
+        "seconds_training": fmean([event["train_seconds"] for event in trained]) if trained else None,
+        "seconds_answer": fmean([event["seconds"] for event in trained]) if trained else None,
+    }

@@ -1,0 +1,209 @@
+"""The guarded SuperLink as a child: started, watched, restarted when it dies, ended with us; and the runs on it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft.errors import ConfigError, LinkError, StorageError
+from fedpeft_coordinator.config import Link
+from fedpeft_coordinator.link import LinkSettings
+
+if TYPE_CHECKING:
+    from fedpeft.wire._compat import Endpoint
+    from fedpeft_coordinator.transport_flower import Session
+
+START_SECONDS = 90.0
+"""A loaded machine may need a minute to import a web server."""
+STUB = ("fedpeft_coordinator.app:app", "fedpeft_client.app:app")
+Tell = Callable[..., None]
+
+
+@dataclass
+class LinkProcess:
+    """``python -m fedpeft_coordinator.link`` with its files in ``folder``; ``tell`` hears of every start."""
+
+    link: Link
+    folder: Path
+    tell: Tell = lambda *_a, **_k: None
+    _process: subprocess.Popen[bytes] | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Start the child and the thread that restarts it. Raises `LinkError` when its port is taken, `StorageError` without space."""
+        check_port(self.link.host, self.link.port)
+        self._private = free_port()
+        secret = self._prepare()
+        self._endpoint_secret = secret
+        self._spawn()
+        threading.Thread(target=self._watch, name="link-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the child."""
+        self._stopping.set()
+        with self._lock:
+            process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The private listener."""
+        from fedpeft.wire._compat import Endpoint
+
+        return Endpoint(f"127.0.0.1:{self._private}", self._endpoint_secret)
+
+    def connect(self) -> Session:
+        """Open a run on the link: wait for it, admit the registered sites, submit the stub, take its ServerApp task ourselves.
+
+        Raises:
+            LinkError: the link does not come up; its log's last line says why.
+        """
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self._wait_until_up(end)
+                return self._open_run()
+            except LinkError:
+                if time.monotonic() >= end or self._stopping.is_set():
+                    raise
+                time.sleep(0.5)
+
+    def _open_run(self) -> Session:
+        from fedpeft.wire._compat import LinkGrid, RunLost, Stub, acquire_serverapp, submit_stub
+        from fedpeft_coordinator.transport_flower import Session
+
+        self._admit()
+        submit_stub(self.endpoint, Stub(*STUB))
+        token = acquire_serverapp(self.endpoint)
+        if token is None:
+            raise RunLost("the new run is not there; was the link restarted meanwhile?")
+        run = LinkGrid(self.endpoint, token)
+        run.__enter__()
+        return Session(run.grid, run.close)
+
+    def _admit(self) -> None:
+        """Register the sites' public keys: NAME.pub, one site each."""
+        if not self.link.node_auth:
+            return
+        from fedpeft.wire._compat import list_nodes, register_node
+
+        known = {node.name for node in list_nodes(self.endpoint)}
+        for path in key_files(self.link.node_keys):
+            if path.stem not in known:
+                register_node(self.endpoint, path.read_bytes(), path.stem)
+
+    def _prepare(self) -> bytes:
+        """Write secret and settings for the child."""
+        secret = secrets.token_bytes(32)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "secret"
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secret)
+            tls = self.link.tls
+            LinkSettings(
+                host=self.link.host,
+                port=self.link.port,
+                private_port=self._private,
+                secret_file=str(path.resolve()),
+                certificate=None if tls is None else str(tls.cert),
+                key=None if tls is None else str(tls.key),
+                node_auth=self.link.node_auth,
+                parent=os.getpid(),
+            ).save(self.folder / "link.json")
+        except OSError as fault:
+            raise StorageError(f"{self.folder}: cannot be written: {fault.strerror}; free space or check permissions") from None
+        return secret
+
+    def _spawn(self) -> None:
+        env = os.environ | {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1"}
+        with self._lock, (self.folder / "link.log").open("ab") as log:
+            if not self._stopping.is_set():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "fedpeft_coordinator.link", str((self.folder / "link.json").resolve())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=env,
+                )
+                self.tell("link", reason=f"started as process {self._process.pid}", pid=self._process.pid)
+
+    def _watch(self) -> None:
+        pause = 0.2
+        while not self._stopping.wait(0.2):
+            if self._process is not None and self._process.poll() is not None:
+                self.tell("link", reason=f"process {self._process.pid} ended with code {self._process.returncode}; starting it again")
+                if self._stopping.wait(pause):
+                    return
+                pause = min(pause * 2, 10.0)
+                self._spawn()
+
+    def _wait_until_up(self, end: float) -> None:
+        while time.monotonic() < end and not self._stopping.is_set():
+            if listens("127.0.0.1", self._private) and listens(self.link.host, self.link.port):
+                return
+            time.sleep(0.1)
+        raise LinkError(f"the link does not come up: {self._last_words()} (log: {self.folder / 'link.log'})")
+
+    def _last_words(self) -> str:
+        path = self.folder / "link.log"
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        return next((line for line in reversed(lines) if line.strip()), "it says nothing")
+
+
+def key_files(folder: Path) -> list[Path]:
+    """The sites' public keys. Raises `ConfigError` when there are none."""
+    found = sorted(folder.glob("*.pub"))
+    if not found:
+        raise ConfigError(f"link.node_keys = {folder}: holds no NAME.pub; put each site's public key there, or set link.node_auth = false")
+    return found
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `LinkError` when somebody listens at ``host:port`` or the address is not ours."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as fault:
+            raise LinkError(f"link {host}:{port}: {fault.strerror}; stop what listens there, or set link.port") from None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody answers at ``host:port``."""
+    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        with socket.create_connection((target, port), timeout=1.0):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,106 @@
+"""`fedpeft coordinator up`: everything together, in the foreground, until the last round is published."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedpeft import __version__
+from fedpeft.wire.v1.federation_pb2 import Hello
+from fedpeft_coordinator import display, status
+from fedpeft_coordinator.build import build
+from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.events import Events
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.lock import held
+from fedpeft_coordinator.rounds import Coordinator
+from fedpeft_coordinator.setup import Setup
+from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.supervise import LinkProcess
+from fedpeft_coordinator.transport_flower import Connect, FlowerTransport
+
+
+def up(config: FederationConfig, console: Console) -> None:
+    """Run the federation of ``config``, from the start or from where it stopped.
+
+    Raises:
+        FedpeftError: what stopped it; nothing committed is lost, and the same call goes on.
+    """
+    with held(config.state), display.shown(config.rounds, console) as show, terminable():
+        events = Events(config.state / "events.jsonl", [show])
+        link = LinkProcess(config.link, config.state / "link", events)
+        link.start()
+        try:
+            run(config, link.connect, events)
+        finally:
+            link.stop()
+    summary(status.status(config), console)
+
+
+def run(config: FederationConfig, connect: Connect, events: Events) -> None:
+    """Run the rounds over runs that ``connect`` opens. Raises `FedpeftError`."""
+    setup, publisher = build(config)
+    transport = FlowerTransport(connect, hello(setup), events)
+    try:
+        Coordinator(setup, Journal(config.database_url), Store(config.state / "blobs"), transport, events, publisher).run()
+    finally:
+        transport.close()
+
+
+def hello(setup: Setup) -> Hello:
+    """What every new node is told."""
+    return Hello(federation=setup.name, version=__version__, tasks=sorted(setup.tasks))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A polite end (SIGTERM) is taken like an interrupt from the keyboard: children are ended, files closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def summary(found: dict[str, Any], console: Console) -> None:
+    """Print how the federation stands."""
+    console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
+    tasks = Table("task", "rounds moved", "loss", "scores", "version", title_justify="left")
+    for name, task in found["tasks"].items():
+        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(task["scores"].items()))
+        loss = "" if task["loss"] is None else f"{task['loss']:.4f}"
+        tasks.add_row(name, str(task["updated"]), loss, scores, (task["version"] or task["last_reason"] or "")[:19])
+    console.print(tasks)
+    sites = Table("site", "state", "tasks (rows)", "base loads", "up", "down", "training / answer", "last drop-out", title_justify="left")
+    for name, site in found["sites"].items():
+        rows = ", ".join(f"{task} ({count})" for task, count in sorted(site["tasks"].items()))
+        drops = site["drop_outs"]
+        last = f"round {drops[-1]['round']}, {drops[-1]['task']}: {drops[-1]['reason']}" if drops else ""
+        times = "" if site["seconds_training"] is None else f"{site['seconds_training']:.1f} / {site['seconds_answer']:.1f} s"
+        traffic = size(site["bytes_up"]), size(site["bytes_down"])
+        sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times, last)
+    console.print(sites)
+    console.print(f"versions: fedpeft adapters list --registry {found['registry']}", highlight=False, soft_wrap=True)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, units = float(count), iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
