@@ -1,0 +1,143 @@
+"""Sequence classification: one label of a fixed list for a text, on any family of base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from fedpeft.bases.spec import HeadSpec
+from fedpeft.errors import DataError
+from fedpeft.tasks import metrics as measures
+from fedpeft.tasks.arrange import Places, bucketed, by_length
+from fedpeft.tasks.encoding import pad_id, token_limit
+from fedpeft.tasks.forms import excerpt, text_label
+from fedpeft.tasks.protocol import Batch, Encoded, Ids, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedpeft.bases import Base
+
+ALLOWED = ("accuracy", "macro_f1")
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Rows ``{text, label}``; ``text`` and ``label`` name other columns, ``labels`` fixes the head's order of classes."""
+
+    kind: ClassVar[str] = "classification"
+
+    name: str
+    labels: tuple[str, ...]
+    text: str = "text"
+    label: str = "label"
+    metrics: tuple[str, ...] = ALLOWED
+
+    def __post_init__(self) -> None:
+        measures.check_metrics(self.metrics, ALLOWED, self.kind)
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"task {self.name}: labels are {list(self.labels)}; give two or more different ones")
+
+    @property
+    def head(self) -> HeadSpec:
+        """A classifier over the labels."""
+        return HeadSpec("classification", self.labels)
+
+    @property
+    def headline(self) -> str:
+        """The first metric."""
+        return self.metrics[0]
+
+    def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
+        """Tokenise texts and look labels up. Raises `DataError` on an unknown label, a missing field or no row."""
+        if not rows:
+            raise DataError(f"task {self.name}: no rows; give the source rows of this split")
+        found = [text_label(row, self.text, self.label, number) for number, row in enumerate(rows, 1)]
+        labels = np.array([self._index(number, text, label) for number, (text, label) in enumerate(found, 1)], np.int64)
+        zeros = np.zeros(len(rows), np.int64)
+        return Encoded(_tokenise(base, [text for text, _ in found]), labels, zeros, np.arange(len(rows)), pad_id(base))
+
+    def batches(self, data: Encoded, size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """Length-bucketed and padded to the longest of the batch."""
+        yield from (_batch(data, places) for places in bucketed(_lengths(data), size, seed, epoch))
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        """Cross-entropy in nats, summed over the examples."""
+        logits, labels = _logits(model, batch)
+        return Loss(_cross_entropy(logits, labels), batch.examples)
+
+    def evaluate(self, model: torch.nn.Module, data: Encoded, base: Base) -> measures.Counters:
+        """``loss``, ``count``, ``examples``, ``correct``, and per label ``tp``, ``fp``, ``fn``."""
+        import torch
+
+        total, truth, said = 0.0, [], []
+        with torch.no_grad():
+            for places in by_length(_lengths(data), EVALUATION_BATCH):
+                logits, labels = _logits(model, _batch(data, places))
+                total += float(_cross_entropy(logits, labels))
+                truth.append(labels.cpu().numpy())
+                said.append(logits.argmax(1).cpu().numpy())
+        counts = measures.confusion(np.concatenate(truth), np.concatenate(said), len(self.labels))
+        return {"loss": (total,), "count": (float(len(data)),), **counts}
+
+    def scores(self, counters: measures.Counters) -> dict[str, float]:
+        """Metrics from counters."""
+        return measures.scores(counters, self.metrics)
+
+    def answer(self, model: torch.nn.Module, base: Base, text: str) -> str:
+        """The most probable label and its probability."""
+        import torch
+
+        zero = np.zeros(1, np.int64)
+        with torch.no_grad():
+            logits, _ = _logits(model, _batch(Encoded(_tokenise(base, [text]), zero, zero, zero, pad_id(base)), zero))
+        shares = logits[0].softmax(0)
+        best = int(shares.argmax())
+        return f"{self.labels[best]} ({float(shares[best]):.0%})"
+
+    def _index(self, number: int, text: str, label: str) -> int:
+        if label not in self.labels:
+            allowed = list(self.labels[:12]) + (["..."] if len(self.labels) > 12 else [])
+            raise DataError(
+                f"task {self.name}, row {number} ({excerpt(text)}): unknown label {label!r}; allowed are {allowed}; "
+                "correct the row, or leave such rows out with source.where"
+            )
+        return self.labels.index(label)
+
+
+def _tokenise(base: Base, texts: list[str]) -> tuple[Ids, ...]:
+    found = base.tokenizer(texts, truncation=True, max_length=token_limit(base), padding=False)["input_ids"]
+    return tuple(np.asarray(ids or [pad_id(base)], np.int32) for ids in found)
+
+
+def _lengths(data: Encoded) -> Places:
+    return np.array([len(ids) for ids in data.ids], np.int64)
+
+
+def _batch(data: Encoded, places: Places) -> Batch:
+    import torch
+
+    from fedpeft.tasks.likelihood import padded
+
+    inputs = padded([torch.from_numpy(data.ids[place]).long() for place in places], data.pad)
+    tokens = int(inputs["attention_mask"].sum())
+    return Batch(inputs, torch.from_numpy(data.labels[places]), len(places), tokens, data.pad)
+
+
+def _logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, K) in float32 and labels (B,) on the model's device."""
+    from fedpeft.tasks.likelihood import device_of
+
+    device = device_of(model)
+    output = model(**{name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()})
+    return output.logits.float(), batch.labels.to(device, non_blocking=True)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, labels, reduction="sum")

@@ -1,0 +1,114 @@
+"""The loss of causal language models: sequences packed into one row, output layer on labelled positions only.
+
+Shape suffixes in comments: N tokens of the packed row, K labelled positions, S sequences, T longest sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedpeft.tasks.protocol import Batch, Encoded, Ids
+
+IGNORED = -100
+PACK = 2048
+"""Most tokens of one packed forward: attention over a packed row costs the square of its length."""
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def padded(sequences: Sequence[torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (S, T) of sequences filled up at the end."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()}
+
+
+def packed(data: Encoded, places: Sequence[int], examples: int) -> Batch:
+    """The sequences ``places`` of ``data`` in one row, with positions that restart and labels already shifted."""
+    chosen = [data.ids[place] for place in places]
+    ids = torch.cat([torch.from_numpy(sequence).long() for sequence in chosen])
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in chosen])
+    labels = torch.cat([_shifted(data.ids[place], int(data.starts[place])) for place in places])
+    inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+    return Batch(inputs, labels[None], examples, len(ids), data.pad)
+
+
+def _shifted(ids: Ids, start: int) -> torch.Tensor:
+    """At each position the token to predict next, from the one before ``start`` on."""
+    labels = torch.full((len(ids),), IGNORED)
+    first = max(start, 1)
+    labels[first - 1 : -1] = torch.from_numpy(ids[first:]).long()
+    return labels
+
+
+def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy (K,) in nats of every labelled token of a packed batch, in its order."""
+    forward = _packed_losses if packs(model) else _padded_losses
+    return torch.cat([forward(model, part) for part in _parts(batch)])
+
+
+def owners(batch: Batch) -> torch.Tensor:
+    """For each labelled token (K,) the number of its sequence in the batch."""
+    sequence = (batch.inputs["position_ids"] == 0).cumsum(1) - 1
+    return sequence[batch.labels != IGNORED]
+
+
+def packs(model: torch.nn.Module) -> bool:
+    """Whether the model tells packed sequences apart by ``position_ids`` and can restrict its output layer to given positions.
+
+    Decided by the signature of its forward; a peft wrapper that adds virtual tokens shifts positions, and so does not pack.
+    """
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        return False
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return {"position_ids", "logits_to_keep"} <= set(inspect.signature(type(inner).forward).parameters)
+
+
+def _packed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    device = device_of(model)
+    keep = (batch.labels[0] != IGNORED).nonzero()[:, 0]
+    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+    logits = model(**inputs, logits_to_keep=keep.to(device), use_cache=False).logits[0]  # (K, V)
+    return cross_entropy(logits.float(), batch.labels[0, keep].to(device), reduction="none")
+
+
+def _padded_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    device, lengths = device_of(model), _lengths(batch)
+    inputs = padded(batch.inputs["input_ids"][0].split_with_sizes(lengths), batch.pad)
+    labels = torch.nn.utils.rnn.pad_sequence(list(batch.labels[0].split_with_sizes(lengths)), batch_first=True, padding_value=IGNORED).to(
+        device
+    )
+    logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
+    logits = logits[:, -labels.shape[1] :]  # virtual tokens stand before the text: (S, T, V)
+    return cross_entropy(logits[labels != IGNORED].float(), labels[labels != IGNORED], reduction="none")
+
+
+def _lengths(batch: Batch) -> list[int]:
+    positions = batch.inputs["position_ids"][0]
+    starts = (positions == 0).nonzero()[:, 0].tolist()
+    return [after - before for before, after in zip(starts, [*starts[1:], len(positions)], strict=True)]
+
+
+def _parts(batch: Batch) -> Iterator[Batch]:
+    """Runs of whole sequences of at most `PACK` tokens (a longer sequence stays alone); usually the batch itself."""
+    start = end = 0
+    for length in _lengths(batch):
+        if end > start and end + length - start > PACK:
+            yield _part(batch, start, end)
+            start = end
+        end += length
+    yield batch if start == 0 else _part(batch, start, end)
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    inputs = {name: value[:, start:end] for name, value in batch.inputs.items()}
+    return Batch(inputs, batch.labels[:, start:end], 0, end - start, batch.pad)

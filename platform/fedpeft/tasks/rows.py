@@ -1,0 +1,226 @@
+"""Rows from a file, a hub data set or the embedded data: read, renamed, filtered, split, limited."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fedpeft.config import Section
+from fedpeft.errors import DataError
+from fedpeft.tasks.protocol import Row
+from fedpeft.tasks.split import ALIASES, position, row_key, split_of
+
+
+class Source(Section):
+    """Where rows come from: exactly one of ``path``, ``hub`` and ``package``.
+
+    ``columns`` renames (the file's name on the left, ours on the right); ``where`` keeps rows whose column has one of the
+    values; ``limit`` keeps so many rows, chosen by hash and so spread over the file; ``config`` is the hub data set's configuration.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    package: Literal["stdlib"] | None = None
+    where: dict[str, str | list[str]] = Field(default={})
+    limit: int | None = Field(default=None, ge=1)
+    columns: dict[str, str] = Field(default={})
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        given = [key for key in ("path", "hub", "package") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, hub and package; {given or 'none'} given")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What messages call this source."""
+        return str(self.path or self.hub or self.package)
+
+
+def read_rows(source: Source, split: str | None = None) -> list[Row]:
+    """All rows of ``source``, or those of one split (``train`` or ``test``).
+
+    A ``split`` column decides where there is one (``val`` stands in where no ``test`` is); else a fifth of the rows, by hash,
+    is the test split.
+
+    Raises:
+        DataError: a missing, unreadable or empty file, a wrong column, or no row left by ``where`` and ``split``.
+    """
+    rows = _renamed(_load(source), source)
+    if not rows:
+        raise DataError(f"{source.label}: no rows; the data is empty")
+    kept = _of_split(_matching(rows, source), source, split)
+    return _limited(kept, source.limit)
+
+
+def _load(source: Source) -> list[Row]:
+    if source.package:
+        from fedpeft.tasks.stdlib import stdlib_rows
+
+        return stdlib_rows()
+    return _read_hub(source) if source.hub else _read_file(Path(str(source.path)).expanduser())
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; give one of {sorted(READERS)}")
+    try:
+        return READERS[path.suffix.lower()](path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a {', '.join(sorted(READERS))} file") from None
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{path}: not UTF-8 at byte {fault.start}; save the file as UTF-8") from None
+    except OSError as fault:
+        raise DataError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+
+
+def _read_lines(path: Path) -> list[Row]:
+    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+    return [_object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return []
+    table = _parse(text, str(path))
+    lists = [value for value in table.values() if isinstance(value, list)] if isinstance(table, dict) else [table]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise DataError(
+            f"{path}: expected a list of objects, or an object that holds one such list; name the file .jsonl if it has one object a line"
+        )
+    return [_object(row, f"{path}, item {number}") for number, row in enumerate(lists[0], 1)]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{path}, line {reader.line_num}: {_width(row)} fields, the header has {len(reader.fieldnames or ())}")
+            rows.append(dict(row))
+    except csv.Error as fault:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {fault}; quote fields that hold commas or line ends") from None
+    return rows
+
+
+def _width(row: Mapping[Any, Any]) -> int:
+    return sum(len(value) if isinstance(value, list) else value is not None for value in row.values())
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+    except pyarrow.ArrowInvalid as fault:
+        raise DataError(f"{path}: not a Parquet file: {str(fault).splitlines()[0]}") from None
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: Source) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source.hub}: hub data sets need the datasets library; pip install 'fedpeft[hub]', or give a local path"
+        ) from None
+    try:
+        found = datasets.load_dataset(source.hub, source.config)
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise DataError(f"{source.hub}: the hub data set cannot be loaded: {str(fault).splitlines()[0]}") from None
+    return [{"split": name, **row} for name, part in found.items() for row in _named_classes(part, datasets.ClassLabel)]
+
+
+def _named_classes(part: Any, class_label: type[Any]) -> Iterable[Row]:
+    """Rows of one split of a hub data set, class numbers turned into their names."""
+    named = {column: feature for column, feature in part.features.items() if isinstance(feature, class_label)}
+    for row in part:
+        yield {**row, **{column: feature.int2str(row[column]) for column, feature in named.items() if row[column] is not None}}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise DataError(f"{where}: not valid JSON at character {fault.colno} of line {fault.lineno}: {fault.msg}") from None
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: a {type(value).__name__}, expected an object such as {{"text": ..., "label": ...}}')
+    return value
+
+
+def _renamed(rows: list[Row], source: Source) -> list[Row]:
+    if not source.columns:
+        return rows
+    _known_columns(rows, source.columns, f"{source.label}: columns")
+    return [{source.columns.get(key, key): value for key, value in row.items()} for row in rows]
+
+
+def _matching(rows: list[Row], source: Source) -> list[Row]:
+    _known_columns(rows, source.where, f"{source.label}: where")
+    wanted = {key: {value} if isinstance(value, str) else set(value) for key, value in source.where.items()}
+    kept = [row for row in rows if all(str(row.get(key)) in values for key, values in wanted.items())]
+    if not kept:
+        seen = {key: sorted({str(row.get(key)) for row in rows})[:12] for key in wanted}
+        raise DataError(f"{source.label}: no row matches where = {source.where}; values seen are {seen}")
+    return kept
+
+
+def _known_columns(rows: list[Row], names: Iterable[str], what: str) -> None:
+    seen = {key for row in rows for key in row}
+    unknown = sorted(set(names) - seen)
+    if unknown:
+        raise DataError(f"{what} names {unknown}, which no row has; columns seen are {sorted(seen)}")
+
+
+def _of_split(rows: list[Row], source: Source, split: str | None) -> list[Row]:
+    if split is None:
+        return rows
+    if split not in ALIASES:
+        raise DataError(f"{source.label}: unknown split {split!r}; ask for one of {sorted(ALIASES)}")
+    if not any("split" in row for row in rows):
+        kept = [row for row in rows if split_of(row_key(row)) == split]
+    else:
+        seen = {str(row.get("split")) for row in rows}
+        name = next((alias for alias in ALIASES[split] if alias in seen), split)
+        kept = [row for row in rows if row.get("split") == name]
+    if not kept:
+        raise DataError(f"{source.label}: no row in split {split!r} among {len(rows)}; {_splits_seen(rows)}")
+    return kept
+
+
+def _splits_seen(rows: Sequence[Row]) -> str:
+    seen = sorted({str(row.get("split")) for row in rows})
+    return f"splits seen are {seen}" if any("split" in row for row in rows) else "add rows, or a split column"
+
+
+def _limited(rows: list[Row], limit: int | None) -> list[Row]:
+    """``limit`` rows, the same on every machine and spread over the file, in the file's order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = sorted(range(len(rows)), key=lambda number: position(row_key(rows[number])))[:limit]
+    return [rows[number] for number in sorted(chosen)]
