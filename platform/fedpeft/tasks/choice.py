@@ -52,6 +52,10 @@ class Choice:
         """The first metric."""
         return self.metrics[0]
 
+    def text_of(self, row: Row) -> str:
+        """What routing embeds. Raises `DataError` when the row has none."""
+        return question(row, 1).prompt
+
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
         """Tokenise the prompt with every choice. Raises `DataError` on a wrong form or no row, `BaseError` unless the base is causal."""
         require_causal(base, f"task {self.name}")

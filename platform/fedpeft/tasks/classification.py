@@ -13,7 +13,7 @@ from fedpeft.errors import DataError
 from fedpeft.tasks import metrics as measures
 from fedpeft.tasks.arrange import Places, bucketed, by_length
 from fedpeft.tasks.encoding import pad_id, token_limit
-from fedpeft.tasks.forms import excerpt, text_label
+from fedpeft.tasks.forms import excerpt, field, text_label
 from fedpeft.tasks.protocol import Batch, Encoded, Ids, Loss, Row
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Classification:
     def headline(self) -> str:
         """The first metric."""
         return self.metrics[0]
+
+    def text_of(self, row: Row) -> str:
+        """What routing embeds. Raises `DataError` when the row has none."""
+        return field(row, self.text, 1)
 
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
         """Tokenise texts and look labels up. Raises `DataError` on an unknown label, a missing field or no row."""

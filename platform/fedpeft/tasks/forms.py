@@ -68,6 +68,13 @@ def question(row: Row, number: int) -> Question:
     return Question(field(row, "prompt", number), tuple(map(str, texts)), _index(answer, list(map(str, texts)), list(names), number))
 
 
+def request(row: Row) -> str:
+    """What a person would send to get this row's answer: the prompt, the last message of the chat so far, or the text."""
+    pair = pairs(row, 1)[-1]
+    asked = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
+    return asked or pair.completion
+
+
 def field(row: Row, name: str, number: int) -> str:
     """A field as text. Raises `DataError` when it is missing or empty."""
     value = str(_value(row, name, number))

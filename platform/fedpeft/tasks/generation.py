@@ -14,7 +14,7 @@ from fedpeft.errors import DataError
 from fedpeft.tasks import metrics as measures
 from fedpeft.tasks.arrange import by_length, shuffled
 from fedpeft.tasks.encoding import encode_pair, pad_id, prompt_ids, require_causal
-from fedpeft.tasks.forms import Pair, pairs
+from fedpeft.tasks.forms import Pair, pairs, request
 from fedpeft.tasks.protocol import Batch, Encoded, Loss, Row
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Generation:
     def headline(self) -> str:
         """The first metric."""
         return self.metrics[0]
+
+    def text_of(self, row: Row) -> str:
+        """What routing embeds. Raises `DataError` when the row has none."""
+        return request(row)
 
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
         """Tokenise prompts and completions. Raises `DataError` on an unknown form or no row, `BaseError` unless the base is causal."""

@@ -93,6 +93,10 @@ class Task(Protocol):
         """The one metric that tables show; higher is better, but for perplexity."""
         ...
 
+    def text_of(self, row: Row) -> str:
+        """The part of a row that a request consists of: what routing embeds. Raises `DataError` on an unknown form."""
+        ...
+
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
         """Tokenise rows. Raises `DataError` naming row, value and what is allowed; `BaseError` for a base of the wrong family."""
         ...
