@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def tree() -> typer.Typer:
     return app
 
 
-def _absent(extra: str) -> object:
+def _absent(extra: str) -> Callable[[], None]:
     def explain() -> None:
         raise FedpeftError(f"{extra}: not installed; run pip install 'fedpeft[{extra}]'")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TASKS = ("area", "effect", "error")
 SITES = 3
 QUANTIZATION: Quantization = "nf4"
-MAX_TOKENS = 40
+MAX_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Setting:
     rounds: int = 6
     seed: int = 11
     method_table: dict[str, Any] = field(default_factory=lambda: {"kind": "lora", "r": 8, "alpha": 16.0, "targets": ["attention"]})
-    training_table: dict[str, Any] = field(
-        default_factory=lambda: {"steps": 12, "batch_size": 16, "lr": 2e-3, "lr_by_role": {"head": 1e-2}}
-    )
+    training_table: dict[str, Any] = field(default_factory=lambda: {"steps": 8, "batch_size": 16, "lr": 4e-3, "lr_by_role": {"head": 1e-2}})
 
     @property
     def sites(self) -> dict[str, list[str]]:
