@@ -54,7 +54,7 @@ def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = 
 
 
 def _metrics(version: Any) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(version.manifest.metrics.items()))
+    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(version.manifest.metrics.items()) if not name.startswith("base."))
 
 
 @app.command()
