@@ -185,9 +185,57 @@ def slow(site: Site, seconds: float) -> Site:
     return replace(site, twist=wait)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    pause = float(sys.argv[2])
+def in_memory(folder: Path, pause: float) -> None:
+    """A coordinator process over in-memory sites, each ``pause`` seconds slow; prints the final digests."""
     federation = Federation(folder, setup(rounds=6), {name: slow(site, pause) for name, site in sites().items()})
     federation.open().run()
     print(json.dumps(federation.final()))
+
+
+def over_flower(folder: Path, port: int, rounds: int) -> None:
+    """A coordinator process over a real SuperLink; prints the final digests."""
+    from fedpeft_coordinator.config import Link
+    from fedpeft_coordinator.supervise import LinkProcess
+    from fedpeft_coordinator.transport_flower import FlowerTransport
+
+    made = setup(rounds=rounds, wait_for_sites=len(HOLDINGS))
+    made = replace(made, limits=replace(made.limits, deadline=120.0, retries=5), evaluate_every=0)
+    events = Events(folder / "events.jsonl")
+    link = LinkProcess(Link(port=port), folder / "link", events)
+    link.start()
+    transport = FlowerTransport(link.connect, Hello(tasks=list(made.tasks)), events)
+    journal = Journal(f"sqlite:///{folder / 'journal.sqlite'}")
+    try:
+        last = Coordinator(made, journal, Store(folder / "blobs"), transport, events).run()[-1]
+    finally:
+        transport.close()
+        link.stop()
+    print(json.dumps({name: row.current for name, row in last.tasks.items()}))
+
+
+def site_process(name: str, address: str, secret: Path, pause: float) -> None:
+    """A site's worker behind a real SuperNode; what it keeps dies with it."""
+    from fedpeft.errors import LinkError
+    from fedpeft.wire import _compat, flower
+
+    site = slow(Site(name, dict(HOLDINGS[name])), pause)
+    while True:
+        try:
+            token = _compat.acquire_clientapp(address, secret.read_bytes())
+            if token:
+                _compat.run_task(address, token, lambda records, _info: flower.to_records(site(flower.from_records(records))))
+            else:
+                time.sleep(0.1)
+        except LinkError as fault:
+            print(fault, flush=True)
+            time.sleep(0.3)
+
+
+if __name__ == "__main__":
+    what, arguments = sys.argv[1], sys.argv[2:]
+    if what == "memory":
+        in_memory(Path(arguments[0]), float(arguments[1]))
+    elif what == "flower":
+        over_flower(Path(arguments[0]), int(arguments[1]), int(arguments[2]))
+    else:
+        site_process(arguments[0], arguments[1], Path(arguments[2]), float(arguments[3]))

@@ -1,0 +1,172 @@
+"""Real processes on loopback: the guarded SuperLink, real SuperNodes, our own executors, and kill -9 of each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+
+from fedpeft_coordinator.supervise import free_port, listens
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+FAKE = Path(__file__).parents[1] / "unit" / "coordinator" / "fake.py"
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def fake() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fedpeft_fake_federation_flower", FAKE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Kept:
+    """A process that is started again whenever it ends: a stand-in for a site's supervisor."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+        self.command, self.log, self.env = command, log, env
+        self.over = threading.Event()
+        self.process = self._start()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.2):
+            if self.process.poll() is not None:
+                self.process = self._start()
+
+    def stop(self) -> None:
+        self.over.set()
+        self.thread.join()
+        self.process.kill()
+        self.process.wait()
+
+
+class Stage:
+    """A federation of real processes in one folder."""
+
+    def __init__(self, folder: Path, names: list[str], pause: float = 0.2) -> None:
+        self.folder, self.port = folder, free_port()
+        self.env = {**os.environ, "FLWR_HOME": str(folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        (folder / "secret").write_bytes(os.urandom(32))
+        self.nodes, self.workers = {}, {}
+        for name in names:
+            port = free_port()
+            self.nodes[name] = Kept(self._node(port), folder / f"{name}.node.log", self.env)
+            worker = [sys.executable, str(FAKE), "site", name, f"127.0.0.1:{port}", str(folder / "secret"), str(pause)]
+            self.workers[name] = Kept(worker, folder / f"{name}.worker.log", self.env)
+        self.coordinator = self.start()
+
+    def _node(self, port: int) -> list[str]:
+        script = str(Path(sys.executable).with_name("flower-supernode"))
+        line = [sys.executable, script, "--insecure", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        return [*line, "--isolation", "process", "--superexec-auth-secret-file", str(self.folder / "secret")]
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, str(FAKE), "flower", str(self.folder), str(self.port), str(ROUNDS)]
+        with (self.folder / "coordinator.log").open("a") as log:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env)
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        path = self.folder / "events.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [row for row in map(json.loads, lines) if row["event"] == kind]
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, (self.folder / "coordinator.log").read_text()[-3000:]
+            assert self.coordinator.poll() is None, (self.folder / "coordinator.log").read_text()[-3000:]
+            time.sleep(0.05)
+
+    def finish(self) -> dict[str, str]:
+        out, _ = self.coordinator.communicate(timeout=300)
+        assert self.coordinator.returncode == 0, (self.folder / "coordinator.log").read_text()[-3000:]
+        return dict(json.loads(out.strip().split("\n")[-1]))
+
+    def stop(self) -> None:
+        for kept in (*self.workers.values(), *self.nodes.values()):
+            kept.stop()
+        if self.coordinator.poll() is None:
+            self.coordinator.kill()
+        self.coordinator.wait()
+        if self.coordinator.stdout:
+            self.coordinator.stdout.close()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, fake: ModuleType) -> Iterator[Stage]:
+    made = Stage(tmp_path, sorted(fake.HOLDINGS))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from dataclasses import replace
+
+    folder = tmp_path_factory.mktemp("memory")
+    federation = fake.Federation(folder, replace(fake.setup(rounds=ROUNDS), evaluate_every=0), fake.sites())
+    federation.open().run()
+    return dict(federation.final())
+
+
+def test_the_public_port_knows_only_the_fleet(stage: Stage, undisturbed: dict[str, str]) -> None:
+    stage.wait_for(lambda: listens("127.0.0.1", stage.port))
+    settings = json.loads((stage.folder / "link" / "link.json").read_text())
+    public, private = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{settings['private_port']}"
+    stage.wait_for(lambda: listens("127.0.0.1", settings["private_port"]))
+    assert httpx.get(f"{public}/health").status_code == 200
+    for path in ("/v1/control/start-run", "/v1/control/list-nodes", "/v1/runtime/acquire-task", "/docs", "/openapi.json"):
+        assert httpx.post(f"{public}{path}", content=b"").status_code == 404, path
+        assert httpx.post(f"{private}{path}", content=b"").status_code == 404, f"{path} without the secret"
+    for path in ("/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "//v1/control/start-run"):
+        assert httpx.post(f"{public}{path}", content=b"").status_code in (404, 405), path
+    assert httpx.post(f"{public}/v1/fleet/push-object", content=iter([b"of unknown length"])).status_code == 413
+    assert stage.finish() == undisturbed
+
+
+def test_kill_the_coordinator(stage: Stage, undisturbed: dict[str, str]) -> None:
+    for moment in (1, 5):
+        stage.wait_for(lambda moment=moment: len(stage.events("answer")) >= moment)  # type: ignore[misc]
+        stage.coordinator.send_signal(signal.SIGKILL)
+        stage.coordinator.communicate()
+        stage.coordinator = stage.start()
+    assert stage.finish() == undisturbed
+
+
+def test_kill_the_superlink(stage: Stage, undisturbed: dict[str, str]) -> None:
+    stage.wait_for(lambda: len(stage.events("answer")) >= 2)
+    os.kill(int(str([row for row in stage.events("link") if "pid" in row][-1]["pid"])), signal.SIGKILL)
+    assert stage.finish() == undisturbed
+
+
+def test_kill_a_supernode(stage: Stage, undisturbed: dict[str, str]) -> None:
+    stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
+    stage.nodes["west"].process.send_signal(signal.SIGKILL)
+    assert stage.finish() == undisturbed
+
+
+def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
+    stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
+    stage.workers["west"].process.send_signal(signal.SIGKILL)
+    assert stage.finish() == undisturbed
