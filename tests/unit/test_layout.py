@@ -48,7 +48,7 @@ def test_the_median_function_is_short():
 
 def test_every_room_explains_itself():
     rooms = [path for path in (ROOT / "platform/fedpeft").iterdir() if (path / "__init__.py").exists()]
-    rooms += [ROOT / "client", ROOT / "coordinator"]
+    rooms += [ROOT / "client/fedpeft_client", ROOT / "coordinator/fedpeft_coordinator"]
     missing = [str(room.relative_to(ROOT)) for room in rooms if not (room / "README.md").exists()]
     assert missing == []
 

@@ -1,0 +1,165 @@
+"""A user's mistakes: one line on stderr that says what to do, the documented exit code, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from fedpeft.cli.main import run
+from fedpeft.errors import (
+    AdapterError,
+    BaseError,
+    ConfigError,
+    DataError,
+    StorageError,
+)
+
+ROOT = Path(__file__).parents[3]
+FEDERATION = ROOT / "deploy/configs/federation.toml"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A site.toml over ``rows`` (written as JSON lines), with any base."""
+
+    def write(rows: list[dict[str, str]], model: str = "minilm") -> Path:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = tmp_path / "site.toml"
+        path.write_text(
+            f'name = "s"\ncoordinator = "127.0.0.1:1"\nstate = "s"\n[base]\nmodel = "{model}"\n[data.colour]\npath = "rows.jsonl"\n'
+        )
+        (tmp_path / "federation.toml").write_text(
+            'name = "f"\n[base]\nmodel = "minilm"\n[tasks.colour]\nkind = "classification"\nlabels = ["red", "blue"]\n'
+        )
+        return path
+
+    return write
+
+
+def said(capsys, arguments: list[str], code: int) -> str:
+    """Run, check the exit code and that every line is ours and none a traceback; returns stderr."""
+    assert run(arguments) == code
+    err = capsys.readouterr().err
+    assert err.strip()
+    assert "Traceback" not in err
+    assert all(line.startswith("fedpeft: ") for line in err.splitlines())
+    return err
+
+
+def test_a_missing_federation_file(capsys):
+    assert "no such file" in said(capsys, ["coordinator", "up", "absent.toml"], ConfigError.exit_code)
+
+
+def test_malformed_toml(capsys, tmp_path):
+    (tmp_path / "bad.toml").write_text("name = \n")
+    assert "not valid TOML" in said(capsys, ["coordinator", "up", str(tmp_path / "bad.toml")], ConfigError.exit_code)
+
+
+def test_every_fault_of_a_file_is_named_at_once(capsys, tmp_path):
+    (tmp_path / "f.toml").write_text(
+        'name = "F!"\nrouns = 3\n[method]\nkind = "lorra"\n[tasks.a]\nkind = "classification"\nlabels = ["x"]\n'
+    )
+    err = said(capsys, ["coordinator", "up", str(tmp_path / "f.toml")], ConfigError.exit_code)
+    assert all(word in err for word in ("rouns", "lorra", "labels", "name"))
+
+
+def test_an_unknown_label(capsys, site):
+    path = site([{"text": f"sky {number}", "label": "green"} for number in range(30)])
+    err = said(capsys, ["client", "dry-run", str(path), "--plan", str(path.parent / "federation.toml")], DataError.exit_code)
+    assert "green" in err
+    assert "red" in err
+
+
+def test_empty_data(capsys, site):
+    path = site([])
+    err = said(capsys, ["client", "dry-run", str(path), "--plan", str(path.parent / "federation.toml")], DataError.exit_code)
+    assert "rows.jsonl" in err
+
+
+def test_a_base_that_is_not_there(capsys, site):
+    path = site([{"text": "sky", "label": "blue"}], model="./no-such-model")
+    assert "no-such-model" in said(
+        capsys, ["client", "dry-run", str(path), "--plan", str(path.parent / "federation.toml")], BaseError.exit_code
+    )
+
+
+def test_no_registry(capsys, tmp_path):
+    err = said(capsys, ["adapters", "list", "--registry", str(tmp_path / "none")], AdapterError.exit_code)
+    assert "FEDPEFT_REGISTRY" in err
+
+
+def test_an_unknown_schema(capsys):
+    assert "federation" in said(capsys, ["schema", "nonsense"], ConfigError.exit_code)
+
+
+@pytest.mark.parametrize("kind", ["federation", "site", "central"])
+def test_schemas_are_printed_as_json(capsys, kind):
+    assert run(["schema", kind]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_a_full_disk_is_a_storage_error(capsys, monkeypatch):
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+    monkeypatch.setattr("fedpeft.cli.output.emit", full)
+    err = said(capsys, ["schema", "site"], StorageError.exit_code)
+    assert "no space left" in err
+    assert "/data/x" in err
+
+
+def test_a_defect_is_one_line_with_its_log(capsys, monkeypatch):
+    monkeypatch.setattr("fedpeft.cli.output.emit", lambda *_arguments: 1 / 0)
+    err = said(capsys, ["schema", "site"], 70)
+    log = Path(err.split("traceback: ")[1].rstrip(")\n"))
+    assert "ZeroDivisionError" in log.read_text()
+    log.unlink()
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys):
+    assert run(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+
+
+FLAGS = {
+    "adapters export": ["--registry"],
+    "adapters history": ["--registry"],
+    "adapters list": ["--json", "--registry"],
+    "adapters pull": ["--from", "--registry"],
+    "adapters rollback": ["--registry"],
+    "adapters show": ["--registry"],
+    "adapters verify": ["--registry"],
+    "client dry-run": ["--json", "--plan", "--round", "--set"],
+    "client join": [],
+    "coordinator status": ["--json"],
+    "coordinator up": ["--set"],
+    "demo": ["--fresh", "--rounds"],
+    "doctor": [],
+    "evaluate": ["--json", "--quantization", "--registry", "--routed"],
+    "methods": [],
+    "route": ["--json", "--quantization", "--registry", "--task"],
+    "schema": [],
+}
+
+
+def test_the_flag_set_is_frozen():
+    import typer
+
+    from fedpeft.cli.main import tree
+
+    found: dict[str, list[str]] = {}
+
+    def walk(command: object, path: str) -> None:
+        children = getattr(command, "commands", None)
+        if children is None:
+            options = [p.opts[0] for p in command.params if p.param_type_name == "option" and p.name != "help"]  # type: ignore[attr-defined]
+            found[path] = sorted(options)
+            return
+        for name, child in children.items():
+            walk(child, f"{path} {name}".strip())
+
+    walk(typer.main.get_command(tree()), "")
+    assert found == FLAGS
