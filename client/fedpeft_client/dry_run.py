@@ -29,6 +29,7 @@ from fedpeft_client.shelf import Shelf
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
     from fedpeft.bases import Base
+    from fedpeft.tasks import Task
 
 FLOAT_BYTES, CODE_BYTES = 8, 4
 EPSILON = "none: not accounted"
@@ -89,7 +90,7 @@ def forecast(site: SiteConfig, plain: Plain, number: int = 1) -> list[Forecast]:
     Raises:
         ConfigError: the federation's method, scheme, training or a task cannot be built, or the site holds none of its tasks.
         BaseError: the base cannot be found.
-        DataError: a task's rows cannot be read.
+        DataError: a task's rows cannot be read, or one of them does not fit the task.
     """
     from fedpeft.bases import meta_base
 
@@ -103,12 +104,13 @@ def forecast(site: SiteConfig, plain: Plain, number: int = 1) -> list[Forecast]:
 
 
 def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, number: int) -> Forecast:
-    spec, scheme, settings = _nouns(plain, name, base)
+    task, spec, scheme, settings = _nouns(plain, name, base)
     phase = scheme.phase(number, spec.layout)
     up = spec.layout.subset(phase.roles)
     examples = len(shelf.rows(name, "train"))
     if examples == 0:
         raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
+    shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
     counters = {**TRAIN_COUNTERS, **_router(base)}
     asked = _ask(plain, name, spec, up, settings, base)
     try:
@@ -120,7 +122,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     return Forecast(name, phase.name, examples, weight, _lines(up), counters, size, EPSILON, rules, refused)
 
 
-def _nouns(plain: Plain, name: str, base: Base) -> tuple[AdapterSpec, Scheme, TrainSettings]:
+def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
     from fedpeft.adapters import make_spec
     from fedpeft.tasks import TASKS
 
@@ -136,7 +138,7 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[AdapterSpec, Scheme, Tr
         raise ConfigError(f"training.{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    return make_spec(name, base, method, task.head), scheme, settings
+    return task, make_spec(name, base, method, task.head), scheme, settings
 
 
 def _ask(plain: Plain, name: str, spec: AdapterSpec, up: Layout, settings: TrainSettings, base: Base) -> Ask:
