@@ -21,29 +21,42 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 64 << 20
 """Bytes of one public request; Flower cuts arrays into pieces of 5 MiB."""
-HOLD_SECONDS = 10.0
+HOLD_SECONDS = 20.0
 """Well under the 30 s after which a SuperNode gives a call up."""
 QUESTION = "/v1/fleet/pull-messages"
-NEWS = "/v1/runtime/push-messages"
+NEWS = frozenset({"/v1/runtime/push-messages", "/v1/runtime/push-object"})
+SETTLE_SECONDS = 0.05
+"""A message's arrays follow in calls of their own; a node that is told too early would wait a second for them."""
 
 
 @dataclass
 class Bell:
-    """Rung when the coordinator has sent messages."""
+    """Rung when the coordinator has sent messages and their arrays."""
 
     _waiters: list[asyncio.Event] = field(default_factory=list)
+    _soon: asyncio.TimerHandle | None = None
 
     def ring(self) -> None:
-        """Wake everybody who waits."""
+        """Wake everybody who waits, once nothing more was sent for `SETTLE_SECONDS`."""
+        if self._soon is not None:
+            self._soon.cancel()
+        self._soon = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._wake)
+
+    def _wake(self) -> None:
         for waiter in self._waiters:
             waiter.set()
         self._waiters.clear()
 
-    def listen(self) -> asyncio.Event:
-        """An event that the next ring sets."""
-        event = asyncio.Event()
-        self._waiters.append(event)
-        return event
+    async def heard(self, seconds: float, gone: asyncio.Future[Any]) -> bool:
+        """Wait for a ring; False after ``seconds`` or when the caller is ``gone``."""
+        rung = asyncio.Event()
+        self._waiters.append(rung)
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(rung.wait())
+        await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if rung in self._waiters:
+            self._waiters.remove(rung)
+        return rung.is_set() and not gone.done()
 
 
 def fleet_only(app: App, bell: Bell) -> App:
@@ -74,29 +87,28 @@ def secret_only(app: App, bell: Bell, name: str, value: str) -> App:
                 await _refuse(send, 404)
                 return
         await app(scope, receive, send)
-        if scope.get("path") == NEWS:
+        if scope.get("path") in NEWS:
             bell.ring()
 
     return guard
 
 
 async def _hold(app: App, bell: Bell, call: tuple[Scope, Receive, Send]) -> None:
-    """Ask ``app``; while it has nothing to say, wait for the bell and ask again, for `HOLD_SECONDS` in all."""
+    """Ask ``app``; while it has nothing to say, wait for the bell and ask again, for `HOLD_SECONDS` in all.
+
+    It is not asked on behalf of a node that hung up: its message would be lost.
+    """
     scope, receive, send = call
     body = await _read(receive)
+    gone: asyncio.Future[Event] = asyncio.ensure_future(receive())
     end = asyncio.get_running_loop().time() + HOLD_SECONDS
-    while True:
-        rung = bell.listen()
+    answer = await _ask(app, scope, body)
+    while not _says_something(answer) and await bell.heard(end - asyncio.get_running_loop().time(), gone):
         answer = await _ask(app, scope, body)
-        left = end - asyncio.get_running_loop().time()
-        if _says_something(answer) or left <= 0:
-            break
-        try:
-            await asyncio.wait_for(rung.wait(), left)
-        except TimeoutError:
-            break
-    for event in answer:
-        await send(event)
+    if not gone.done():
+        gone.cancel()
+        for event in answer:
+            await send(event)
 
 
 async def _read(receive: Receive) -> bytes:

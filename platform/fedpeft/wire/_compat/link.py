@@ -24,9 +24,9 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, http_grid
 
-from fedpeft.wire._compat.base import ACQUIRE, SECRET_HEADER, acquire, heartbeat, link_faults, log, runtime
+from fedpeft.wire._compat.base import ACQUIRE, SECRET_HEADER, acquire, heartbeat, impatient, link_faults, log, runtime
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ class LinkGrid:
     """
 
     def __init__(self, endpoint: Endpoint, token: str) -> None:
+        impatient(http_grid, "pull_objects")
         self._http = HttpGrid(endpoint.address, insecure=True, token=token)
         self._client = runtime(endpoint.address, "flwr-serverapp", [RuntimeTokenHttpInterceptor(token), _Secret(endpoint.secret)])
         self._http._client = self._client

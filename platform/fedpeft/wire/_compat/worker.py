@@ -9,9 +9,10 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supernode.runtime import run_clientapp
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedpeft.wire._compat.base import ACQUIRE, acquire, heartbeat, link_faults, log, runtime
+from fedpeft.wire._compat.base import ACQUIRE, acquire, heartbeat, impatient, link_faults, log, runtime
 
 
 def acquire_clientapp(address: str, secret: bytes | None) -> str | None:
@@ -52,6 +53,7 @@ def run_task(address: str, token: str, handler: Handler) -> TaskDone:
     Raises:
         LinkError: the SuperNode went away; the answer is lost (the coordinator asks again).
     """
+    impatient(run_clientapp, "pull_and_inflate_object_from_tree")
     client = runtime(address, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)])
     with client, heartbeat(client), link_faults(f"task of {address}"):
         message, context, _, _ = pull_task_input(client)
