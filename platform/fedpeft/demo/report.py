@@ -38,7 +38,7 @@ def collect(setting: Setting, seconds: float) -> dict[str, Any]:
     """Everything the report says, from the files of the run. Raises `StorageError` when one is missing or torn."""
     folder = setting.folder
     try:
-        events = [json.loads(line) for line in (folder / "coordinator" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+        events = events_of(folder)
         local = json.loads((folder / "local.json").read_text(encoding="utf-8"))["local"]
         pooled = json.loads((folder / "pooled.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
@@ -55,6 +55,11 @@ def collect(setting: Setting, seconds: float) -> dict[str, Any]:
         "base_loads": base_loads(events),
         "registry": str(folder / "coordinator" / "registry"),
     }
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """The coordinator's events of a run."""
+    return [json.loads(line) for line in (folder / "coordinator" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def per_round(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
