@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,7 +120,10 @@ def build_stub(stub: Stub) -> bytes:
         "config": dict(stub.config),
     }
     project = {"name": stub.name, "version": stub.version, "dependencies": ["flwr>=1.41.0,<1.42"]}
-    return build_fab_from_files({"pyproject.toml": tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}).encode()})[0]
+    files = {"pyproject.toml": tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}).encode()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # flwr's own use of pathspec
+        return build_fab_from_files(files)[0]
 
 
 def submit_stub(endpoint: Endpoint, stub: Stub) -> int:

@@ -1,0 +1,89 @@
+"""federation.toml: the shipped example loads, faults are named, clashes name both settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedpeft import config
+from fedpeft.errors import ConfigError
+from fedpeft_coordinator.config import FederationConfig, load_federation
+
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "configs" / "federation.toml"
+MINIMAL = {"name": "f", "tasks": {"t": {"kind": "classification", "labels": ["a", "b"]}}}
+
+
+def load(**changes: object) -> FederationConfig:
+    return config.parse({**MINIMAL, **changes}, FederationConfig, "f.toml")
+
+
+def test_the_example_loads() -> None:
+    federation = load_federation(EXAMPLE)
+    assert federation.tasks["urgency"].task.labels == ("low", "normal", "high")
+    assert federation.tasks["urgency"].task.name == "urgency"
+    assert (federation.settings("topic").steps, federation.settings("urgency").steps) == (20, 10)
+    assert federation.settings("urgency").lr == federation.training.lr
+    assert federation.state == EXAMPLE.parent / "federation-state"
+    assert federation.registry_folder == federation.state / "registry"
+
+
+def test_defaults() -> None:
+    federation = load()
+    assert type(federation.scheme).kind == "alternating"
+    assert type(federation.server).kind == "sgd"
+    assert type(federation.method).kind == "lora"
+    assert federation.cohort.expected == 1
+
+
+def test_overrides_of_the_command_line() -> None:
+    federation = load_federation(EXAMPLE, {"cohort.deadline": "5", "scheme.kind": "fedavg"})
+    assert federation.cohort.deadline == 5.0
+    assert type(federation.scheme).kind == "fedavg"
+
+
+CLASHES: dict[str, tuple[dict[str, object], str]] = {
+    "quorum": ({"cohort": {"min_sites": 3, "wait_for_sites": 2}}, r"cohort\.wait_for_sites = 2 .* cohort\.min_sites = 3"),
+    "auth": ({"link": {"node_auth": True}}, r"link\.node_auth = true needs \[link\.tls\]"),
+    "open": ({"link": {"host": "0.0.0.0"}}, r"link\.host = '0\.0\.0\.0' .* \[link\.tls\] is missing"),
+    "warmup": ({"training": {"steps": 5, "warmup": 5}}, r"training\.warmup = 5 and training\.steps = 5"),
+    "prefix": (
+        {"method": {"kind": "prefix"}, "training": {"checkpoint_activations": True}},
+        r"method\.kind = 'prefix.*training\.checkpoint_activations",
+    ),
+    "unknown kind": ({"scheme": {"kind": "fedprox"}}, r"scheme: unknown kind 'fedprox'; known kinds are"),
+    "unknown key": ({"round": 3}, r"round: unknown key; known keys are"),
+    "unknown training key": ({"tasks": {"t": {**MINIMAL["tasks"]["t"], "training": {"step": 3}}}}, r"unknown keys \['step'\]"),
+    "task": ({"tasks": {"t": {"kind": "classification", "label": ["a"]}}}, r"labels"),
+    "no task": ({"tasks": {}}, r"tasks"),
+    "bad name": ({"name": "No Spaces"}, r"name"),
+    "learning rate": ({"training": {"lr": -1}}, r"lr"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_clashes_name_both_settings(case: str) -> None:
+    changes, pattern = CLASHES[case]
+    with pytest.raises(ConfigError) as caught:
+        load(**changes)
+    assert re.search(pattern, str(caught.value)), str(caught.value)
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(rounds=0, seed=-1, cohort={"deadline": 0})
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["seed", "rounds", "cohort.deadline"]
+
+
+def test_missing_certificates_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text('name = "f"\n[tasks.t]\nkind = "classification"\nlabels = ["a", "b"]\n[link.tls]\nca = "a"\ncert = "b"\nkey = "c"\n')
+    with pytest.raises(ConfigError, match=r"link\.tls\.ca: .*/a does not exist; deploy/certificates\.py makes the files"):
+        load_federation(file)
+
+
+def test_the_schema_is_json() -> None:
+    import json
+
+    assert "cohort" in json.dumps(FederationConfig.model_json_schema())
