@@ -35,6 +35,7 @@ class Bell:
 
     _waiters: list[asyncio.Event] = field(default_factory=list)
     _soon: asyncio.TimerHandle | None = None
+    _closed: bool = False
 
     def ring(self) -> None:
         """Wake everybody who waits, once nothing more was sent for `SETTLE_SECONDS`."""
@@ -47,8 +48,13 @@ class Bell:
             waiter.set()
         self._waiters.clear()
 
+    def close(self) -> None:
+        """Nobody waits any longer: the process ends."""
+        self._closed = True
+        self._wake()
+
     async def heard(self, seconds: float, gone: asyncio.Future[Any]) -> bool:
-        """Wait for a ring; False after ``seconds`` or when the caller is ``gone``."""
+        """Wait for a ring; False after ``seconds``, when the caller is ``gone`` or the process ends."""
         rung = asyncio.Event()
         self._waiters.append(rung)
         waiting: asyncio.Future[Any] = asyncio.ensure_future(rung.wait())
@@ -56,7 +62,7 @@ class Bell:
         waiting.cancel()
         if rung in self._waiters:
             self._waiters.remove(rung)
-        return rung.is_set() and not gone.done()
+        return rung.is_set() and not gone.done() and not self._closed
 
 
 def fleet_only(app: App, bell: Bell) -> App:

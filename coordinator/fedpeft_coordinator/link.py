@@ -70,10 +70,12 @@ async def serve(settings: LinkSettings) -> None:
         uvicorn.Server(uvicorn.Config(fleet_only(app, bell), host=settings.host, port=settings.port, **quiet, **tls)),
     ]
     running = [asyncio.create_task(server.serve()) for server in servers]
-    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    while not any(server.should_exit for server in servers) and not any(task.done() for task in running):
+        await asyncio.sleep(0.1)
+    bell.close()
     for server in servers:
         server.should_exit = True
-    await asyncio.gather(*running, return_exceptions=True)
+    await asyncio.gather(*running)
 
 
 def main() -> int:

@@ -112,7 +112,7 @@ class LinkProcess:
         known = {node.name for node in list_nodes(self.endpoint)}
         for path in key_files(self.link.node_keys):
             if path.stem not in known:
-                register_node(self.endpoint, path.read_bytes(), path.stem)
+                register_node(self.endpoint, path, path.stem)
 
     def _prepare(self) -> bytes:
         """Write secret and settings for the child."""

@@ -65,20 +65,25 @@ class Stage:
     """A federation of real processes in one folder."""
 
     def __init__(self, folder: Path, names: list[str], pause: float = 0.2) -> None:
+        self.keys = folder / "keys"
         self.folder, self.port = folder, free_port()
         self.env = {**os.environ, "FLWR_HOME": str(folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         (folder / "secret").write_bytes(os.urandom(32))
         self.nodes, self.workers = {}, {}
         for name in names:
             port = free_port()
-            self.nodes[name] = Kept(self._node(port), folder / f"{name}.node.log", self.env)
+            self.nodes[name] = Kept(self._node(name, port), folder / f"{name}.node.log", self.env)
             worker = [sys.executable, str(FAKE), "site", name, f"127.0.0.1:{port}", str(folder / "secret"), str(pause)]
             self.workers[name] = Kept(worker, folder / f"{name}.worker.log", self.env)
         self.coordinator = self.start()
 
-    def _node(self, port: int) -> list[str]:
+    def _node(self, name: str, port: int) -> list[str]:
         script = str(Path(sys.executable).with_name("flower-supernode"))
-        line = [sys.executable, script, "--insecure", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        line = [sys.executable, script, "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        if self.keys.exists():
+            line += ["--root-certificates", str(self.keys / "ca.crt"), "--auth-supernode-private-key", str(self.keys / f"{name}.key")]
+        else:
+            line += ["--insecure"]
         return [*line, "--isolation", "process", "--superexec-auth-secret-file", str(self.folder / "secret")]
 
     def start(self) -> subprocess.Popen[str]:
@@ -170,3 +175,43 @@ def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
     stage.workers["west"].process.send_signal(signal.SIGKILL)
     assert stage.finish() == undisturbed
+
+
+def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "deploy" / "certificates.py"
+    names = sorted(fake.HOLDINGS)
+    made = [
+        sys.executable,
+        str(script),
+        str(tmp_path / "keys"),
+        "--host",
+        "127.0.0.1",
+        *(part for name in names for part in ("--site", name)),
+    ]
+    subprocess.run(made, check=True, capture_output=True)
+    stage = Stage(tmp_path, names)
+    try:
+        stage.wait_for(lambda: len(stage.events("answer")) >= 2)
+        os.kill(int(str([row for row in stage.events("link") if "pid" in row][-1]["pid"])), signal.SIGKILL)
+        assert stage.finish() == undisturbed
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://127.0.0.1:{stage.port}/health")
+    finally:
+        stage.stop()
+    assert "Unregistered" not in (tmp_path / "coordinator.log").read_text()
+
+
+def test_a_stranger_without_a_registered_key_stays_outside(fake: ModuleType, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "deploy" / "certificates.py"
+    names = sorted(fake.HOLDINGS)
+    parts = [part for name in names for part in ("--site", name)]
+    subprocess.run([sys.executable, str(script), str(tmp_path / "keys"), "--host", "127.0.0.1", *parts], check=True, capture_output=True)
+    (tmp_path / "keys" / "west.pub").unlink()
+    stage = Stage(tmp_path, names)
+    try:
+        stage.wait_for(lambda: {str(row["site"]) for row in stage.events("site")} == {"north", "south"})
+        log = tmp_path / "west.node.log"
+        stage.wait_for(lambda: "Failed to initialize the connection" in log.read_text())
+    finally:
+        stage.stop()
+    assert {str(row["site"]) for row in stage.events("site")} == {"north", "south"}

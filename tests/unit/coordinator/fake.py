@@ -193,15 +193,17 @@ def in_memory(folder: Path, pause: float) -> None:
 
 
 def over_flower(folder: Path, port: int, rounds: int) -> None:
-    """A coordinator process over a real SuperLink; prints the final digests."""
-    from fedpeft_coordinator.config import Link
+    """A coordinator process over a real SuperLink, with TLS and registered keys where there is a folder of them; prints the digests."""
+    from fedpeft_coordinator.config import Link, Tls
     from fedpeft_coordinator.supervise import LinkProcess
     from fedpeft_coordinator.transport_flower import FlowerTransport
 
     made = setup(rounds=rounds, wait_for_sites=len(HOLDINGS))
     made = replace(made, limits=replace(made.limits, deadline=120.0, retries=5), evaluate_every=0)
     events = Events(folder / "events.jsonl")
-    link = LinkProcess(Link(port=port), folder / "link", events)
+    keys = folder / "keys"
+    tls = Tls(ca=keys / "ca.crt", cert=keys / "server.pem", key=keys / "server.key") if keys.exists() else None
+    link = LinkProcess(Link(port=port, tls=tls, node_auth=tls is not None, node_keys=keys), folder / "link", events)
     link.start()
     transport = FlowerTransport(link.connect, Hello(tasks=list(made.tasks)), events)
     journal = Journal(f"sqlite:///{folder / 'journal.sqlite'}")

@@ -136,3 +136,29 @@ def test_a_handler_that_raises_tells_its_type_only() -> None:
     reply, fault = worker._answer(leak, message, info)
     assert isinstance(fault, ValueError)
     assert reply.error.reason == "ValueError"
+
+
+@pytest.mark.parametrize("curve", ["SECP256R1", "SECP384R1", "SECP521R1"])
+def test_openssh_keys_become_the_pem_that_nodes_show(curve: str, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    from fedpeft.wire._compat.keys import pem
+
+    key = ec.generate_private_key(getattr(ec, curve)()).public_key()
+    path = tmp_path / "site.pub"
+    path.write_bytes(key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b" someone@host\n")
+    assert pem(path) == public_key_to_bytes(key)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA==", "ecdsa-sha2-nistp384 AAAA", "ecdsa-sha2-nistp384 %%"]
+)
+def test_other_files_are_named(text: str, tmp_path: Path) -> None:
+    from fedpeft.errors import ConfigError
+    from fedpeft.wire._compat.keys import pem
+
+    (tmp_path / "site.pub").write_text(text)
+    with pytest.raises(ConfigError, match=r"site\.pub: is not an OpenSSH ECDSA public key"):
+        pem(tmp_path / "site.pub")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,6 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid, http_grid
 
 from fedpeft.wire._compat.base import ACQUIRE, SECRET_HEADER, acquire, heartbeat, impatient, link_faults, log, runtime
+from fedpeft.wire._compat.keys import pem
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,15 @@ def list_nodes(endpoint: Endpoint) -> list[NodeRow]:
         return [NodeRow(node.node_id, node.status, node.name) for node in client.ListNodes(ListNodesRequest()).nodes_info]
 
 
-def register_node(endpoint: Endpoint, public_key: bytes, name: str) -> int:
-    """Admit the SuperNode with ``public_key`` (an OpenSSH or PEM line, NIST curve) under ``name``; returns its node id."""
+def register_node(endpoint: Endpoint, public_key: Path, name: str) -> int:
+    """Admit the SuperNode whose OpenSSH public key (ECDSA on a NIST curve) is in a file, under ``name``; returns its node id.
+
+    Raises:
+        ConfigError: the file holds no such key.
+    """
+    content = pem(public_key)
     with _control(endpoint, f"register node {name}") as client:
-        return int(client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+        return int(client.RegisterNode(RegisterNodeRequest(public_key=content, name=name)).node_id)
 
 
 def acquire_serverapp(endpoint: Endpoint) -> str | None:
