@@ -53,6 +53,13 @@ def figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value if value is not None else "")
 
 
+def line(row: dict[str, object]) -> str:
+    """One row of the table."""
+    ours, peer, ratio, share = (figure(row.get(key)) for key in ("ours", "peer", "ratio", "floor_share"))
+    goal = str(row.get("goal", "")).split(",")[0]
+    return f"{row['row']!s:<5}{row['case']!s:<66}{ours:>11}{peer:>11}{ratio:>9}{goal:>18} {held(row):<5}{share:>8}  {row.get('unit', '')}"
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,13 +74,7 @@ def main() -> None:
     for module in arguments.modules or MODULES:
         for row in rows_of(module, arguments.repeats):
             every.append(row)
-            cells = [figure(row.get(key)) for key in ("ours", "peer", "ratio")]
-            share = figure(row.get("floor_share"))
-            print(
-                f"{row['row']!s:<5}{row['case']!s:<66}{cells[0]:>11}{cells[1]:>11}{cells[2]:>9}{str(row.get('goal', '')).split(',')[0]:>18} "
-                f"{held(row):<5}{share:>8}  {row.get('unit', '')}",
-                flush=True,
-            )
+            print(line(row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(every, indent=2), encoding="utf-8")
 

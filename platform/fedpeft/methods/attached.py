@@ -86,11 +86,23 @@ def thaw(attached: Attached, model: nn.Module) -> None:
 
 
 def inject(model: nn.Module, config: Any, attached: Attached) -> None:
-    """Let peft put ``config`` on ``model``, without touching torch's random state; adapters and head stay float32."""
+    """Let peft put ``config`` on ``model``, without touching torch's random state; adapters and head stay float32.
+
+    Raises:
+        AdapterError: peft cannot; ``model`` is then as before.
+    """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except (ValueError, TypeError) as fault:
+        eject(model)
+        end(model)
+        raise AdapterError(
+            f"{attached.kind}: peft cannot put it on {type(model).__name__}: {fault}; choose other targets or method"
+        ) from fault
+    model.train(model.training)  # new layers are born in training mode
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in attached.head:
             parameter.data = parameter.data.float()

@@ -80,24 +80,34 @@ class Prompted(nn.Module):
 
 
 def prompted(model: nn.Module, config: Any, kind: str, head: HeadSpec) -> nn.Module:
-    """Wrap ``model``. Raises `AdapterError` for an encoder-decoder."""
-    from peft import get_peft_model
-
+    """Wrap ``model``. Raises `AdapterError` for an encoder-decoder, or where peft cannot read the model's sizes."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise AdapterError(f"{kind}: {type(model).__name__} is an encoder-decoder, where the prompt's place is not settled; {OTHERS}")
     attached = begin(model, kind, head)
     config.task_type = "SEQ_CLS" if head.kind == "classification" else "CAUSAL_LM"
     config.modules_to_save = sorted({name.partition(".")[0] for name in attached.head}) or None
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
-        inner = get_peft_model(model, config, adapter_name=ADAPTER)
-    _unwrap_head(model)
+    try:
+        inner = _peft_model(model, config)
+    except ValueError as fault:
+        end(model)
+        raise AdapterError(f"{kind}: peft cannot wrap {type(model).__name__}: {fault}; {OTHERS}") from fault
     for parameter in attached.head.values():
         parameter.requires_grad_(True)
     attached.own["prompt_embeddings"] = inner.prompt_encoder[ADAPTER].embedding.weight
-    outer = Prompted(inner, kind, head)
+    outer = Prompted(inner, kind, head).train(model.training)
     object.__setattr__(outer, MARK, attached)
     return outer
+
+
+def _peft_model(model: nn.Module, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
+        try:
+            return get_peft_model(model, config, adapter_name=ADAPTER)
+        finally:
+            _unwrap_head(model)
 
 
 def release(model: nn.Module) -> None:

@@ -53,7 +53,8 @@ class PromptTuning:
                 f"prompt: {type(model).__name__} classifies by the last token, which peft cannot find behind a prompt in a padded batch; "
                 "use prefix, lora, ia3, bottleneck or bitfit"
             )
-        return prompted(model, PromptTuningConfig(num_virtual_tokens=self.tokens), self.kind, head)
+        width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        return prompted(model, PromptTuningConfig(**self._settings(width)), self.kind, head)
 
     def entries(self, model: nn.Module) -> Entries:
         """Roles prompt and head."""
@@ -71,10 +72,14 @@ class PromptTuning:
         """PROMPT_TUNING."""
         return values.common(base_model, head, layout) | {
             "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": self.tokens,
             "prompt_tuning_init": "RANDOM",
             "modules_to_save": values.head_modules(layout),
+            **self._settings(next(entry.shape[1] for entry in layout.entries if entry.name == NAME)),
         }
+
+    def _settings(self, width: int) -> dict[str, int]:
+        """Sizes that peft would else look for under names that not every config has; layers and heads play no part."""
+        return {"num_virtual_tokens": self.tokens, "token_dim": width, "num_layers": 1, "num_attention_heads": 1}
 
     def detach(self, model: nn.Module) -> None:
         """Let go of the shell, which was never changed."""

@@ -40,7 +40,9 @@ def _continue(model: Any, base: Base, prompts: list[list[int]], limit: int) -> l
     ids = torch.tensor([[pad_id(base)] * (width - len(prompt)) + prompt for prompt in prompts], device=device_of(model))
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
     end = base.tokenizer.eos_token_id
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=limit, pad_token_id=pad_id(base), eos_token_id=end)
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=limit, pad_token_id=pad_id(base), eos_token_id=end
+    )
     with torch.no_grad():
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     texts: list[str] = base.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

@@ -61,7 +61,7 @@ def job_digest(live: Live, settings: TrainSettings, job: TrainJob) -> str:
     """SHA-256 over settings, roles, seed, adapter schema and the values at the start: equal for a job and its resumption."""
     values = live.flat.detach().cpu().numpy()
     head = repr((settings.digest, sorted(job.roles), job.seed, live.spec.schema))
-    return hashlib.sha256(head.encode() + hashlib.sha256(values).digest()).hexdigest()
+    return hashlib.sha256(head.encode() + hashlib.sha256(values.data).digest()).hexdigest()
 
 
 def windows(task: Task, data: Encoded, settings: TrainSettings, seed: int) -> Iterator[Sequence[Batch]]:

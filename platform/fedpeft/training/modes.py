@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedpeft.errors import UpdateError
+from fedpeft.training.packed import by_sequence
 from fedpeft.training.settings import TrainSettings
 
 
@@ -20,7 +21,7 @@ def training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
     Raises:
         UpdateError: the model cannot checkpoint activations.
     """
-    with _restored(model), _checkpointing(model, settings.checkpoint_activations):
+    with _restored(model), by_sequence(model), _checkpointing(model, settings.checkpoint_activations):
         model.train(settings.base_dropout)
         if not settings.base_dropout:
             _wake(model, settings.checkpoint_activations)
@@ -30,7 +31,7 @@ def training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode of all modules."""
-    with _restored(model):
+    with _restored(model), by_sequence(model):
         model.eval()
         yield
 

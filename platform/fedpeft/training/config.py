@@ -1,0 +1,125 @@
+"""The TOML of a central job: base, method, tasks with their data, training, DeepSpeed, mixing, output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from fedpeft import config
+from fedpeft.bases import BaseSpec
+from fedpeft.config import Section
+from fedpeft.errors import FedpeftError
+from fedpeft.methods import METHODS
+from fedpeft.tasks import TASKS, Source
+from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
+from fedpeft.training.settings import TrainSettings
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def _reader(table: Mapping[str, type[Any]], noun: str) -> BeforeValidator:
+    """Builds the plug-in that ``kind`` names in ``table``."""
+    return BeforeValidator(lambda value: config.build(table, value, noun))
+
+
+def _record(kind: type[Any], noun: str) -> BeforeValidator:
+    """Builds a plain dataclass from a table; its own refusals count as faults of the file."""
+
+    def build(value: Any) -> Any:
+        try:
+            return config.build({noun: kind}, {**value, "kind": noun} if isinstance(value, Mapping) else value, noun)
+        except FedpeftError as fault:
+            raise ValueError(str(fault)) from None
+
+    return BeforeValidator(build)
+
+
+class CentralTask(Section):
+    """One task: what it is, where its rows lie, how many of them count at most (``cap``)."""
+
+    task: Annotated[Any, _reader(TASKS, "task")]
+    data: Source
+    cap: int | None = Field(default=None, ge=1)
+
+
+class DeepSpeed(Section):
+    """ZeRO's ``stage``, where its states are offloaded to, and the user's own DeepSpeed JSON (``config``), which wins.
+
+    A bare path in place of the table means ``config``.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    nvme: Path | None = None
+    config: Path | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeepSpeed:
+        if self.offload != "none" and self.stage < 2:
+            raise ValueError(f"offload = {self.offload!r} needs stage 2 or 3, stage is {self.stage}; raise stage or set offload = 'none'")
+        if (self.offload == "nvme") != (self.nvme is not None):
+            raise ValueError(
+                f"offload = {self.offload!r} and nvme = {self.nvme}: nvme is the folder for offload = 'nvme'; give both or none"
+            )
+        return self
+
+
+class CentralConfig(Section):
+    """One central job. Paths are relative to the file once it came through `load_central`."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    base: Annotated[Any, _record(BaseSpec, "base")]
+    method: Annotated[Any, _reader(METHODS, "method")] = Field(default_factory=METHODS["lora"])
+    training: Annotated[Any, _record(TrainSettings, "training")] = TrainSettings()
+    deepspeed: DeepSpeed = DeepSpeed()
+    mixing: Annotated[Any, _reader(MIXINGS, "mixing")] = Proportional()
+    tasks: dict[Name, CentralTask] = Field(min_length=1)
+    output: Path
+    registry: Path | None = None
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _path_is_config(cls, value: Any) -> Any:
+        return {"config": value} if isinstance(value, str) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tables: Any) -> Any:
+        """A task's name is its key; ``data`` and ``cap`` lie beside the task's own settings."""
+        return {name: _entry(name, table) for name, table in tables.items()} if isinstance(tables, Mapping) else tables
+
+    @model_validator(mode="after")
+    def _weights_name_tasks(self) -> CentralConfig:
+        if isinstance(self.mixing, Explicit) and set(self.mixing.weights) != set(self.tasks):
+            raise ValueError(
+                f"mixing.weights names {sorted(self.mixing.weights)}, the tasks are {sorted(self.tasks)}; give one weight per task"
+            )
+        return self
+
+
+def load_central(path: Path | str, overrides: Mapping[str, str] | None = None) -> CentralConfig:
+    """Read a central job's file; relative output, registry and DeepSpeed paths in it are relative to the file.
+
+    Raises:
+        ConfigError: the file is missing or has faults; all of them are named.
+    """
+    job = config.load(path, CentralConfig, overrides)
+    folder = Path(path).resolve().parent
+    speed = job.deepspeed.model_copy(update=_beside(folder, {"nvme": job.deepspeed.nvme, "config": job.deepspeed.config}))
+    return job.model_copy(update={**_beside(folder, {"output": job.output, "registry": job.registry}), "deepspeed": speed})
+
+
+def _beside(folder: Path, paths: Mapping[str, Path | None]) -> dict[str, Path | None]:
+    """``paths`` relative to ``folder``; absolute ones and those from ``~`` stay."""
+    return {key: None if path is None else folder / path.expanduser() for key, path in paths.items()}
+
+
+def _entry(name: str, table: Any) -> Any:
+    if not isinstance(table, Mapping) or "task" in table:
+        return table
+    beside = {key: table[key] for key in ("data", "cap") if key in table}
+    return {"task": {**{key: value for key, value in table.items() if key not in beside}, "name": name}, **beside}

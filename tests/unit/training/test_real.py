@@ -1,0 +1,144 @@
+"""The loop on real bases: a sentence encoder that learns a class, a causal model that learns slots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedpeft.adapters import attach, initial, make_spec
+from fedpeft.bases import BaseSpec, load_base
+from fedpeft.methods import Lora
+from fedpeft.tasks import Classification, Generation, Source, read_rows
+from fedpeft.training import TrainJob, TrainSettings, evaluate, train
+
+LABELS = ("card_arrival", "exchange_rate", "lost_or_stolen_card")
+INTENTS = Classification("intents", LABELS)
+SLOTS = Generation("slots", metrics=("perplexity",))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_base(BaseSpec("minilm", max_tokens=64), "cpu")
+
+
+@pytest.fixture(scope="module")
+def causal(shared_models):
+    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
+
+
+@pytest.fixture(scope="module")
+def intents(encoder, shared_data):
+    source = Source(path=str(shared_data / "banking77.jsonl"), where={"label": list(LABELS)}, limit=150)
+    return {split: INTENTS.encode(read_rows(source, split), encoder) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def slots(causal, shared_data):
+    source = Source(path=str(shared_data / "snips_slots.jsonl"), where={"client": "RateBook"}, limit=120)
+    return {split: SLOTS.encode(read_rows(source, split), causal) for split in ("train", "test")}
+
+
+def learn(base, task, data, settings, job, method):
+    """Train from the seed's adapter: the result, the counters of held-out rows before and after, the values."""
+    spec = make_spec(task.name, base, method, task.head)
+    with attach(base, spec) as live:
+        live.load(initial(base, spec, 0).tensors)
+        before = task.scores(evaluate(live, task, data["test"]))
+        result = train(live, task, data["train"], settings, job or TrainJob(spec.layout.roles, 0))
+        return result, before, task.scores(evaluate(live, task, data["test"])), live.read()
+
+
+def test_the_encoder_learns_intents(encoder, intents):
+    settings = TrainSettings(steps=25, batch_size=16, lr=2e-3, lr_by_role={"head": 1e-2}, warmup=3, schedule="linear")
+    result, before, after, _ = learn(encoder, INTENTS, intents, settings, None, Lora(dropout=0.05))
+    assert before["accuracy"] < 0.7
+    assert after["accuracy"] > 0.9
+    assert result.examples == result.count
+    assert result.tokens > result.examples
+
+
+def test_the_causal_model_learns_slots(causal, slots):
+    settings = TrainSettings(steps=30, batch_size=8, lr=1e-2, accumulate=2)
+    _, before, after, _ = learn(causal, SLOTS, slots, settings, None, Lora(targets=("all",)))
+    assert after["perplexity"] < before["perplexity"] / 4
+
+
+def test_one_role_trains_and_the_trunk_stays(causal, slots):
+    spec = make_spec("slots", causal, Lora(), SLOTS.head)
+    weights = {name: value.clone() for name, value in causal.model.state_dict().items()}
+    start = initial(causal, spec, 0).tensors
+    with attach(causal, spec) as live:
+        live.load(start)
+        train(live, SLOTS, slots["train"], TrainSettings(steps=2, batch_size=4), TrainJob(frozenset("B"), 0))
+        end = live.read()
+    assert (end.pick("A").flat == start.pick("A").flat).all()
+    assert (end.pick("B").flat != start.pick("B").flat).mean() > 0.9
+    assert all(torch.equal(value, weights[name]) for name, value in causal.model.state_dict().items())
+    assert not causal.model.training
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resumed_real_job_has_the_same_bits(tmp_path, causal, slots, dropout):
+    settings = TrainSettings(steps=6, batch_size=4, save_every=2, lr=1e-2)
+    roles = frozenset({"A", "B"})
+    _, _, _, whole = learn(causal, SLOTS, slots, settings, TrainJob(roles, 7), Lora(dropout=dropout))
+
+    def stop(step, _loss):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path, stop), Lora(dropout=dropout))
+    result, _, _, resumed = learn(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path), Lora(dropout=dropout))
+    assert result.resumed_from == 4
+    assert resumed.digest == whole.digest
+
+
+def test_accumulated_windows_equal_one_large_batch(causal, slots):
+    one = TrainSettings(steps=3, batch_size=12, lr=1e-2)
+    _, _, _, large = learn(causal, SLOTS, slots, one, None, Lora())
+    _, _, _, small = learn(causal, SLOTS, slots, replace(one, batch_size=4, accumulate=3), None, Lora())
+    assert float(abs((large - small).flat).max()) < 2e-4
+    assert (large - small).norm() < 1e-3 * large.norm()
+
+
+@pytest.mark.parametrize("family", ["encoder", "causal"])
+def test_checkpointed_activations_change_nothing(request, family):
+    base = request.getfixturevalue(family)
+    task, data = {"encoder": (INTENTS, "intents"), "causal": (SLOTS, "slots")}[family]
+    data = request.getfixturevalue(data)
+    settings = TrainSettings(steps=2, batch_size=4)
+    _, _, _, plain = learn(base, task, data, settings, None, Lora(dropout=0.1))
+    calls = count_recomputes()
+    with calls as seen:
+        _, _, _, saved = learn(base, task, data, replace(settings, checkpoint_activations=True), None, Lora(dropout=0.1))
+    assert seen
+    assert float(abs((plain - saved).flat).max()) < 1e-6
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
+
+
+class count_recomputes:
+    """Counts calls of torch's checkpoint function; a switch that does nothing would pass every other assertion."""
+
+    def __enter__(self):
+        import transformers.modeling_utils as home
+
+        self.home, self.original, self.seen = home, home.checkpoint, []
+        home.checkpoint = self._counted
+        return self.seen
+
+    def __exit__(self, *_):
+        self.home.checkpoint = self.original
+
+    def _counted(self, *arguments, **settings):
+        self.seen.append(settings.get("use_reentrant"))
+        return self.original(*arguments, **settings)
+
+
+def test_bf16_falls_back_to_fp32_on_a_cpu(causal, slots):
+    settings = TrainSettings(steps=2, batch_size=4)
+    _, _, _, full = learn(causal, SLOTS, slots, settings, None, Lora())
+    _, _, _, half = learn(causal, SLOTS, slots, replace(settings, precision="bf16"), None, Lora())
+    assert full.digest == half.digest
