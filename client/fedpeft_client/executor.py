@@ -29,7 +29,7 @@ def serve(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> None:
     quiet = False
     while not worker.broken:
         try:
-            pulse.idle(answered=int(_one(worker, address, secret)), base_loads=worker.base_loads)
+            pulse.idle(answered=int(_one(worker, address, secret, pulse)), base_loads=worker.base_loads)
             quiet = False
         except LinkError as fault:
             if not quiet:
@@ -38,7 +38,7 @@ def serve(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> None:
             time.sleep(RETRY_SECONDS)
 
 
-def _one(worker: Worker, address: str, secret: bytes) -> bool:
+def _one(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> bool:
     """Answer one task if one is waiting; whether there was one."""
     from fedpeft.wire import _compat
 
@@ -46,6 +46,7 @@ def _one(worker: Worker, address: str, secret: bytes) -> bool:
     if token is None:
         time.sleep(POLL_SECONDS)
         return False
+    pulse.progress("a message", 0)
     done = _compat.run_task(address, token, lambda records, info: _handle(worker, records, info))
     log.info("answered %s of run %d%s", done.info.message_type, done.info.run_id, f" with {done.fault!r}" if done.fault else "")
     return True

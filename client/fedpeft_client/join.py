@@ -50,8 +50,21 @@ def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:
     env = environment(site)
     return (
         Child("supernode", node, env, site.state / "supernode.log"),
-        Child("worker", work, env, site.state / "worker.log", partial(status.hung, pulse, site.watchdog_seconds), FATAL),
+        Child(
+            "worker",
+            work,
+            env,
+            site.state / "worker.log",
+            partial(status.hung, pulse, site.watchdog_seconds),
+            partial(_felled, pulse),
+            FATAL,
+        ),
     )
+
+
+def _felled(pulse: Path, pid: int) -> tuple[str, ...]:
+    """A worker that dies with a task in hand leaves the SuperNode waiting: 45 s as a rule, for ever if it was sending its answer."""
+    return ("supernode",) if status.busy(pulse, pid) else ()
 
 
 def environment(site: SiteConfig) -> dict[str, str]:

@@ -65,10 +65,16 @@ def read(path: Path) -> Sign | None:
         return None
 
 
+def busy(path: Path, pid: int) -> bool:
+    """Whether process ``pid`` is, or was when it died, in the middle of a job."""
+    sign = read(path)
+    return sign is not None and sign.pid == pid and bool(sign.busy)
+
+
 def hung(path: Path, limit: float, pid: int) -> str | None:
     """Why process ``pid`` counts as hung: busy without progress for ``limit`` seconds; None when it does not."""
     sign = read(path)
-    if sign is None or sign.pid != pid or not sign.busy:
+    if sign is None or not busy(path, pid):
         return None
     silent = time.monotonic() - sign.beat
     return f"no progress with {sign.busy!r} for {silent:.0f} s (watchdog_seconds = {limit:g})" if silent > limit else None

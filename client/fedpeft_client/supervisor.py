@@ -32,8 +32,9 @@ FAULTS: dict[int, type[FedpeftError]] = {code: getattr(errors, name) for name, c
 class Child:
     """A process to keep alive.
 
-    ``hung`` says, given its process id, why it must be ended now, or None; ``fatal`` are exit codes (see `fedpeft.errors`)
-    that no restart cures: the last line of the child's log is then raised as that error.
+    ``hung`` says, given its process id, why it must be ended now, or None. ``fells`` names the children that a process of this
+    one, dead, leaves in a state that only their own restart cures. ``fatal`` are exit codes (see `fedpeft.errors`) that no
+    restart cures: the last line of the child's log is then raised as that error.
     """
 
     name: str
@@ -41,12 +42,13 @@ class Child:
     environment: Mapping[str, str]
     log: Path
     hung: Callable[[int], str | None] = lambda _: None
+    fells: Callable[[int], tuple[str, ...]] = lambda _: ()
     fatal: frozenset[int] = frozenset()
 
 
 @dataclass
 class Running:
-    """A child's current process and history; ``due`` is the monotonic time of the next start."""
+    """A child's current process and history; ``due`` is the monotonic time of the next start, ``verdict`` the watchdog's."""
 
     child: Child
     process: subprocess.Popen[bytes] | None = None
@@ -55,6 +57,7 @@ class Running:
     failures: int = 0
     restarts: int = 0
     last_end: str = ""
+    verdict: str = ""
 
     @property
     def pid(self) -> int | None:
@@ -83,7 +86,7 @@ class Supervisor:
         """
         try:
             while not self._stop.is_set():
-                if any([_step(one) for one in self.running]):
+                if any([self._step(one) for one in self.running]):
                     self._write()
                 on_tick(self.running)
                 self._stop.wait(self.tick)
@@ -95,9 +98,27 @@ class Supervisor:
         """Ask `run` to end; safe in a signal handler."""
         self._stop.set()
 
+    def _step(self, one: Running) -> bool:
+        """Look at one child once; return whether anything changed."""
+        now = time.monotonic()
+        if one.process is None:
+            return now >= one.due and _start(one, now)
+        code = one.process.poll()
+        if code is None:
+            return _check_hung(one)
+        felled = one.child.fells(one.process.pid)
+        _bury(one, now, one.verdict or f"ended with {_ending(code)}")
+        if code in one.child.fatal:
+            raise FAULTS[code](_last_line(one.child.log))
+        for other in self.running:
+            if other.child.name in felled and other.process is not None:
+                _end([other], f"restarted: {one.child.name} died in the middle of its work")
+        return True
+
     def _write(self) -> None:
         rows = [{"name": r.child.name, "pid": r.pid, "restarts": r.restarts, "last_end": r.last_end} for r in self.running]
-        write_atomic(self.state_file, json.dumps({"supervisor": os.getpid(), "children": rows}, indent=1).encode())
+        with suppress(StorageError):  # a full disk must not end the site
+            write_atomic(self.state_file, json.dumps({"supervisor": os.getpid(), "children": rows}, indent=1).encode())
 
 
 def lock(path: Path) -> IO[str]:
@@ -122,29 +143,9 @@ def lock(path: Path) -> IO[str]:
     return file
 
 
-def _step(one: Running) -> bool:
-    """Look at one child once; return whether anything changed."""
-    now = time.monotonic()
-    if one.process is None:
-        if now < one.due:
-            return False
-        _start(one, now)
-        return True
-    code = one.process.poll()
-    if code is None:
-        return _check_hung(one)
-    _bury(one, now, one.last_end or f"ended with {_ending(code)}")
-    if code in one.child.fatal:
-        raise FAULTS[code](_last_line(one.child.log))
-    return True
-
-
-def _start(one: Running, now: float) -> None:
-    log = one.child.log
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-        log.replace(log.with_suffix(".log.1"))
-    with log.open("ab") as sink:
+def _start(one: Running, now: float) -> bool:
+    sink = _sink(one.child.log)
+    try:
         one.process = subprocess.Popen(
             one.child.command,
             stdin=subprocess.PIPE,
@@ -153,17 +154,30 @@ def _start(one: Running, now: float) -> None:
             env={**one.child.environment, FLAG: "1"},
             start_new_session=True,
         )
-    one.started, one.last_end = now, ""
+    finally:
+        os.close(sink)
+    one.started, one.verdict = now, ""
+    return True
+
+
+def _sink(log: Path) -> int:
+    """The child's log, turned over when it is long; nowhere when the disk refuses."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _check_hung(one: Running) -> bool:
     assert one.process is not None
     reason = one.child.hung(one.process.pid)
-    if reason is None:
-        return False
-    one.last_end = f"ended by the watchdog: {reason}"
-    one.process.kill()
-    one.process.wait()
+    if reason is not None:
+        one.verdict = f"ended by the watchdog: {reason}"
+        one.process.kill()
+        one.process.wait()
     return False
 
 
@@ -177,7 +191,7 @@ def _bury(one: Running, now: float, why: str) -> None:
     one.due = now + min(FIRST_PAUSE * 2.0 ** (one.failures - 1), LONGEST_PAUSE)
 
 
-def _end(alive: list[Running]) -> None:
+def _end(alive: list[Running], why: str = "stopped") -> None:
     """End the processes: ask all, wait together, then insist."""
     processes = [one.process for one in alive if one.process is not None]
     for process in processes:
@@ -193,7 +207,7 @@ def _end(alive: list[Running]) -> None:
             with suppress(OSError):
                 process.stdin.close()
     for one in alive:
-        one.process, one.last_end = None, "stopped"
+        one.process, one.last_end, one.restarts, one.due = None, why, one.restarts + 1, 0.0
 
 
 def _last_line(log: Path) -> str:

@@ -74,6 +74,21 @@ def test_a_killed_child_is_started_again_and_stop_ends_it(tmp_path: Path, superv
     wait_for(lambda: json.loads((tmp_path / "supervisor.json").read_text())["children"][0]["last_end"] == "stopped")
 
 
+def test_a_death_in_the_middle_of_work_restarts_the_partner_too(tmp_path: Path, supervised) -> None:
+    pulse = tmp_path / "worker.json"
+    code = (
+        "from fedpeft_client.status import Pulse; from pathlib import Path; import time\n"
+        f"pulse = Pulse(Path({str(pulse)!r})); pulse.progress('triage', 3); time.sleep(60)"
+    )
+    worker = child(tmp_path, code, "worker", fells=lambda pid: ("node",) if status.busy(pulse, pid) else ())
+    node, working = supervised(child(tmp_path, SLEEPER, "node"), worker).running
+    wait_for(lambda: pulse.exists() and status.busy(pulse, working.pid or 0))
+    before = node.pid
+    os.kill(working.pid, signal.SIGKILL)
+    wait_for(lambda: node.pid not in (None, before))
+    assert node.last_end == "restarted: worker died in the middle of its work"
+
+
 def test_pauses_between_restarts_grow(tmp_path: Path, supervised) -> None:
     supervisor = supervised(child(tmp_path, "raise SystemExit(1)"))
     one = supervisor.running[0]
