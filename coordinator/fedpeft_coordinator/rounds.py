@@ -58,6 +58,7 @@ class Coordinator:
         self.roster = Roster(self.setup, self.journal, self.transport, self.events)
         self._around = Around(self.transport, self.roster, self.events)
         self._cache: dict[str, Tensors] = {}
+        self._means: dict[str, Tensors] = {}
 
     def run(self) -> list[Round]:
         """Run until the last round is published; returns all rounds.
@@ -147,8 +148,10 @@ class Coordinator:
         if total.count < self.setup.limits.min_sites:
             few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
             return replace(planning.skipped(plan, few), drops=lost)
-        mean = self.store.put_tensors(total.mean())
-        return replace(plan, outcome="updated", mean=mean, weight=total.weight, counters=dict(total.counters), drops=lost)
+        mean = total.mean()
+        digest = self.store.put_tensors(mean)
+        self._means[digest] = mean
+        return replace(plan, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters), drops=lost)
 
     def _repeat(self, done: Round) -> Round:
         """Plan the round again: no task moved. Raises `CohortError` when it was repeated often enough."""
@@ -167,7 +170,7 @@ class Coordinator:
 
     def _advance(self, row: TaskRound) -> TaskRound:
         task = self.setup.tasks[row.task]
-        mean = self.store.tensors(row.mean, task.layout.subset(row.roles))
+        mean = self._means.pop(row.mean, None) or self.store.tensors(row.mean, task.layout.subset(row.roles))
         state = self.store.arrays(row.state) if row.state else {}
         try:
             after, kept = self.setup.scheme.advance(self._load(task, row.before), mean, planning.phase_of(row), self.setup.server, state)
@@ -175,7 +178,9 @@ class Coordinator:
             return planning.skipped(row, str(fault))
         if not after.finite:
             return planning.skipped(row, "the server optimizer's step is not finite; lower server.lr")
-        return replace(row, after=self.store.put_tensors(after), state_after=self.store.put_arrays(kept) if kept else "")
+        digest = self.store.put_tensors(after)
+        self._cache[f"{task.name} {digest}"] = after
+        return replace(row, after=digest, state_after=self.store.put_arrays(kept) if kept else "")
 
     # committed -------------------------------------------------------------------------------------------------------------
 
