@@ -59,13 +59,13 @@ class Prompted(nn.Module):
         found: Tensor = self.inner.generate(**inputs)
         return found
 
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+    def activation_checkpointing_enable(self, *settings: Any) -> None:
         """Checkpoint the shell. Raises `AdapterError` for a prefix, which the shell would drop without a word."""
         if self.kind == "prefix":
             raise AdapterError(
                 f"prefix: checkpointing drops the cache that holds the prefix; set checkpoint_activations = false or {OTHERS}"
             )
-        self.shell.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
+        self.shell.activation_checkpointing_enable(*settings)  # type: ignore[operator]
 
     def _packed(self, input_ids: Tensor, position_ids: Tensor, **rest: Any) -> Any:
         starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()

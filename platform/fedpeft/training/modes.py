@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -69,7 +70,8 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None or not inner.supports_gradient_checkpointing:
         raise UpdateError(f"training.checkpoint_activations: {type(model).__name__} cannot checkpoint activations; set it to false")
-    inner.activation_checkpointing_enable({"use_reentrant": False})
+    outer: Any = next(module for module in model.modules() if hasattr(module, "activation_checkpointing_enable"))
+    outer.activation_checkpointing_enable({"use_reentrant": False})  # a wrapper may have to refuse
     try:
         yield
     finally:
