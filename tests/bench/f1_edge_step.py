@@ -61,7 +61,7 @@ def _row(dropout: float, repeats: int) -> dict[str, object]:
         "ours": tokens / least["ours"],
         "peer": tokens / least["peer"],
         "ratio": ratio,
-        "goal": GOALS[dropout],
+        "goal": f"ratio >= {GOALS[dropout]:.1f}",
         "held": ratio >= GOALS[dropout],
         "unit": "real tokens/CPU s",
         "floor_share": least["floor"] / least["ours"],
