@@ -84,7 +84,7 @@ class _Display:
     def __call__(self, site: SiteConfig, running: list[Running]) -> None:
         from fedpeft_client.join import line
 
-        text = line(site, running)
+        text = line(site, running, steps=self._console.is_terminal)
         if text == self._last:
             return
         self._last = text

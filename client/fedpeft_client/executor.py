@@ -62,6 +62,7 @@ def main() -> int:
     """Entry of the process; the base is loaded before the first task, so that a base that cannot be loaded ends `join` at once."""
     hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per poll hides all others
     path, address, secret = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     try:
         site = load_site(path)

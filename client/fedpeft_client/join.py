@@ -93,12 +93,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def line(site: SiteConfig, running: list[Running]) -> str:
-    """The site's state in one line, for people."""
+def line(site: SiteConfig, running: list[Running], steps: bool = True) -> str:
+    """The site's state in one line, for people; ``steps`` counts the training steps too."""
     sign = status.read(site.state / "worker.json")
     parts = [f"{one.child.name} {_state(one)}" for one in running]
     if sign is not None:
-        doing = f"{sign.busy}{f', step {sign.step}' if sign.step else ''}" if sign.busy else "waiting for the coordinator"
+        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else "waiting for the coordinator"
         parts.append(f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}")
     return f"{site.name} -> {site.coordinator}: " + "; ".join(parts)
 
