@@ -152,14 +152,16 @@ class LinkProcess:
                 self.tell("link", reason=f"started as process {self._process.pid}", pid=self._process.pid)
 
     def _watch(self) -> None:
-        pause = 0.2
+        pause, since = 0.2, time.monotonic()
         while not self._stopping.wait(0.2):
-            if self._process is not None and self._process.poll() is not None:
-                self.tell("link", reason=f"process {self._process.pid} ended with code {self._process.returncode}; starting it again")
-                if self._stopping.wait(pause):
-                    return
-                pause = min(pause * 2, 10.0)
-                self._spawn()
+            if self._process is None or self._process.poll() is None:
+                continue
+            self.tell("link", reason=f"process {self._process.pid} ended with code {self._process.returncode}; starting it again")
+            pause = 0.2 if time.monotonic() - since > 60.0 else min(pause * 2, 10.0)
+            if self._stopping.wait(pause):
+                return
+            since = time.monotonic()
+            self._spawn()
 
     def _wait_until_up(self, end: float) -> None:
         while time.monotonic() < end and not self._stopping.is_set():

@@ -150,6 +150,7 @@ def test_the_public_port_knows_only_the_fleet(stage: Stage, undisturbed: dict[st
     assert stage.finish() == undisturbed
 
 
+@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_the_coordinator(stage: Stage, undisturbed: dict[str, str]) -> None:
     for moment in (1, 5):
         stage.wait_for(lambda moment=moment: len(stage.events("answer")) >= moment)  # type: ignore[misc]
@@ -165,6 +166,7 @@ def test_kill_the_superlink(stage: Stage, undisturbed: dict[str, str]) -> None:
     assert stage.finish() == undisturbed
 
 
+@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_a_supernode(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
     stage.nodes["west"].process.send_signal(signal.SIGKILL)
