@@ -46,7 +46,7 @@ def run(repeats: int = 5) -> list[dict[str, object]]:
 def _rows(rank: int, repeats: int) -> list[dict[str, object]]:
     ours, peer = Ours(rank), Peer(rank)
     _check(ours, peer)
-    swaps: dict[str, Swap] = {"in memory": ours.swap, "packed and hashed": ours.swap_packed, "peer": peer.swap, "floor": _two_copies(ours)}
+    swaps: dict[str, Swap] = {"floor": _two_copies(ours), "in memory": ours.swap, "packed and hashed": ours.swap_packed, "peer": peer.swap}
     least = _least(swaps, repeats)
     return [_row(name, rank, ours.live.flat.numel(), least) for name in ("in memory", "packed and hashed")]
 
@@ -67,12 +67,11 @@ def _row(name: str, rank: int, size: int, least: dict[str, float]) -> dict[str, 
 
 
 def _least(swaps: dict[str, Swap], repeats: int, inner: int = 3) -> dict[str, float]:
-    """Least mean CPU seconds of ``inner`` swaps, after one to warm up."""
-    for swap in swaps.values():
-        swap()
+    """Least mean CPU seconds of ``inner`` swaps, each time after one that warms the caches."""
     least = dict.fromkeys(swaps, float("inf"))
     for _ in range(repeats):
         for name, swap in swaps.items():
+            swap()
             began = process_time()
             for _ in range(inner):
                 swap()

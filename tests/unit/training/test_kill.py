@@ -28,23 +28,29 @@ def spawn(run) -> int:
     return child
 
 
+def rack(run, usual, seed) -> int:
+    """Start ``run`` again and again, kill each start at a random moment, eight times at most; the number of kills."""
+    dice, kills = random.Random(seed), 0
+    while True:
+        child = spawn(run)
+        time.sleep(dice.uniform(0.0, 0.5) * usual)
+        if kills < 8:
+            os.kill(child, signal.SIGKILL)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            return kills
+        kills += 1
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(tmp_path, toy_live, toy_task, toy_data, seed):
     whole = toy_live()
     began = time.perf_counter()
     train(whole, toy_task(), toy_data, SETTINGS, TrainJob(BOTH, seed, tmp_path / "undisturbed"))
-    usual, dice, kills = time.perf_counter() - began, random.Random(seed), 0
+    usual = time.perf_counter() - began
 
     job = TrainJob(BOTH, seed, tmp_path / "state")
-    while True:
-        child = spawn(lambda: train(toy_live(), toy_task(), toy_data, SETTINGS, job))
-        time.sleep(dice.uniform(0.0, 0.5) * usual)
-        if kills < 8:
-            os.kill(child, signal.SIGKILL)
-        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-            break
-        kills += 1
+    kills = rack(lambda: train(toy_live(), toy_task(), toy_data, SETTINGS, job), usual, seed)
 
     last = toy_live()
     result = train(last, toy_task(), toy_data, SETTINGS, job)
@@ -53,3 +59,30 @@ def test_killed_at_random_moments(tmp_path, toy_live, toy_task, toy_data, seed):
     assert torch.equal(last.flat, whole.flat)
     disk.clear(tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_real_model_with_dropout_is_killed(tmp_path, shared_models, shared_data):
+    from fedpeft.adapters import attach, initial, make_spec
+    from fedpeft.bases import BaseSpec, load_base
+    from fedpeft.methods import Lora
+    from fedpeft.tasks import Generation, Source, read_rows
+
+    base = load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
+    task = Generation("slots", metrics=("perplexity",))
+    rows = read_rows(Source(path=str(shared_data / "snips_slots.jsonl"), where={"client": "RateBook"}, limit=60), "train")
+    data, spec = task.encode(rows, base), make_spec("slots", base, Lora(dropout=0.1), task.head)
+    start, chosen = initial(base, spec, 0).tensors, TrainSettings(steps=16, batch_size=4, lr=1e-2, save_every=2)
+
+    def run(folder):
+        with attach(base, spec) as live:
+            live.load(start)
+            return train(live, task, data, chosen, TrainJob(spec.layout.roles, 5, folder)), live.read()
+
+    began = time.perf_counter()
+    _, whole = run(tmp_path / "undisturbed")
+    kills = rack(lambda: run(tmp_path / "state"), time.perf_counter() - began, 0)
+    result, resumed = run(tmp_path / "state")
+    assert kills >= 1
+    assert result.resumed_from == chosen.steps
+    assert resumed.digest == whole.digest

@@ -40,19 +40,27 @@ def slots(causal, shared_data):
     return {split: SLOTS.encode(read_rows(source, split), causal) for split in ("train", "test")}
 
 
-def learn(base, task, data, settings, job, method):
-    """Train from the seed's adapter: the result, the counters of held-out rows before and after, the values."""
+def fit(base, task, data, settings, job=None, method=None):
+    """Train from the seed's adapter: the result and the values."""
+    spec = make_spec(task.name, base, method or Lora(), task.head)
+    with attach(base, spec) as live:
+        live.load(initial(base, spec, 0).tensors)
+        return train(live, task, data["train"], settings, job or TrainJob(spec.layout.roles, 0)), live.read()
+
+
+def learn(base, task, data, settings, method):
+    """As `fit`: the result, and the scores of held-out rows before and after."""
     spec = make_spec(task.name, base, method, task.head)
     with attach(base, spec) as live:
         live.load(initial(base, spec, 0).tensors)
         before = task.scores(evaluate(live, task, data["test"]))
-        result = train(live, task, data["train"], settings, job or TrainJob(spec.layout.roles, 0))
-        return result, before, task.scores(evaluate(live, task, data["test"])), live.read()
+        result = train(live, task, data["train"], settings, TrainJob(spec.layout.roles, 0))
+        return result, before, task.scores(evaluate(live, task, data["test"]))
 
 
 def test_the_encoder_learns_intents(encoder, intents):
     settings = TrainSettings(steps=25, batch_size=16, lr=2e-3, lr_by_role={"head": 1e-2}, warmup=3, schedule="linear")
-    result, before, after, _ = learn(encoder, INTENTS, intents, settings, None, Lora(dropout=0.05))
+    result, before, after = learn(encoder, INTENTS, intents, settings, Lora(dropout=0.05))
     assert before["accuracy"] < 0.7
     assert after["accuracy"] > 0.9
     assert result.examples == result.count
@@ -61,7 +69,7 @@ def test_the_encoder_learns_intents(encoder, intents):
 
 def test_the_causal_model_learns_slots(causal, slots):
     settings = TrainSettings(steps=30, batch_size=8, lr=1e-2, accumulate=2)
-    _, before, after, _ = learn(causal, SLOTS, slots, settings, None, Lora(targets=("all",)))
+    _, before, after = learn(causal, SLOTS, slots, settings, Lora(targets=("all",)))
     assert after["perplexity"] < before["perplexity"] / 4
 
 
@@ -83,23 +91,23 @@ def test_one_role_trains_and_the_trunk_stays(causal, slots):
 def test_resumed_real_job_has_the_same_bits(tmp_path, causal, slots, dropout):
     settings = TrainSettings(steps=6, batch_size=4, save_every=2, lr=1e-2)
     roles = frozenset({"A", "B"})
-    _, _, _, whole = learn(causal, SLOTS, slots, settings, TrainJob(roles, 7), Lora(dropout=dropout))
+    _, whole = fit(causal, SLOTS, slots, settings, TrainJob(roles, 7), Lora(dropout=dropout))
 
     def stop(step, _loss):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path, stop), Lora(dropout=dropout))
-    result, _, _, resumed = learn(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path), Lora(dropout=dropout))
+        fit(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path, stop), Lora(dropout=dropout))
+    result, resumed = fit(causal, SLOTS, slots, settings, TrainJob(roles, 7, tmp_path), Lora(dropout=dropout))
     assert result.resumed_from == 4
     assert resumed.digest == whole.digest
 
 
 def test_accumulated_windows_equal_one_large_batch(causal, slots):
     one = TrainSettings(steps=3, batch_size=12, lr=1e-2)
-    _, _, _, large = learn(causal, SLOTS, slots, one, None, Lora())
-    _, _, _, small = learn(causal, SLOTS, slots, replace(one, batch_size=4, accumulate=3), None, Lora())
+    _, large = fit(causal, SLOTS, slots, one)
+    _, small = fit(causal, SLOTS, slots, replace(one, batch_size=4, accumulate=3))
     assert float(abs((large - small).flat).max()) < 2e-4
     assert (large - small).norm() < 1e-3 * large.norm()
 
@@ -110,10 +118,10 @@ def test_checkpointed_activations_change_nothing(request, family):
     task, data = {"encoder": (INTENTS, "intents"), "causal": (SLOTS, "slots")}[family]
     data = request.getfixturevalue(data)
     settings = TrainSettings(steps=2, batch_size=4)
-    _, _, _, plain = learn(base, task, data, settings, None, Lora(dropout=0.1))
+    _, plain = fit(base, task, data, settings, method=Lora(dropout=0.1))
     calls = count_recomputes()
     with calls as seen:
-        _, _, _, saved = learn(base, task, data, replace(settings, checkpoint_activations=True), None, Lora(dropout=0.1))
+        _, saved = fit(base, task, data, replace(settings, checkpoint_activations=True), method=Lora(dropout=0.1))
     assert seen
     assert float(abs((plain - saved).flat).max()) < 1e-6
     assert not any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
@@ -139,6 +147,6 @@ class count_recomputes:
 
 def test_bf16_falls_back_to_fp32_on_a_cpu(causal, slots):
     settings = TrainSettings(steps=2, batch_size=4)
-    _, _, _, full = learn(causal, SLOTS, slots, settings, None, Lora())
-    _, _, _, half = learn(causal, SLOTS, slots, replace(settings, precision="bf16"), None, Lora())
+    _, full = fit(causal, SLOTS, slots, settings)
+    _, half = fit(causal, SLOTS, slots, replace(settings, precision="bf16"))
     assert full.digest == half.digest
