@@ -183,8 +183,9 @@ class Tensors:
     @property
     def digest(self) -> str:
         """SHA-256 of layout and little-endian values."""
-        head = self.layout.fingerprint.encode()
-        return hashlib.sha256(head + self.flat.astype("<f4", copy=False).tobytes()).hexdigest()
+        hasher = hashlib.sha256(self.layout.fingerprint.encode())
+        hasher.update(np.ascontiguousarray(self.flat, "<f4").data)
+        return hasher.hexdigest()
 
     def _check(self, other: Tensors) -> None:
         if self.layout != other.layout:

@@ -170,7 +170,7 @@ class Federation:
         return f"sha256:{tensors.digest}"
 
     def final(self) -> dict[str, str]:
-        last = Journal(f"sqlite:///{self.folder / 'journal.sqlite'}").last()
+        last = Journal(self.url or f"sqlite:///{self.folder / 'journal.sqlite'}").last()
         assert last is not None
         return {name: row.current for name, row in last.tasks.items()}
 
