@@ -13,8 +13,9 @@ URL = os.environ.get("FEDPEFT_TEST_DATABASE", "")
 
 @pytest.mark.skipif(not URL, reason="set FEDPEFT_TEST_DATABASE to an SQLAlchemy URL of an empty Postgres database (extra: postgres)")
 def test_rounds_are_journalled_in_postgres_and_resumed_from_it(fake: ModuleType, tmp_path: Path) -> None:
+    from sqlalchemy import NullPool, create_engine
+
     from fedpeft_coordinator import journal
-    from sqlalchemy import create_engine
 
     on_sqlite = fake.Federation(tmp_path / "sqlite", fake.setup(), fake.sites())
     (tmp_path / "sqlite").mkdir()
@@ -27,4 +28,4 @@ def test_rounds_are_journalled_in_postgres_and_resumed_from_it(fake: ModuleType,
         federation.open().run()
         assert federation.final() == on_sqlite.final()
     finally:
-        journal.SCHEMA.drop_all(create_engine(URL))
+        journal.SCHEMA.drop_all(create_engine(URL, poolclass=NullPool))
