@@ -52,7 +52,7 @@ def _row(dropout: float, repeats: int) -> dict[str, object]:
     tokens = sum(len(ids) for ids, _ in examples)
     padded = sum(BATCH * max(len(ids) for ids, _ in examples[at : at + BATCH]) for at in range(0, len(examples), BATCH))
     contenders: dict[str, Timed] = {"ours": _ours(examples, dropout), "peer": _peer(examples, dropout), "floor": _floor(examples)}
-    least, losses = _least(contenders, repeats)
+    least, losses = least_seconds(contenders, repeats)
     ratio = least["peer"] / least["ours"]
     return {
         "row": "F1",
@@ -69,7 +69,7 @@ def _row(dropout: float, repeats: int) -> dict[str, object]:
     }
 
 
-def _least(contenders: dict[str, Timed], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def least_seconds(contenders: dict[str, Timed], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Least CPU seconds over interleaved rounds after one to warm up, and the first losses."""
     losses = {name: contender()[1] for name, contender in contenders.items()}
     least = {name: float("inf") for name in contenders}
@@ -179,25 +179,25 @@ def _peer(examples: list[tuple[np.ndarray, int]], dropout: float) -> Timed:
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=dropout, target_modules=LINEARS, task_type="CAUSAL_LM")
     rows = [_peer_row(ids, start) for ids, start in examples]
     base = _model()
-
-    def timed() -> tuple[float, float]:
-        model = get_peft_model(copy.deepcopy(base), config)
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(model, _arguments(folder), _collate, rows, callbacks=[clock])
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        return clock.ended - clock.began, float(first)
-
-    return timed
+    return lambda: trainer_seconds(get_peft_model(copy.deepcopy(base), config), rows, _collate, BATCH)
 
 
-def _arguments(folder: str) -> TrainingArguments:
+def trainer_seconds(model: Any, rows: list[Any], collate: Callable[[Any], Any], batch: int) -> tuple[float, float]:
+    """CPU seconds of one pass of HF ``Trainer`` over ``rows`` in their order, and the mean loss of its first step."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(model, _arguments(folder, batch, len(rows) // batch), collate, rows, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return clock.ended - clock.began, float(first)
+
+
+def _arguments(folder: str, batch: int, steps: int) -> TrainingArguments:
     return TrainingArguments(
         folder,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        max_steps=steps,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
