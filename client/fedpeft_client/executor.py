@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import FedpeftError, LinkError
+from fedpeft.processes import hold
 from fedpeft_client.config import load_site
-from fedpeft_client.lifeline import hold
 from fedpeft_client.status import Pulse
 from fedpeft_client.worker import Worker
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
+from fedpeft.processes import free_port
 from fedpeft_client import status, supernode
 from fedpeft_client.config import SiteConfig, load_site
 from fedpeft_client.supervisor import Child, Running, Supervisor, lock
@@ -43,7 +43,7 @@ def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:
     """The two processes of a site: Flower's SuperNode and our worker."""
     port = site.supernode_port or free_port()
     secret = site.state / "secret"
-    write_secret(secret)
+    write_atomic(secret, secrets.token_hex(32).encode(), mode=0o600)
     pulse = site.state / "worker.json"
     node = (sys.executable, "-m", "fedpeft_client.supernode", *supernode.arguments(site, port, secret))
     work = (sys.executable, "-m", "fedpeft_client.executor", str(path.resolve()), f"127.0.0.1:{port}", str(secret))
@@ -73,24 +73,6 @@ def environment(site: SiteConfig) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(site.threads)} if site.threads else {}
     scripts = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     return {**os.environ, **quiet, **threads, "FLWR_HOME": str(site.state / "flower"), "PATH": scripts, "PYTHONUNBUFFERED": "1"}
-
-
-def write_secret(path: Path) -> None:
-    """Make a fresh secret that only this user may read. Raises `StorageError`."""
-    try:
-        path.unlink(missing_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_hex(32).encode())
-    except OSError as fault:
-        raise StorageError(f"{path}: cannot be written: {fault.strerror}; set `state` in site.toml to a folder you may write") from None
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def line(site: SiteConfig, running: list[Running], steps: bool = True) -> str:

@@ -6,15 +6,17 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
 
 SEAL = hashlib.sha256().digest_size
 KEY = re.compile(r"[0-9a-f]{64}")
+LITTER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -58,32 +60,13 @@ class Store:
             old.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, blob: bytes) -> None:
-    """Replace ``path`` by ``blob`` so that a reader or a crash sees the old file or the new one. Raises `StorageError`."""
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        sync_folder(path.parent)
-    except OSError as fault:
-        if temporary is not None:
-            with suppress(OSError):
-                Path(temporary).unlink()
-        raise StorageError(f"{path}: cannot be written: {fault.strerror}; free space or set `state` in site.toml to another disk") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sweep(root: Path) -> None:
+    """Remove what writers that were killed left behind under ``root``: temporary files of more than an hour ago."""
+    before = time.time() - LITTER_SECONDS
+    for path in root.rglob(".new-*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < before:
+                path.unlink()
 
 
 def scratch(root: Path, key: str, keep: int) -> Path:

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedpeft.errors import LinkError
+from fedpeft.processes import hold
 from fedpeft_client.config import SiteConfig
-from fedpeft_client.lifeline import hold
 
 
 def arguments(site: SiteConfig, port: int, secret: Path) -> list[str]:

@@ -17,8 +17,8 @@ from typing import IO
 
 from fedpeft import errors
 from fedpeft.errors import FedpeftError, StorageError
-from fedpeft_client.lifeline import FLAG
-from fedpeft_client.store import write_atomic
+from fedpeft.files import write_atomic
+from fedpeft.processes import FLAG
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0

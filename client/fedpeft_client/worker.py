@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError
+from fedpeft.files import write_atomic
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
 from fedpeft.wire import Envelope
@@ -25,15 +26,13 @@ from fedpeft_client.config import SiteConfig
 from fedpeft_client.plan import MissingVersion, Work
 from fedpeft_client.rounds import Bench, WrongBase
 from fedpeft_client.shelf import Shelf, Split
-from fedpeft_client.store import Store, scratch, write_atomic
+from fedpeft_client.store import Store, scratch, sweep
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base
 
-KEPT_ADAPTERS = 32
-KEPT_ANSWERS = 32
-KEPT_CHECKPOINTS = 8
-"""What stays on disk: the youngest of each kind."""
+KEPT_PER_TASK = 8
+"""How many adapters, answers and half-done rounds stay on disk for each task: the youngest of each kind."""
 SPLITS: dict[str, tuple[Split, ...]] = {"train": ("train",), "evaluate": ("train", "test")}
 log = logging.getLogger("fedpeft.worker")
 
@@ -69,8 +68,10 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.site)
-        self.adapters = Store(self.site.state / "adapters", KEPT_ADAPTERS)
-        self.answers = Store(self.site.state / "answers", KEPT_ANSWERS)
+        self.keep = KEPT_PER_TASK * len(self.site.data)
+        sweep(self.site.state)
+        self.adapters = Store(self.site.state / "adapters", self.keep)
+        self.answers = Store(self.site.state / "answers", self.keep)
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
 
@@ -180,7 +181,7 @@ class Worker:
         return " ".join((*rows, self.base.fingerprint.quantization, str(self.base.spec.max_tokens)))
 
     def _train(self, work: Work, start: Tensors, key: str) -> Answer:
-        checkpoint = scratch(self.site.state / "checkpoints", key, KEPT_CHECKPOINTS)
+        checkpoint = scratch(self.site.state / "checkpoints", key, self.keep)
         update, seconds = rounds.train(work, start, self._bench, checkpoint)
         return answers.of_update(work.plan.task, update, seconds, work.plan.adapter_digest)
 

@@ -10,12 +10,11 @@ import asyncio
 import json
 import os
 import sys
-import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft.processes import hold
 from fedpeft_coordinator.guard import Bell, fleet_only, secret_only
 
 
@@ -30,7 +29,6 @@ class LinkSettings:
     certificate: str | None = None
     key: str | None = None
     node_auth: bool = False
-    parent: int = 0
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -40,17 +38,6 @@ class LinkSettings:
     def read(path: Path) -> LinkSettings:
         """Inverse of `save`."""
         return LinkSettings(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def die_with(parent: int) -> None:
-    """End this process, at once, when ``parent`` is no longer its parent. Needed for kill -9: nobody else tells us."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
 async def serve(settings: LinkSettings) -> None:
@@ -82,10 +69,9 @@ def main() -> int:
     """Entry of the process: one argument, the path of a `LinkSettings` file."""
     from fedpeft.wire._compat import OFFLINE
 
+    hold()
     os.environ.update(OFFLINE)
     settings = LinkSettings.read(Path(sys.argv[1]))
-    if settings.parent:
-        die_with(settings.parent)
     asyncio.run(serve(settings))
     return 1
 

@@ -6,10 +6,7 @@ The journal holds digests only; what they name lies here: global adapters, means
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
 from fedpeft.tensors import Layout, Tensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -92,35 +90,3 @@ def digest_of(arrays: Arrays) -> str:
         hasher.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
         hasher.update(np.ascontiguousarray(value).data)
     return hasher.hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a crash leaves the old file or the new one, and a power cut does not undo it.
-
-    Raises:
-        StorageError: no space or no permission; nothing is left behind.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        sync_folder(path.parent)
-    except OSError as fault:
-        if temporary is not None:
-            with suppress(OSError):
-                Path(temporary).unlink()
-        raise StorageError(f"{path}: cannot be written: {fault.strerror}; free space or set `state` elsewhere; nothing is lost") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

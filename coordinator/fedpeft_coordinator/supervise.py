@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import ConfigError, LinkError, StorageError
+from fedpeft.processes import FLAG, free_port
 from fedpeft_coordinator.config import Link
 from fedpeft_coordinator.link import LinkSettings
 
@@ -132,19 +133,18 @@ class LinkProcess:
                 certificate=None if tls is None else str(tls.cert),
                 key=None if tls is None else str(tls.key),
                 node_auth=self.link.node_auth,
-                parent=os.getpid(),
             ).save(self.folder / "link.json")
         except OSError as fault:
             raise StorageError(f"{self.folder}: cannot be written: {fault.strerror}; free space or check permissions") from None
         return secret
 
     def _spawn(self) -> None:
-        env = os.environ | {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1", FLAG: "1"}
         with self._lock, (self.folder / "link.log").open("ab") as log:
             if not self._stopping.is_set():
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "fedpeft_coordinator.link", str((self.folder / "link.json").resolve())],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
                     env=env,
@@ -192,13 +192,6 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as fault:
             raise LinkError(f"link {host}:{port}: {fault.strerror}; stop what listens there, or set link.port") from None
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def listens(host: str, port: int) -> bool:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from safetensors.numpy import save as write_safetensors
 
 from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.errors import AdapterError, StorageError
+from fedpeft.files import sync_folder, write_synced
 from fedpeft.tensors import Tensors
 
 CONFIG, TENSORS, SPEC = "adapter_config.json", "adapter_model.safetensors", "fedpeft.json"
@@ -79,9 +79,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             _write(partial / name, data)
         partial.chmod(0o755)
-        _sync(partial)
+        sync_folder(partial)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except OSError as fault:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,17 +90,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     with open(path, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_synced(stream.fileno(), data)
 
 
 def _json(table: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ import click
 import typer
 
 from fedpeft.errors import FedpeftError, StorageError
+from fedpeft.processes import hold
 
 DEFECT = 70
 INTERRUPTED = 130
@@ -22,6 +23,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def main() -> None:
     """Run the command line and exit with its code (see `fedpeft.errors`)."""
+    hold()
     sys.exit(run(sys.argv[1:]))
 
 

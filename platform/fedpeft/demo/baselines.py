@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.demo.setting import MAX_TOKENS, QUANTIZATION, TASKS, Setting
+from fedpeft.processes import hold
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base
@@ -90,6 +91,7 @@ def main() -> None:
 
     from fedpeft.bases import BaseSpec, load_base
 
+    hold()
     folder, rounds, which = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     setting = Setting(folder, rounds)

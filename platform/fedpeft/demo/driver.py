@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fedpeft.demo import report
-from fedpeft.demo.processes import Child, ended, free_port, start
+from fedpeft.demo.processes import Child, ended, start
 from fedpeft.demo.setting import Setting
 from fedpeft.errors import CohortError, ConfigError, FedpeftError
+from fedpeft.processes import free_port
 
 POLL_SECONDS = 0.25
 LIMIT_SECONDS = 1500.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedpeft.processes import FLAG
 
 GRACE_SECONDS = 15.0
 
@@ -31,12 +32,18 @@ class Child:
 
 
 def start(name: str, arguments: list[str], log: Path) -> Child:
-    """Start ``python -m ...`` in a session of its own, with one compute thread and its output in ``log``."""
+    """Start ``python -m ...`` with one compute thread and its output in ``log``; it ends when this process does."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        FLAG: "1",
+    }
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
+            [sys.executable, "-m", *arguments], stdin=subprocess.PIPE, stdout=out, stderr=out, env=env, start_new_session=True
         )
     return Child(name, process, log)
 
@@ -56,10 +63,3 @@ def ended(children: list[Child]) -> Iterator[list[Child]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

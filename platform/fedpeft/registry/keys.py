@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
 from fedpeft.registry import disk
 
 CONTEXT = b"fedpeft manifest v1\n"
@@ -67,7 +68,7 @@ class Keys:
     def trust(self, key: str) -> None:
         """Accept signatures of the public ``key`` (hex of 32 bytes) from now on. Raises `OSError`."""
         if key not in self.known():
-            disk.put(self.folder / "trusted" / f"{key[:16]}.pub", _pem(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))))
+            write_atomic(self.folder / "trusted" / f"{key[:16]}.pub", _pem(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))))
 
     def exposed(self) -> str | None:
         """What is wrong with the private key's permissions, or None."""
@@ -86,7 +87,7 @@ class Keys:
         if not isinstance(key, Ed25519PrivateKey):
             raise StorageError(f"{path}: not an Ed25519 key; restore it from a backup")
         if not public.exists():
-            disk.put(public, _pem(key.public_key()))
+            write_atomic(public, _pem(key.public_key()))
         elif _hex(_public(public)) != _hex(key.public_key()):
             raise StorageError(f"{path}: does not belong to {public}; restore the pair from one backup")
         return key
@@ -96,7 +97,7 @@ class Keys:
             raise StorageError(
                 f"{path}: the signing key is gone but {public} is there; restore it, or move the .pub into trusted/ to sign with a new one"
             )
-        disk.put(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+        write_atomic(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
 
 
 def _public(path: Path) -> Ed25519PublicKey:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedpeft.errors import StorageError
+from fedpeft.files import sync_folder
 from fedpeft.registry import disk
 from fedpeft.registry.manifest import sha256
 
@@ -81,7 +82,7 @@ def append(path: Path, entries: Sequence[Entry], action: Action, digest: str, or
             raise
     if fresh:
         for folder in path.parents[:3]:
-            disk.sync(folder)
+            sync_folder(folder)
     return entry
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
 from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
 
 FILE = "state.safetensors"
-ASIDE = FILE + ".tmp"
 Arrays = Mapping[str, NDArray[Any]]
 
 log = logging.getLogger(__name__)
@@ -54,23 +52,14 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint in ``folder``: write aside, fsync, rename, fsync the folder.
+    """Replace the checkpoint in ``folder``, whole or not at all.
 
     Raises:
         StorageError: no space, no permission, or the folder is a file.
     """
     record = json.dumps({"job": checkpoint.job, "tally": asdict(checkpoint.tally)}, sort_keys=True)
     body = serialise(dict(checkpoint.arrays), {"record": record, "sha256": _digest(record, checkpoint.arrays)})
-    aside = folder / ASIDE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(aside, body)
-        os.replace(aside, folder / FILE)
-        _sync_folder(folder)
-    except OSError as fault:
-        with suppress(OSError):
-            aside.unlink()
-        raise StorageError(f"{folder}: cannot write the training checkpoint ({fault}); free space or change the state folder") from None
+    write_atomic(folder / FILE, body)
 
 
 def load(folder: Path, job: str) -> Checkpoint | None:
@@ -95,8 +84,8 @@ def clear(folder: Path) -> None:
     """Remove the checkpoint and what an interrupted write left behind; the folder too when nothing else is in it."""
     if not folder.is_dir():
         return
-    for name in (FILE, ASIDE):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / FILE, *folder.glob(".new-*")):
+        path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -126,18 +115,3 @@ def _metadata(body: bytes) -> dict[str, str]:
     (length,) = struct.unpack_from("<Q", body)
     meta: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
     return meta
-
-
-def _write(path: Path, body: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

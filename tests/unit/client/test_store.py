@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import StorageError
+from fedpeft.files import write_atomic
 from fedpeft_client import audit
-from fedpeft_client.store import Store, scratch, write_atomic
+from fedpeft_client.store import Store, scratch, sweep
 
 
 def key(number: int) -> str:
@@ -63,7 +66,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
     path = tmp_path / "held.json"
     write_atomic(path, b"old")
     code = (
-        "import resource, sys; from pathlib import Path; from fedpeft_client.store import write_atomic; "
+        "import resource, sys; from pathlib import Path; from fedpeft.files import write_atomic; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_atomic(Path(sys.argv[1]), bytes(2000))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
@@ -72,6 +75,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+
+
+def test_what_a_killed_writer_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    for name, age in ((".new-old", 7200), (".new-young", 10), ("kept", 7200)):
+        path = tmp_path / "answers" / name
+        path.write_text("x")
+        os.utime(path, (time.time() - age,) * 2)
+    sweep(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == [".new-young", "kept"]
 
 
 def test_scratch_folders_are_bounded(tmp_path: Path) -> None:

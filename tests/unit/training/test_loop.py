@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from math import sqrt
 
@@ -146,7 +147,7 @@ def test_a_torn_or_altered_file_is_never_taken(tmp_path_factory, where, cut):
 
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="cannot write the training checkpoint"):
+    with pytest.raises(StorageError, match="cannot be written"):
         disk.save(tmp_path / "file", disk.Checkpoint("job", disk.Tally(), {}))
 
 
@@ -156,7 +157,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def full(_handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         disk.save(tmp_path, disk.Checkpoint("job", disk.Tally(4), {"x": np.zeros(3, np.float32)}))
     assert disk.load(tmp_path, "job").tally.step == 2
