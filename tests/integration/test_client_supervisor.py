@@ -20,7 +20,7 @@ from fedpeft_client.supervisor import Child, Running, Supervisor, lock
 
 pytestmark = pytest.mark.integration
 
-SLEEPER = "from fedpeft_client.lifeline import hold; import time; hold(); time.sleep(60)"
+SLEEPER = "from fedpeft.processes import hold; import time; hold(); time.sleep(60)"
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
