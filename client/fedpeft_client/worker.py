@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft import bases
 from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError
 from fedpeft.files import write_atomic
 from fedpeft.tensors import Tensors
@@ -74,13 +75,12 @@ class Worker:
         self.answers = Store(self.site.state / "answers", self.keep)
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
+        self._loads_before = bases.LOADS
 
     @property
     def base_loads(self) -> int:
-        """How often this process loaded a base: 1 once the worker is warm."""
-        from fedpeft import bases
-
-        return int(bases.LOADS)
+        """How often a base was loaded since this worker was made: 1 once it is warm."""
+        return bases.LOADS - self._loads_before
 
     @cached_property
     def base(self) -> Base:
