@@ -7,11 +7,13 @@ machines with the same Python see the same sequence.
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +84,11 @@ def scan() -> tuple[list[Document], list[Message]]:
     """All documents and messages. Raises `DataError` when the standard library's sources are not on this machine."""
     documents: list[Document] = []
     messages: list[Message] = []
-    for (area, client), names in MODULES.items():
-        for name, tree in _trees(names.split()):
-            documents += _documents(tree, name, area, client)
-            messages += _messages(tree, client)
+    with _collector_paused():
+        for (area, client), names in MODULES.items():
+            for name, tree in _trees(names.split()):
+                documents += _documents(tree, name, area, client)
+                messages += _messages(tree, client)
     if not documents:
         raise DataError(f"stdlib: no sources under {_root()}; this Python was installed without them, give a path instead")
     return documents, messages
@@ -118,6 +121,18 @@ def effect(node: Function) -> str | None:
     if values:
         return "answers" if all(_truth(value) for value in values) else "returns"
     return None if any(isinstance(part, ast.Raise | ast.Assert) for part in own) else "acts"
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic collection inside: syntax trees have no cycles, and each pass over torch's many objects costs more than the parsing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _root() -> Path:
