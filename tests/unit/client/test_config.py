@@ -23,8 +23,8 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_the_shipped_example_loads() -> None:
     site = load_site(EXAMPLE)
     assert site.name == "site-a"
-    assert site.base.spec() == BaseSpec("minilm", "int8")
-    assert site.allowed_tasks == {"area"}
+    assert site.base.spec() == BaseSpec("minilm", "int8", max_tokens=128)
+    assert site.allowed_tasks == {"topic", "urgency"}
 
 
 def test_defaults_and_relative_paths(tmp_path: Path) -> None:
