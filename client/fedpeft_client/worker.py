@@ -75,12 +75,11 @@ class Worker:
         self.answers = Store(self.site.state / "answers", self.keep)
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
-        self._loads_before = bases.LOADS
 
     @property
     def base_loads(self) -> int:
-        """How often a base was loaded since this worker was made: 1 once it is warm."""
-        return bases.LOADS - self._loads_before
+        """How often this process loaded a base: 1 once the worker is warm."""
+        return bases.LOADS
 
     @cached_property
     def base(self) -> Base:

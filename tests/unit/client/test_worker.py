@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedpeft import bases
 from fedpeft.errors import LinkError, StorageError, UpdateError
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Grid, Update
@@ -41,7 +42,7 @@ def test_hello_is_answered_with_what_the_site_holds(site: SiteConfig, make_worke
     }
     assert reply.base_identity == base.fingerprint.identity
     assert reply.quantization == "none"
-    assert reply.base_loads == 1
+    assert reply.base_loads == bases.LOADS
 
 
 def test_a_task_whose_rows_cannot_be_read_is_left_out(site: SiteConfig, make_worker: MakeWorker, tmp_path: Path) -> None:
@@ -325,4 +326,4 @@ def test_rows_are_read_and_tokenised_once(site: SiteConfig, make_worker: MakeWor
     monkeypatch.setattr("fedpeft.tasks.Classification.encode", lambda *_: pytest.fail("tokenised again"))
     reply = worker.handle(plans.message(plans.of(seed=9)))
     assert plans.results(reply)["kinds"].status == OK
-    assert reply.open(RoundReply).base_loads == 1
+    assert reply.open(RoundReply).base_loads == bases.LOADS
