@@ -149,7 +149,8 @@ def _read_hub(source: Source) -> list[Row]:
     try:
         found = datasets.load_dataset(source.hub, source.config)
     except (OSError, ValueError, RuntimeError) as fault:
-        raise DataError(f"{source.hub}: the hub data set cannot be loaded: {str(fault).splitlines()[0]}") from None
+        cause = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise DataError(f"{source.hub}: cannot be loaded from the hub: {cause}; check name, config and network, or give a path") from None
     return [{"split": name, **row} for name, part in found.items() for row in _named_classes(part, datasets.ClassLabel)]
 
 
