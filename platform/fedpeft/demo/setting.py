@@ -112,7 +112,7 @@ class Setting:
             "coordinator": f"127.0.0.1:{port}",
             "state": site,
             "threads": 1,
-            "base": {"model": "minilm", "quantization": QUANTIZATION},
+            "base": {"model": "minilm", "quantization": QUANTIZATION, "max_tokens": MAX_TOKENS},
             "data": data,
         }
 
