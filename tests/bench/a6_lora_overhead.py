@@ -17,14 +17,14 @@ Step = Callable[[], None]
 
 
 def run(repeats: int = 5) -> list[dict[str, object]]:
-    """Rows of least CPU seconds per step over ``repeats`` interleaved rounds, one thread, float32.
+    """Rows of least CPU seconds per step over three times ``repeats`` interleaved rounds, one thread, float32.
 
     ``ratio`` is peft's seconds over ours; ``overhead`` and ``peer_overhead`` are over the base's, which is the floor.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _least(_steps(), repeats)
+        seconds = _least(_steps(), 3 * repeats)
     finally:
         torch.set_num_threads(threads)
     return [_row(p, seconds) for p in (0.0, 0.05)]
@@ -110,16 +110,16 @@ def _step(model: nn.Module) -> Step:
     return step
 
 
-def _least(steps: dict[str, Step], repeats: int, inner: int = 2) -> dict[str, float]:
+def _least(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """CPU seconds of each step's best round: single steps, since a neighbour's load comes and goes within seconds."""
     for step in steps.values():
         step()
     best = dict.fromkeys(steps, float("inf"))
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, step in steps.items():
             start = process_time()
-            for _ in range(inner):
-                step()
-            best[name] = min(best[name], (process_time() - start) / inner)
+            step()
+            best[name] = min(best[name], process_time() - start)
     return best
 
 

@@ -63,11 +63,12 @@ class Lora:
         from peft import LoraConfig
         from transformers.pytorch_utils import Conv1D
 
-        from fedpeft.methods.attached import begin, inject, wrapped
+        from fedpeft.methods.attached import begin, inject
         from fedpeft.methods.fused import fuse
-        from fedpeft.methods.targets import resolve
+        from fedpeft.methods.targets import families, resolve
 
         names = resolve(model, self.targets)
+        groups = families(model, names)
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.r,
@@ -78,8 +79,8 @@ class Lora:
         )
         inject(model, config, begin(model, self.kind, head))
         if not self.dora:
-            for layer in wrapped(model).values():
-                fuse(layer, self.dropout)
+            for group in groups:
+                fuse([model.get_submodule(name) for name in group], self.dropout)
         return model
 
     def entries(self, model: nn.Module) -> Entries:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -72,6 +73,24 @@ def keys_and_values(model: nn.Module) -> list[str]:
         named = [name for name in names if KEY_VALUE.search(name.rpartition(".")[2])]
         found += named or names[:-1]
     return found
+
+
+def families(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """``names`` in groups of layers that read one input: siblings of one attention or MLP, but for those that write back.
+
+    In an encoder-decoder keys and values may read another input than queries, so there each layer stands alone.
+    """
+    alone = {*writers(model, "attention"), *writers(model, "mlp")}
+    mixed = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        own = name if mixed or name in alone else name.rpartition(".")[0]
+        groups.setdefault((own, _width(model.get_submodule(name))), []).append(name)
+    return list(groups.values())
+
+
+def _width(module: Any) -> int:
+    return int(module.nx if hasattr(module, "nx") else module.in_features)
 
 
 def _groups(model: nn.Module, role: str) -> list[list[str]]:

@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedpeft.methods import fused
-from fedpeft.methods.fused import LowRank
+from fedpeft.methods import fused, lowrank
+from fedpeft.methods.lowrank import LowRank
+from fedpeft.methods.targets import families, resolve
+
+
+def one(x, a, b, mask, base):
+    """A single layer's output."""
+    return LowRank.apply(x, mask, [base], a, b)[0]
 
 
 def stock(layer: nn.Module, p: float = 0.0):
@@ -58,11 +64,11 @@ def test_values_and_gradients_equal_a_float64_oracle(shape, sizes, bias, train, 
     a, b = torch.randn(rank, inner), torch.randn(outer_size, rank)
     w, c = torch.randn(outer_size, inner), torch.randn(outer_size) if bias else None
     tokens = x.numel() // inner
-    mask = fused.masks(tokens, inner, 0.3, x) if drop else None
-    full = torch.ones(tokens, inner) if mask is None else mask.repeat_interleave(fused.GROUP, 0)[:tokens]
+    mask = lowrank.masks(tokens, inner, 0.3, x) if drop else None
+    full = torch.ones(tokens, inner) if mask is None else mask.repeat_interleave(tokens // len(mask), 0)
     ours = [t.clone().requires_grad_(flag) for t, flag in zip((x, a, b), train, strict=True)]
     theirs = [t.double().requires_grad_(flag) for t, flag in zip((x, a, b), train, strict=True)]
-    got = LowRank.apply(*ours, mask, (w, c) if over_base else None)
+    got = one(*ours, mask, (w, c) if over_base else None)
     want = (theirs[0] * full.double().view_as(x)) @ theirs[1].t() @ theirs[2].t()
     if over_base:
         want = want + nn.functional.linear(theirs[0], w.double(), None if c is None else c.double())
@@ -72,21 +78,21 @@ def test_values_and_gradients_equal_a_float64_oracle(shape, sizes, bias, train, 
     close([got.detach(), *(t.grad for t in ours)], [want.detach(), *(t.grad for t in theirs)], 1e-5)
 
 
-@pytest.mark.parametrize("tokens", [63, 64, 65, 200])
-def test_groups_of_any_length_carry_their_own_masks(tokens):
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (127, 1), (256, 2), (257, 1), (390, 3), (1024, 8)])
+def test_equal_groups_carry_their_own_masks(tokens, groups):
     torch.manual_seed(0)
     x, a, b = torch.randn(tokens, 7), torch.randn(3, 7), torch.randn(5, 3)
-    mask = fused.masks(tokens, 7, 0.5, x)
-    assert mask.shape == (-(-tokens // fused.GROUP), 7)
-    full = mask.repeat_interleave(fused.GROUP, 0)[:tokens]
-    ours = gradients(lambda z: LowRank.apply(z, a.requires_grad_(), b.requires_grad_(), mask, None), x, [a, b])
+    mask = lowrank.masks(tokens, 7, 0.5, x)
+    assert mask.shape == (groups, 7)
+    full = mask.repeat_interleave(tokens // groups, 0)
+    ours = gradients(lambda z: one(z, a.requires_grad_(), b.requires_grad_(), mask, None), x, [a, b])
     theirs = gradients(lambda z: (z * full) @ a.t() @ b.t(), x, [a, b])
     close(ours, theirs)
 
 
 @pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(6, 12), (2, 5, 12), (1, 70, 12)])
+@pytest.mark.parametrize("shape", [(6, 12), (2, 5, 12), (1, 140, 12)])
 def test_equals_stock_peft(shape, bias, frozen):
     torch.manual_seed(1)
     layer = stock(nn.Linear(12, 10, bias=bias))
@@ -95,7 +101,7 @@ def test_equals_stock_peft(shape, bias, frozen):
     parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
     x = torch.randn(*shape)
     theirs = gradients(layer, x, parameters)
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     close(gradients(layer, x, parameters), theirs)
     assert (frozen is None) or parameters[0 if frozen == "lora_A" else 1].grad is None
 
@@ -108,7 +114,7 @@ def test_equals_stock_peft_on_gpt2s_transposed_layer():
     parameters = [layer.lora_A["fp"].weight.requires_grad_(), layer.lora_B["fp"].weight.requires_grad_()]
     x = torch.randn(2, 5, 12)
     theirs = gradients(layer, x, parameters)
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     assert layer.forward.dense
     close(gradients(layer, x, parameters), theirs)
 
@@ -134,7 +140,7 @@ def test_quantized_bases_are_called_and_equal_stock_peft(make):
     parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
     x = torch.randn(3, 4, 64)
     theirs = gradients(layer, x, parameters)
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     assert not layer.forward.dense
     close(gradients(layer, x, parameters), theirs)
 
@@ -147,7 +153,7 @@ def test_torchao_weights_are_called():
     base = nn.Linear(64, 32)
     quantize_(base, Int8WeightOnlyConfig())
     layer = stock(base.requires_grad_(False))
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     assert not layer.forward.dense
     a, b = layer.lora_A["fp"].weight, layer.lora_B["fp"].weight
     x = torch.randn(4, 64)
@@ -163,7 +169,7 @@ def test_low_precision_base_keeps_the_branch_in_float32():
     parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
     x = torch.randn(4, 12).to(torch.bfloat16)
     theirs = gradients(layer, x, parameters)
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     ours = gradients(layer, x, parameters)
     assert ours[0].dtype == torch.bfloat16
     assert ours[2].dtype == torch.float32
@@ -182,7 +188,7 @@ def test_autocast_computes_low_and_returns_float32_gradients():
             return layer(z)
 
     theirs = gradients(call, x, parameters)
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     ours = gradients(call, x, parameters)
     assert ours[0].dtype == torch.bfloat16
     assert ours[2].dtype == torch.float32
@@ -194,23 +200,23 @@ def test_a_frozen_factor_keeps_nothing_for_the_backward_pass():
     a, b = torch.randn(2, 6), torch.randn(5, 2, requires_grad=True)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        LowRank.apply(x, a, b, None, (w, None))
+        one(x, a, b, None, (w, None))
     assert not any(t.shape == x.shape for t in kept)
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        LowRank.apply(x, a.requires_grad_(), b.detach(), None, (w, None))
+        one(x, a.requires_grad_(), b.detach(), None, (w, None))
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
     assert not any(t.shape == (2, 4) for t in kept)
 
 
 def test_dropout_keeps_the_mean_and_the_share_and_ends_with_training():
     torch.manual_seed(0)
-    mask = fused.masks(64 * 400, 50, 0.2, torch.empty(0))
+    mask = lowrank.masks(lowrank.GROUP * 400, 50, 0.2, torch.empty(0))
     assert set(mask.unique().tolist()) == {0.0, 1.25}
     assert abs(float(mask.mean()) - 1.0) < 0.02
     assert abs(float((mask == 0).float().mean()) - 0.2) < 0.01
     layer = stock(nn.Linear(12, 10).requires_grad_(False), p=0.5)
-    fused.fuse(layer, 0.5)
+    fused.fuse([layer], 0.5)
     x = torch.randn(3, 12)
     torch.manual_seed(3)
     first = layer.train()(x)
@@ -225,7 +231,7 @@ def test_dropout_keeps_the_mean_and_the_share_and_ends_with_training():
 def test_checkpointing_gives_the_same_gradients(p):
     torch.manual_seed(1)
     layer = stock(nn.Linear(12, 10).requires_grad_(False), p).train()
-    fused.fuse(layer, p)
+    fused.fuse([layer], p)
     parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
     x = torch.randn(4, 12)
     torch.manual_seed(2)
@@ -237,7 +243,7 @@ def test_checkpointing_gives_the_same_gradients(p):
 def test_pefts_own_switches_still_work():
     torch.manual_seed(1)
     layer = stock(nn.Linear(12, 10))
-    fused.fuse(layer, 0.0)
+    fused.fuse([layer], 0.0)
     x = torch.randn(4, 12)
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -250,7 +256,7 @@ def test_pefts_own_switches_still_work():
 def test_strided_and_empty_inputs():
     torch.manual_seed(1)
     layer = stock(nn.Linear(12, 10).requires_grad_(False), 0.1).train()
-    fused.fuse(layer, 0.1)
+    fused.fuse([layer], 0.1)
     assert layer(torch.randn(0, 12)).shape == (0, 10)
     parameters = [layer.lora_A["fp"].weight]
     layer.eval()
@@ -259,3 +265,116 @@ def test_strided_and_empty_inputs():
         gradients(lambda z: layer(z.permute(1, 2, 0)), wide, parameters),
         gradients(lambda z: layer(z.permute(1, 2, 0).contiguous()), wide, parameters),
     )
+
+
+def siblings(p: float = 0.0):
+    """Three layers of one attention, as peft wraps them, with gradients on."""
+    return [stock(nn.Linear(12, out, bias=bias).requires_grad_(False), p) for out, bias in ((10, True), (6, False), (6, True))]
+
+
+def together(layers):
+    return lambda x: torch.cat([layer(x) for layer in layers], -1)
+
+
+@pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B"])
+@pytest.mark.parametrize("shape", [(6, 12), (2, 5, 12), (3, 140, 12)])
+def test_layers_that_read_one_input_equal_stock_peft(shape, frozen):
+    torch.manual_seed(1)
+    layers = siblings()
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("lora_" in name and (frozen is None or frozen not in name))
+    parameters = [part["fp"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    x = torch.randn(*shape)
+    theirs = gradients(together(layers), x, parameters)
+    fused.fuse(layers, 0.0)
+    close(gradients(together(layers), x, parameters), theirs)
+    close(
+        gradients(together(layers[::-1]), x, parameters)[1:2], gradients(together([layers[i] for i in (2, 1, 0)]), x, parameters)[1:2], 0.0
+    )
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_siblings_share_one_mask(tokens):
+    torch.manual_seed(1)
+    layers = siblings(p=0.5)
+    x = torch.randn(tokens, 12)
+    fused.fuse(layers, 0.5)
+    parameters = [part["fp"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    for layer in layers:
+        layer.train()
+    torch.manual_seed(2)
+    ours = gradients(together(layers), x, parameters)
+    torch.manual_seed(2)
+    mask = lowrank.masks(tokens, 12, 0.5, x)
+    full = mask.repeat_interleave(tokens // len(mask), 0)
+
+    def plain(z):
+        low = [(z * full) @ layer.lora_A["fp"].weight.t() @ layer.lora_B["fp"].weight.t() for layer in layers]
+        return torch.cat([layer.base_layer(z) + part for layer, part in zip(layers, low, strict=True)], -1)
+
+    close(ours, gradients(plain, x, parameters))
+
+
+def test_an_answer_is_used_once_and_only_for_its_own_input():
+    torch.manual_seed(1)
+    layers = siblings()
+    want = [layer(torch.ones(2, 12)).detach() for layer in layers]
+    fused.fuse(layers, 0.0)
+    calls = []
+    run, fused._run = fused._run, lambda *args: calls.append(1) or run(*args)
+    try:
+        x = torch.ones(2, 12)
+        got = [layer(x) for layer in layers]
+        assert len(calls) == 1
+        layers[0](x)
+        layers[0](x)
+        assert len(calls) == 3
+        x.add_(1.0)
+        changed = layers[1](x)
+        assert len(calls) == 4
+        with torch.no_grad():
+            assert not layers[2](x).requires_grad
+        assert len(calls) == 5
+        layers[1](torch.ones(2, 12))
+        assert len(calls) == 6
+    finally:
+        fused._run = run
+    close([g.detach() for g in got], want)
+    close([changed.detach()], [(layers[1].stock if hasattr(layers[1], "stock") else layers[1].forward.stock)(x).detach()])
+
+
+def test_a_sibling_that_plays_no_part_gets_no_gradient():
+    torch.manual_seed(1)
+    layers = siblings()
+    x = torch.randn(4, 12)
+    parameters = [part["fp"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    theirs = gradients(layers[1], x, parameters)
+    fused.fuse(layers, 0.0)
+    ours = gradients(lambda z: [layer(z) for layer in layers][1], x, parameters)
+    close(ours[:2], theirs[:2])
+    close(ours[4:6], theirs[4:6])
+    assert all(grad is None or not grad.any() for grad in (*ours[2:4], *ours[6:]))
+
+
+def test_outputs_may_be_changed_in_place():
+    torch.manual_seed(1)
+    layers = siblings()
+    x = torch.randn(4, 12, requires_grad=True)
+    fused.fuse(layers, 0.0)
+    first, second, _ = [layer(x) for layer in layers]
+    first += 1.0
+    second *= 2.0
+    (first.sum() + second.sum()).backward()
+    assert x.grad is not None
+
+
+def test_families_follow_the_structure(make):
+    def leaves(name: str, targets: tuple[str, ...]) -> list[set[str]]:
+        model = make(name)
+        return [{part.rpartition(".")[2] for part in group} for group in families(model, resolve(model, targets))]
+
+    assert leaves("llama", ("all",))[:4] == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    assert leaves("bert", ("attention",))[:2] == [{"query", "key", "value"}, {"dense"}]
+    assert leaves("llama", ("q_proj", "v_proj"))[0] == {"q_proj", "v_proj"}
+    assert all(len(group) == 1 for group in leaves("t5", ("all",)) + leaves("gpt2", ("all",)))
