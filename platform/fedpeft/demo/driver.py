@@ -62,6 +62,7 @@ def federate(setting: Setting, bar: Progress) -> None:
     for site, clients in setting.sites.items():
         held = [task for task, holder in setting.pairs() if holder == site]
         say(f"  {site} holds the docs of {' + '.join(clients)} modules; tasks {', '.join(held)}")
+    say("  (text of this Python's own library; labels are spread unevenly over the sites on purpose, as real sites differ)")
     row = bar.add_task("starting coordinator and sites", total=setting.rounds)
     coordinator = start("coordinator", ["fedpeft", "coordinator", "up", str(folder / MARK)], folder / "logs" / "coordinator.log")
     sites = [
