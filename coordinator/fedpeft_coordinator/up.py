@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpeft import __version__
+from fedpeft.cli.output import size
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_coordinator import display, status
 from fedpeft_coordinator.build import build
@@ -95,12 +96,3 @@ def summary(found: dict[str, Any], console: Console) -> None:
         sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times, last)
     console.print(sites)
     console.print(f"versions: fedpeft adapters list --registry {found['registry']}", highlight=False, soft_wrap=True)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    value, units = float(count), iter(("B", "kB", "MB", "GB"))
-    unit = next(units)
-    while value >= 1000 and unit != "GB":
-        value, unit = value / 1000, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -163,3 +163,9 @@ def test_the_flag_set_is_frozen():
 
     walk(typer.main.get_command(tree()), "")
     assert found == FLAGS
+
+
+def test_sizes_for_people():
+    from fedpeft.cli.output import size
+
+    assert [size(n) for n in (0, 1023, 1536, 2_621_440, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "2.5 MiB", "5.0 GiB"]

@@ -25,7 +25,7 @@ from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.status import status
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.supervise import check_port, key_files
-from fedpeft_coordinator.up import size, summary
+from fedpeft_coordinator.up import summary
 
 
 def test_two_coordinators_cannot_share_a_state(tmp_path: Path) -> None:
@@ -136,7 +136,3 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_what_a_site_writes_cannot_garble_a_screen() -> None:
     assert line("a\n\x1b[31mb\t" + "x" * 1000) == "a ?[31mb " + "x" * 291
-
-
-def test_sizes_for_people() -> None:
-    assert [size(n) for n in (0, 999, 1500, 2_500_000)] == ["0 B", "999 B", "1.5 kB", "2.5 MB"]
