@@ -22,11 +22,6 @@ class Answer:
     array: bytes = b""
 
     @property
-    def ok(self) -> bool:
-        """Whether the task was done."""
-        return self.result.status == TaskResult.STATUS_OK
-
-    @property
     def digest(self) -> str:
         """SHA-256 of all that travels."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

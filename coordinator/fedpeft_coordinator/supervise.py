@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import ConfigError, LinkError, StorageError
-from fedpeft.processes import FLAG, free_port
+from fedpeft.processes import FLAG, free_port, last_words
 from fedpeft_coordinator.config import Link
 from fedpeft_coordinator.link import LinkSettings
 
@@ -168,12 +168,8 @@ class LinkProcess:
             if listens("127.0.0.1", self._private) and listens(self.link.host, self.link.port):
                 return
             time.sleep(0.1)
-        raise LinkError(f"the link does not come up: {self._last_words()} (log: {self.folder / 'link.log'})")
-
-    def _last_words(self) -> str:
-        path = self.folder / "link.log"
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-        return next((line for line in reversed(lines) if line.strip()), "it says nothing")
+        log = self.folder / "link.log"
+        raise LinkError(f"the link does not come up: {last_words(log)} (log: {log})")
 
 
 def key_files(folder: Path) -> list[Path]:

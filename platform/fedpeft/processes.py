@@ -1,4 +1,4 @@
-"""Child processes: a free port for them, and a lifeline that ends them with their parent."""
+"""Child processes: a free port for them, the last line of their log, and a lifeline that ends them with their parent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+from pathlib import Path
 
 FLAG = "FEDPEFT_LIFELINE"
 """Environment variable by which a parent says that the child's standard input is a lifeline."""
@@ -16,6 +17,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def last_words(log: Path) -> str:
+    """The last line of a child's log that is not blank."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "it says nothing")
 
 
 def hold() -> None:

@@ -16,7 +16,7 @@ from fedpeft.demo import report
 from fedpeft.demo.processes import Child, ended, start
 from fedpeft.demo.setting import Setting
 from fedpeft.errors import CohortError, ConfigError, FedpeftError
-from fedpeft.processes import free_port
+from fedpeft.processes import free_port, last_words
 
 POLL_SECONDS = 0.25
 LIMIT_SECONDS = 1500.0
@@ -78,9 +78,9 @@ def follow(path: Path, coordinator: Child, sites: list[Child]) -> Iterator[dict[
     done, deadline = 0, time.monotonic() + LIMIT_SECONDS
     while True:
         alive = coordinator.process.poll() is None
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        yield from (json.loads(line) for line in lines[done:])
-        done = len(lines)
+        fresh = added(path, done)
+        yield from map(json.loads, fresh.splitlines())
+        done += len(fresh)
         if not alive:
             return check(coordinator)
         for site in sites:
@@ -91,10 +91,20 @@ def follow(path: Path, coordinator: Child, sites: list[Child]) -> Iterator[dict[
         time.sleep(POLL_SECONDS)
 
 
+def added(path: Path, offset: int) -> bytes:
+    """The whole lines that were written to ``path`` after its first ``offset`` bytes."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        whole, newline, _torn = stream.read().rpartition(b"\n")
+    return whole + newline
+
+
 def check(child: Child) -> None:
     """Raise `FedpeftError` unless ``child`` ended well."""
     if child.process.returncode:
-        raise FedpeftError(f"{child.name} ended with exit code {child.process.returncode}: {child.last_words} (log: {child.log})")
+        raise FedpeftError(f"{child.name} ended with exit code {child.process.returncode}: {last_words(child.log)} (log: {child.log})")
 
 
 def tell(event: dict[str, Any], bar: Progress, row: Any) -> None:

@@ -24,12 +24,6 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
 
-    @property
-    def last_words(self) -> str:
-        """The last line of its log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "(no output)")
-
 
 def start(name: str, arguments: list[str], log: Path) -> Child:
     """Start ``python -m ...`` with one compute thread and its output in ``log``; it ends when this process does."""
