@@ -1,11 +1,16 @@
-"""PEFT methods: how each is put on a base, which tensors it trains, how it is written for peft."""
+"""PEFT methods: how each is put on a base, which tensors it trains, what averaging it means, how it is written for peft."""
 
 from fedpeft.methods.bitfit import BitFit
+from fedpeft.methods.blends import BLEND_SPECS, BLENDS
 from fedpeft.methods.bottleneck import Bottleneck
+from fedpeft.methods.core import CORE_SPECS
 from fedpeft.methods.ia3 import IA3
 from fedpeft.methods.lora import Lora
+from fedpeft.methods.own import OWN, OWN_SPECS
 from fedpeft.methods.protocol import Method
 from fedpeft.methods.soft import PrefixTuning, PromptTuning
+from fedpeft.methods.spec import MethodSpec
+from fedpeft.methods.tuners import TUNER_SPECS, TUNERS
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
@@ -14,6 +19,11 @@ METHODS: dict[str, type[Method]] = {
     "prompt": PromptTuning,
     "prefix": PrefixTuning,
     "bottleneck": Bottleneck,
+    **TUNERS,
+    **OWN,
+    **BLENDS,
 }
+SPECS: dict[str, MethodSpec] = {**CORE_SPECS, **TUNER_SPECS, **OWN_SPECS, **BLEND_SPECS}
+"""The facts of every method of ``METHODS``, under the same names."""
 
-__all__ = ["IA3", "METHODS", "BitFit", "Bottleneck", "Lora", "Method", "PrefixTuning", "PromptTuning"]
+__all__ = ["IA3", "METHODS", "SPECS", "BitFit", "Bottleneck", "Lora", "Method", "MethodSpec", "PrefixTuning", "PromptTuning"]

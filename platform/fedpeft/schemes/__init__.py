@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.schemes.alternating import Alternating
-from fedpeft.schemes.base import Phase, Scheme, check_start
+from fedpeft.schemes.base import Controls, Gathers, Masks, Part, Phase, Reports, Scheme, Site, check_start
 from fedpeft.schemes.combine import Combine, Sum
 from fedpeft.schemes.fedavg import FedAvg
 from fedpeft.schemes.ffa import FFA
@@ -21,11 +21,17 @@ __all__ = [
     "Adam",
     "Alternating",
     "Combine",
+    "Controls",
     "FedAvg",
+    "Gathers",
+    "Masks",
     "Momentum",
+    "Part",
     "Phase",
+    "Reports",
     "Scheme",
     "ServerOptimizer",
+    "Site",
     "State",
     "Sum",
     "Yogi",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.schemes.base import Phase, check_round, difference, factored, linear, move
+from fedpeft.schemes.base import Phase, Site, check_round, difference, factored, linear, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
@@ -20,6 +20,9 @@ class Alternating:
 
     kind: ClassVar[str] = "alternating"
     sum_only: ClassVar[bool] = True
+
+    def check(self, layout: Layout) -> None:
+        """Any layout will do."""
 
     def roles(self, layout: Layout) -> frozenset[str]:
         """All."""
@@ -36,7 +39,11 @@ class Alternating:
             return Phase("all", layout.roles)
         return Phase("B", layout.roles - {"A"}) if round % 2 else Phase("A", layout.roles - {"B"})
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase) -> Tensors:
+    def travels(self, layout: Layout, phase: Phase) -> Layout:
+        """The phase's roles."""
+        return layout.subset(phase.roles)
+
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
         """The delta of the roles that move: about half the bytes of `FedAvg`."""
         return difference(before, after, phase)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
 from fedpeft.schemes.optimizers import ServerOptimizer, State
@@ -15,20 +19,63 @@ MULTIPLY: tuple[frozenset[str], ...] = tuple(map(frozenset, (("A", "B"), ("A", "
 
 @dataclass(frozen=True)
 class Phase:
-    """What one round does: the ``roles`` that train at the sites, travel up and move at the coordinator."""
+    """What one round does: ``roles`` train at the sites, travel up and move at the coordinator.
+
+    ``private`` roles train as well and stay at the site; ``settles`` are further roles that only the coordinator moves.
+    """
 
     name: str
     roles: frozenset[str]
+    private: frozenset[str] = frozenset()
+    settles: frozenset[str] = frozenset()
+
+    @property
+    def trains(self) -> frozenset[str]:
+        """Roles that get gradients at the sites."""
+        return self.roles | self.private
+
+    @property
+    def moves(self) -> frozenset[str]:
+        """Roles of the global adapter that may differ after the round."""
+        return self.roles | self.settles
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site knows when it trains: the round's public ``seed`` of the task, its own name, and how large a rank it can train.
+
+    ``control`` is SCAFFOLD's pair (global, own) of gradient corrections; ``gradient`` the mean raw gradient of the round, known
+    after training.
+    """
+
+    seed: int
+    name: str = ""
+    rank: int | None = None
+    control: tuple[Tensors, Tensors] | None = None
+    gradient: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One site's contribution in the clear: its weight in (0, 1] and what travelled."""
+
+    weight: float
+    values: Tensors
 
 
 class Scheme(Protocol):
     """A federated averaging scheme; both halves of a round are here.
 
-    ``sum_only``: the coordinator needs nothing but the sum over sites, so secure aggregation may hide the terms.
+    ``sum_only``: the coordinator needs nothing but the sum over sites, so secure aggregation may hide the terms. A scheme that
+    needs each site's part is a `Gathers` as well; what else a scheme may be is in the Protocols below.
     """
 
     kind: ClassVar[str]
     sum_only: ClassVar[bool]
+
+    def check(self, layout: Layout) -> None:
+        """Raise `UpdateError`, with the setting to change, where the scheme can do nothing with an adapter of ``layout``."""
+        ...
 
     def roles(self, layout: Layout) -> frozenset[str]:
         """The roles of ``layout`` that ever move."""
@@ -42,12 +89,58 @@ class Scheme(Protocol):
         """The phase of ``round``, counted from 1. Raises `UpdateError` when it is smaller."""
         ...
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase) -> Tensors:
-        """Site: the delta of the phase's roles."""
+    def travels(self, layout: Layout, phase: Phase) -> Layout:
+        """The layout of what a site sends: the phase's roles, and what the scheme adds to them (probes, masses, sketches)."""
+        ...
+
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
+        """Site: what travels, of the layout that `travels` gives; deltas for the phase's roles."""
         ...
 
     def advance(self, current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
-        """Coordinator: move ``current`` by the ``mean`` contribution; with the optimizer's next state."""
+        """Coordinator: move ``current`` by the ``mean`` contribution; with the optimizer's next state.
+
+        ``mean`` is of the layout of `travels`, or what `Gathers.gather` made of the parts.
+        """
+        ...
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """A scheme that needs every site's part in the clear (``sum_only = False``)."""
+
+    def gather(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
+        """What replaces the mean: deltas of ``current`` on the roles that the phase ``moves``, weights normalised here."""
+        ...
+
+
+@runtime_checkable
+class Masks(Protocol):
+    """A scheme under which a site trains only some coordinates."""
+
+    def mask(self, layout: Layout, phase: Phase, site: Site) -> NDArray[np.bool_] | None:
+        """True where ``site`` trains, over ``layout.subset(phase.trains)``; None: everywhere."""
+        ...
+
+
+@runtime_checkable
+class Controls(Protocol):
+    """A scheme whose sites correct their gradients (SCAFFOLD)."""
+
+    def control(self, layout: Layout, phase: Phase, state: State) -> Tensors:
+        """The global correction that goes down with the plan, of ``layout.subset(phase.roles)``; zeros at first."""
+        ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A scheme that can say from the mean alone how much averaging lost."""
+
+    def drift(self, current: Tensors, mean: Tensors, phase: Phase) -> dict[str, float]:
+        """``{"drift": rho}``: the cross term over the whole update, rho = ||C|| / ||U|| over all modules; empty when unknown.
+
+        ``current`` is the adapter before the round. A rho above 0.5 means that averaging loses more than half of the update.
+        """
         ...
 
 
@@ -74,7 +167,7 @@ def check_start(current: Tensors, phase: Phase) -> None:
     Raises:
         UpdateError: the phase would be such a wasted round.
     """
-    if "A" in phase.roles and "B" not in phase.roles and "B" in current.layout.roles and not current.pick({"B"}).flat.any():
+    if "A" in phase.trains and "B" not in phase.trains and "B" in current.layout.roles and not current.pick({"B"}).flat.any():
         raise UpdateError("scheme: this round moves A while B is all zero, which has no gradient; start the task with a round of B")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.schemes.base import Phase, check_round, difference, linear, move
+from fedpeft.schemes.base import Phase, Site, check_round, difference, linear, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
@@ -16,6 +16,9 @@ class FedAvg:
 
     kind: ClassVar[str] = "fedavg"
     sum_only: ClassVar[bool] = True
+
+    def check(self, layout: Layout) -> None:
+        """Any layout will do."""
 
     def roles(self, layout: Layout) -> frozenset[str]:
         """All."""
@@ -30,7 +33,11 @@ class FedAvg:
         check_round(round)
         return Phase("all", layout.roles)
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase) -> Tensors:
+    def travels(self, layout: Layout, phase: Phase) -> Layout:
+        """The phase's roles."""
+        return layout.subset(phase.roles)
+
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
         """The delta of everything."""
         return difference(before, after, phase)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.schemes.base import Phase, check_round, difference, factored, linear, move
+from fedpeft.schemes.base import Phase, Site, check_round, difference, factored, linear, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
@@ -20,6 +20,9 @@ class FFA:
     kind: ClassVar[str] = "ffa"
     sum_only: ClassVar[bool] = True
 
+    def check(self, layout: Layout) -> None:
+        """Any layout will do."""
+
     def roles(self, layout: Layout) -> frozenset[str]:
         """All but A."""
         return layout.roles - {"A"} if factored(layout) else layout.roles
@@ -33,7 +36,11 @@ class FFA:
         check_round(round)
         return Phase("B" if factored(layout) else "all", self.roles(layout))
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase) -> Tensors:
+    def travels(self, layout: Layout, phase: Phase) -> Layout:
+        """The phase's roles."""
+        return layout.subset(phase.roles)
+
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
         """The delta of all but A: about half the bytes of `FedAvg`."""
         return difference(before, after, phase)
 

@@ -1,0 +1,76 @@
+"""The facts of the methods that have a file of their own in this room."""
+
+from __future__ import annotations
+
+from fedpeft.methods.spec import MethodSpec
+
+CORE_SPECS: dict[str, MethodSpec] = {
+    "lora": MethodSpec(
+        family="reparameterized",
+        acts_on="linear weights",
+        summary="a trained product of rank r beside frozen linear layers, y = W x + B A x; rsLoRA and DoRA are switches",
+        paper="Hu et al. 2021, arXiv 2106.09685",
+        tensors={"A": "trained", "B": "trained", "M": "trained"},
+        average="bilinear",
+        exact_with=("alternating", "ffa"),
+        mergeable=True,
+        mixed_batch=True,
+        learning_rate=1e-3,
+        privacy="one factor frozen",
+    ),
+    "ia3": MethodSpec(
+        family="scale-shift",
+        acts_on="keys, values and MLP activations",
+        summary="one trained factor per channel",
+        paper="Liu et al. 2022, arXiv 2205.05638",
+        tensors={"scale": "trained"},
+        average="linear",
+        mergeable=True,
+        learning_rate=5e-3,
+        privacy="good",
+    ),
+    "bitfit": MethodSpec(
+        family="selective",
+        acts_on="biases",
+        summary="the base's own biases, nothing added",
+        paper="Ben Zaken et al. 2021, arXiv 2106.10199",
+        tensors={"bias": "trained"},
+        average="linear",
+        mergeable=True,
+        learning_rate=1e-3,
+        privacy="good",
+        note="a base without biases (Llama) is refused",
+    ),
+    "prompt": MethodSpec(
+        family="prompt",
+        acts_on="input embeddings",
+        summary="trained embeddings before the input's",
+        paper="Lester et al. 2021, arXiv 2104.08691",
+        tensors={"prompt": "trained"},
+        average="prompt",
+        identity=False,
+        learning_rate=3e-2,
+        privacy="good",
+    ),
+    "prefix": MethodSpec(
+        family="prompt",
+        acts_on="keys and values of every layer",
+        summary="trained keys and values before those of every layer, unprojected",
+        paper="Li and Liang 2021, arXiv 2101.00190",
+        tensors={"prefix": "trained"},
+        average="prompt",
+        identity=False,
+        learning_rate=1e-2,
+        privacy="good",
+    ),
+    "bottleneck": MethodSpec(
+        family="adapter",
+        acts_on="outputs of attention and MLP",
+        summary="serial bottlenecks after attention and MLP: down, GELU, up",
+        paper="Houlsby et al. 2019, arXiv 1902.00751",
+        tensors={"down": "trained", "up": "trained"},
+        average="hidden",
+        learning_rate=1e-3,
+        privacy="heuristic",
+    ),
+}
