@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError, BaseError, DataError
 from fedpeft.routing import histogram
-from fedpeft.schemes import Site
+from fedpeft.schemes import SiteContext
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters, Update, snap_counters
 from fedpeft.wire.v1.federation_pb2 import Centroid
@@ -75,7 +75,7 @@ def train(work: Work, start: Tensors, bench: Bench, checkpoint: Path) -> tuple[U
     with attach(bench.base, work.spec) as live:
         live.load(start)
         result = run(live, work.task, data, work.settings, job)
-        delta = work.scheme.contribution(start, live.read(), work.phase, Site(work.plan.seed))
+        delta = work.scheme.contribution(start, live.read(), work.phase, SiteContext(work.plan.seed))
     counters = {
         "train.loss": (result.loss_sum, float(result.count)),
         "train.examples": (float(examples),),

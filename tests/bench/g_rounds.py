@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Phase, Site, Sum
+from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Phase, SiteContext, Sum
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat, flower
@@ -65,7 +65,7 @@ class Site:
         scheme = SCHEMES[json.loads(task.scheme_json)["kind"]]()
         phase = scheme.phase(plan.round, LAYOUT)
         after = Tensors(LAYOUT, start.flat + np.float32(1e-3))
-        update = Update.encode(scheme.contribution(start, after, phase, Site(0)), 1.0, {}, Grid(task.grid_sites, task.grid_reach))
+        update = Update.encode(scheme.contribution(start, after, phase, SiteContext(0)), 1.0, {}, Grid(task.grid_sites, task.grid_reach))
         result = TaskResult(task="t", status=TaskResult.STATUS_OK, weight=1.0, layout_fingerprint=update.layout.fingerprint)
         result.adapter_digest = task.adapter_digest
         reply = RoundReply(site=self.name, run=plan.run, round=plan.round, results=[result])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.schemes.alternating import Alternating
-from fedpeft.schemes.base import Controls, Gathers, Masks, Part, Phase, Reports, Scheme, Site, check_start
+from fedpeft.schemes.base import Controls, Gathers, Masks, Part, Phase, Reports, Scheme, SiteContext, check_start
 from fedpeft.schemes.combine import Combine, Sum
 from fedpeft.schemes.fedavg import FedAvg
 from fedpeft.schemes.ffa import FFA
@@ -31,7 +31,7 @@ __all__ = [
     "Reports",
     "Scheme",
     "ServerOptimizer",
-    "Site",
+    "SiteContext",
     "State",
     "Sum",
     "Yogi",

@@ -41,7 +41,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteContext:
     """What a site knows when it trains: the round's public ``seed`` of the task, its own name, and how large a rank it can train.
 
     ``control`` is SCAFFOLD's pair (global, own) of gradient corrections; ``gradient`` the mean raw gradient of the round, known
@@ -93,7 +93,7 @@ class Scheme(Protocol):
         """The layout of what a site sends: the phase's roles, and what the scheme adds to them (probes, masses, sketches)."""
         ...
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: SiteContext) -> Tensors:
         """Site: what travels, of the layout that `travels` gives; deltas for the phase's roles."""
         ...
 
@@ -118,7 +118,7 @@ class Gathers(Protocol):
 class Masks(Protocol):
     """A scheme under which a site trains only some coordinates."""
 
-    def mask(self, layout: Layout, phase: Phase, site: Site) -> NDArray[np.bool_] | None:
+    def mask(self, layout: Layout, phase: Phase, site: SiteContext) -> NDArray[np.bool_] | None:
         """True where ``site`` trains, over ``layout.subset(phase.trains)``; None: everywhere."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.schemes.base import Phase, Site, check_round, difference, factored, linear, move
+from fedpeft.schemes.base import Phase, SiteContext, check_round, difference, factored, linear, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
@@ -40,7 +40,7 @@ class FFA:
         """The phase's roles."""
         return layout.subset(phase.roles)
 
-    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: Site) -> Tensors:
+    def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: SiteContext) -> Tensors:
         """The delta of all but A: about half the bytes of `FedAvg`."""
         return difference(before, after, phase)
 

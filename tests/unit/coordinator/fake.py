@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Site
+from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, SiteContext
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
@@ -83,7 +83,10 @@ class Site:
         after = Tensors(LAYOUT, begin.flat + 0.25 * (goal(self.name, task.task) - begin.flat) + np.float32(task.seed % 7) / 1000)
         weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
         update = Update.encode(
-            scheme.contribution(begin, after, phase, Site(0)), weight, {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach)
+            scheme.contribution(begin, after, phase, SiteContext(0)),
+            weight,
+            {"train.loss": (2.5, 2.0)},
+            Grid(task.grid_sites, task.grid_reach),
         )
         arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes)
         result = TaskResult(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
-from fedpeft.schemes import FFA, SCHEMES, SGD, Alternating, FedAvg, Site, check_start
+from fedpeft.schemes import FFA, SCHEMES, SGD, Alternating, FedAvg, SiteContext, check_start
 from fedpeft.schemes.base import linear
 from fedpeft.tensors import Tensors
 from fedpeft.update import Grid, Update
@@ -20,7 +20,7 @@ def play(scheme, layout, draw, seed, weights, round):
     before, phase = draw(layout, rng), scheme.phase(round, layout)
     sites = [before.patch((before + draw(layout, rng, 0.3)).pick(phase.roles)) for _ in weights]
     shares = np.array(weights, np.float64) / np.sum(weights)
-    moves = [scheme.contribution(before, site, phase, Site(0)) for site in sites]
+    moves = [scheme.contribution(before, site, phase, SiteContext(0)) for site in sites]
     mean = sum(p * m.flat.astype(np.float64) for p, m in zip(shares, moves, strict=True)).astype(np.float32)
     after, state = scheme.advance(before, Tensors(moves[0].layout, mean), phase, SGD(), {})
     assert state == {}
@@ -81,7 +81,7 @@ def test_through_the_integer_ring_with_drop_outs(scheme, layouts, draw, product)
         total, sites, weights = Update.zero(layout.subset(phase.roles), grid), [], []
         for weight in rng.choice([0.25, 0.5, 0.75, 1.0], rng.integers(1, 8)):
             site = current.patch((current + draw(layout, rng, 0.1)).pick(phase.roles))
-            total += Update.encode(scheme.contribution(current, site, phase, Site(0)), float(weight), {}, grid)
+            total += Update.encode(scheme.contribution(current, site, phase, SiteContext(0)), float(weight), {}, grid)
             sites.append(site)
             weights.append(weight)
         after, _ = scheme.advance(current, total.mean(), phase, SGD(), {})
@@ -147,6 +147,6 @@ def test_nothing_is_mutated(layouts, draw):
     before, after = draw(layouts["lora"], rng), draw(layouts["lora"], rng)
     prints = before.digest, after.digest
     phase = Alternating().phase(1, before.layout)
-    mean = Alternating().contribution(before, after, phase, Site(0))
+    mean = Alternating().contribution(before, after, phase, SiteContext(0))
     Alternating().advance(before, mean, phase, SGD(), {})
     assert (before.digest, after.digest) == prints
