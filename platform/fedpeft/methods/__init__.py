@@ -3,7 +3,8 @@
 from fedpeft.methods.bitfit import BitFit
 from fedpeft.methods.blends import BLEND_SPECS, BLENDS
 from fedpeft.methods.bottleneck import Bottleneck
-from fedpeft.methods.core import CORE_SPECS
+from fedpeft.methods.core import Core
+from fedpeft.methods.facts import CORE_SPECS
 from fedpeft.methods.ia3 import IA3
 from fedpeft.methods.lora import Lora
 from fedpeft.methods.own import OWN, OWN_SPECS
@@ -14,6 +15,7 @@ from fedpeft.methods.tuners import TUNER_SPECS, TUNERS
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
+    "core": Core,
     "ia3": IA3,
     "bitfit": BitFit,
     "prompt": PromptTuning,
@@ -26,4 +28,4 @@ METHODS: dict[str, type[Method]] = {
 SPECS: dict[str, MethodSpec] = {**CORE_SPECS, **TUNER_SPECS, **OWN_SPECS, **BLEND_SPECS}
 """The facts of every method of ``METHODS``, under the same names."""
 
-__all__ = ["IA3", "METHODS", "SPECS", "BitFit", "Bottleneck", "Lora", "Method", "MethodSpec", "PrefixTuning", "PromptTuning"]
+__all__ = ["IA3", "METHODS", "SPECS", "BitFit", "Bottleneck", "Core", "Lora", "Method", "MethodSpec", "PrefixTuning", "PromptTuning"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
     from fedpeft.methods.protocol import Entries
 
-ROLES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "M"}
+ROLES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "M", ".lora_A2.weight": "A2", ".lora_B2.weight": "B2"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Lora:
     """A trained product of rank ``r`` beside frozen linear layers: ``y = W x + B A x``, B of shape (out, r), A (r, in).
 
     ``targets`` are roles (attention, mlp, all), name suffixes (q_proj) or regular expressions; ``dropout`` is the share of
-    the low-rank branch's inputs set to 0 in training.
+    the low-rank branch's inputs set to 0 in training. ``extra`` is the rank of a second product B2 A2 beside the first, zero at
+    start: a scheme folds into it what averaging would lose, or keeps it private to each site.
     """
 
     kind: ClassVar[str] = "lora"
@@ -47,6 +48,7 @@ class Lora:
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention",)
     rslora: bool = False
     dora: bool = False
+    extra: Annotated[int, Field(ge=0)] = 0
 
     @property
     def scale(self) -> float:
@@ -64,6 +66,7 @@ class Lora:
         from transformers.pytorch_utils import Conv1D
 
         from fedpeft.methods.attached import begin, inject
+        from fedpeft.methods.branches import add_branch, width_out
         from fedpeft.methods.fused import fuse
         from fedpeft.methods.targets import families, resolve
 
@@ -77,38 +80,43 @@ class Lora:
             use_dora=self.dora,
             fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
         )
-        inject(model, config, begin(model, self.kind, head))
+        attached = begin(model, self.kind, head)
+        inject(model, config, attached)
         if not self.dora:
             for group in groups:
                 fuse([model.get_submodule(name) for name in group], self.dropout)
+        for name in names if self.extra else ():
+            layer = model.get_submodule(name)
+            add_branch(layer, name, (("lora_A2", self.extra), ("lora_B2", width_out(layer))), attached)
         return model
 
     def entries(self, model: nn.Module) -> Entries:
-        """Roles A, B, M (DoRA) and head."""
-        from fedpeft.methods.attached import head_entries, injected
+        """Roles A, B, M (DoRA), A2 and B2 (``extra``) and head."""
+        from fedpeft.methods.attached import attached_to, head_entries, injected
 
+        own = {f"{values.PREFIX}{name}": parameter for name, parameter in attached_to(model).own.items()}
         found: Entries = {}
-        for key, parameter in injected(model).items():
+        for key, parameter in (injected(model) | own).items():
             name = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
             found[name] = (next(role for tail, role in ROLES.items() if name.endswith(tail)), parameter)
         return found | head_entries(model)
 
     def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """A as peft draws it, B zero, head fresh; magnitudes come from the base."""
-        if entry.role == "A":
+        """A and A2 as peft draws A, B and B2 zero, head fresh; magnitudes come from the base."""
+        if entry.role in ("A", "A2"):
             return values.uniform_fan_in(entry, rng)
-        if entry.role == "B":
+        if entry.role in ("B", "B2"):
             return values.zeros(entry)
         return values.head(entry, rng, config) if entry.role == "head" else None
 
     def lr_scale(self, role: str) -> float:
-        """The folded scale for B, 1 for all else."""
-        return self.scale if role == "B" else 1.0
+        """The folded scale for B and B2, 1 for all else."""
+        return self.scale if role in ("B", "B2") else 1.0
 
     def peft_config(self, base_model: str, head: HeadSpec, layout: Layout) -> dict[str, Any]:
-        """LORA with ``lora_alpha = r`` and the full names of the target modules."""
+        """LORA with ``lora_alpha = r`` and the full names of the target modules; with ``extra`` a type that peft refuses."""
         return values.common(base_model, head, layout) | {
-            "peft_type": "LORA",
+            "peft_type": "FEDPEFT_LORA" if self.extra else "LORA",
             "r": self.r,
             "lora_alpha": self.r,
             "lora_dropout": self.dropout,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fedpeft.config import build, describe
 from fedpeft.errors import AdapterError
-from fedpeft.methods import METHODS, BitFit, Bottleneck, Lora, PrefixTuning, PromptTuning
+from fedpeft.methods import METHODS, BitFit, Bottleneck, Core, Lora, PrefixTuning, PromptTuning
 from fedpeft.tensors import Entry, Layout
 
 METHODS_AT_WORK = {
@@ -19,6 +19,8 @@ METHODS_AT_WORK = {
     "lora-dropout": Lora(r=4, targets=("all",), dropout=0.1),
     "rslora": Lora(r=4, targets=("attention",), rslora=True),
     "dora": Lora(r=4, targets=("mlp",), dora=True),
+    "lora-extra": Lora(r=4, targets=("all",), extra=3),
+    "core": Core(r=4, targets=("all",)),
     "ia3": METHODS["ia3"](),
     "bitfit": BitFit(),
     "prompt": PromptTuning(tokens=3),
@@ -35,9 +37,9 @@ REFUSED = {
     ("prefix", "distilbert"),
 }
 MODELS = ("bert", "roberta", "distilbert", "llama-classifier", "llama", "gpt2", "t5")
-VARIANTS = ("lora-dropout", "rslora", "dora")
+VARIANTS = ("lora-dropout", "lora-extra", "rslora", "dora")
 PAIRS = [(m, b) for m in METHODS_AT_WORK for b in (("bert", "gpt2") if m in VARIANTS else MODELS) if (m, b) not in REFUSED]
-OWN = ("bitfit", "bottleneck")
+OWN = ("bitfit", "bottleneck", "core", "lora-extra")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out", "ignore:.*is_gradient_checkpointing", "ignore:Model with `tie_word_embeddings"
