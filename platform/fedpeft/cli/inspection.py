@@ -1,4 +1,4 @@
-"""Verbs that look and explain: demo, doctor, methods, schema, version."""
+"""Verbs that look and explain: demo, doctor, schema, version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedpeft.cli import output
 def register(app: typer.Typer) -> None:
     """Add the verbs of this module to ``app``."""
     app.callback(invoke_without_command=True)(_root)
-    for verb in (demo, doctor, methods, schema):
+    for verb in (demo, doctor, schema):
         app.command()(verb)
 
 
@@ -34,14 +34,6 @@ def demo(
     from fedpeft.demo import run
 
     run(folder, rounds, fresh)
-
-
-def methods() -> None:
-    """List the PEFT methods that can be federated."""
-    from fedpeft.methods import METHODS
-
-    rows = [(kind, (method.__doc__ or "").strip().splitlines()[0]) for kind, method in sorted(METHODS.items())]
-    output.table("methods", ("kind", "what it trains"), rows)
 
 
 def schema(kind: Annotated[str, typer.Argument(help="federation, site or central.")]) -> None:

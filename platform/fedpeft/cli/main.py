@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, inspection
+    from fedpeft.cli import adapters, answers, inspection, methods
 
     app = typer.Typer(
         name="fedpeft",
@@ -63,6 +63,7 @@ def tree() -> typer.Typer:
     inspection.register(app)
     answers.register(app)
     app.add_typer(adapters.app, name="adapters")
+    app.add_typer(methods.app, name="methods")
     for entry in sorted(entry_points(group="fedpeft.commands"), key=lambda entry: entry.name):
         try:
             app.add_typer(entry.load(), name=entry.name)

@@ -22,6 +22,22 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     Console().print(sheet)
 
 
+def listing(columns: Sequence[str], groups: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Print rows under headings, columns aligned, one line a row whatever the screen's width."""
+    rows = [row for group in groups.values() for row in group]
+    widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+    lines = [("  ", columns)]
+    for heading, group in groups.items():
+        lines += [("", (heading,)), *(("  ", row) for row in group)]
+    for indent, row in lines:
+        cells = (text.rjust(width) if _number(text) else text.ljust(width) for text, width in zip(row, widths, strict=False))
+        print((indent + "  ".join(cells)).rstrip())
+
+
+def _number(text: str) -> bool:
+    return text[:1].isdigit()
+
+
 def cell(value: Any) -> str:
     """One value as text: floats with three decimals, None as a dash."""
     if value is None:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fedpeft.methods.attached import Attached
 
-
 _make = partial(nn.utils.skip_init, nn.Linear)
 
 

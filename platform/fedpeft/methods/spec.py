@@ -25,6 +25,19 @@ Average = Literal[
 ]
 """What the plain mean of the trained tensors is to the mean of the sites' weights (TAXONOMY.md, section 4.1)."""
 
+AVERAGING: dict[Average, str] = {
+    "linear": "the averaged adapter's weights are exactly the mean of the sites' weights, under every scheme",
+    "half-frozen": "exact while one factor stands still; with both free the product misses their covariance",
+    "transform": "exact after a change of coordinates, which its scheme makes",
+    "bilinear": "two trained tensors multiply: plain averaging misses their covariance across the sites",
+    "group": "the mean of rotations is no rotation; averaging their skew parameters is right to first order",
+    "normalised": "weights are divided by trained norms: no closed form, keep local training short and watch the drift",
+    "prompt": "averaging virtual tokens is a heuristic from a common start; concatenation is the exact mixture",
+    "hidden": "averaging hidden units is a heuristic from a common start; stacking them is the exact mixture",
+    "router": "logits are averaged as they are; what they choose between stays per task",
+}
+"""What each class means for a federation, in one sentence."""
+
 EXACT: frozenset[Average] = frozenset({"linear"})
 
 Privacy = Literal["good", "one factor frozen", "heuristic"]

@@ -139,7 +139,8 @@ FLAGS = {
     "demo": ["--fresh", "--rounds"],
     "doctor": [],
     "evaluate": ["--json", "--quantization", "--registry", "--routed"],
-    "methods": [],
+    "methods": ["--base", "--family", "--json", "--scheme"],
+    "methods show": ["--base", "--scheme"],
     "route": ["--json", "--quantization", "--registry", "--task"],
     "schema": [],
 }
@@ -153,11 +154,10 @@ def test_the_flag_set_is_frozen():
     found: dict[str, list[str]] = {}
 
     def walk(command: object, path: str) -> None:
-        children = getattr(command, "commands", None)
-        if children is None:
-            options = [p.opts[0] for p in command.params if p.param_type_name == "option" and p.name != "help"]  # type: ignore[attr-defined]
+        children = getattr(command, "commands", {})
+        options = [p.opts[0] for p in command.params if p.param_type_name == "option" and p.name != "help"]  # type: ignore[attr-defined]
+        if path and (options or not children):
             found[path] = sorted(options)
-            return
         for name, child in children.items():
             walk(child, f"{path} {name}".strip())
 
