@@ -13,7 +13,9 @@ from fedpeft.errors import UpdateError
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
-MULTIPLY: tuple[frozenset[str], ...] = tuple(map(frozenset, (("A", "B"), ("A", "M"), ("B", "M"), ("down", "up"))))
+MULTIPLY: tuple[frozenset[str], ...] = tuple(
+    frozenset(pair.split()) for pair in ("A B", "A M", "B M", "A2 B2", "A2 M", "B2 M", "A R", "B R", "down up", "alpha theta")
+)
 """Roles that enter the model as a product of one another; when both of a pair move, their product has cross terms."""
 
 
@@ -179,15 +181,18 @@ def difference(before: Tensors, after: Tensors, phase: Phase) -> Tensors:
 def move(current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
     """Move the roles of ``phase`` by the optimizer's step on ``mean``; all others keep their bits.
 
+    What a scheme added to the wire besides the phase's roles is left out.
+
     Raises:
         UpdateError: ``mean`` is not of the phase's layout, or is not finite.
     """
-    if mean.layout != current.layout.subset(phase.roles):
+    part = mean.pick(phase.roles)
+    if part.layout != current.layout.subset(phase.roles):
         raise UpdateError(
             f"scheme: the mean holds roles {sorted(mean.layout.roles)}, phase {phase.name!r} of this adapter needs "
             f"{sorted(current.layout.roles & phase.roles)}; was it summed in another round?"
         )
     if not mean.finite:
         raise UpdateError("scheme: the mean is not finite; drop the round and look for a diverging site")
-    step, state = optimizer.step(mean, state)
+    step, state = optimizer.step(part, state)
     return current.patch(current.pick(phase.roles) + step), state

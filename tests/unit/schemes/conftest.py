@@ -7,6 +7,12 @@ from fedpeft.tensors import Entry, Layout, Tensors
 
 OUT, INNER, RANK = 5, 6, 3
 FACTORS = [Entry("A", "q.lora_A.weight", (RANK, INNER)), Entry("B", "q.lora_B.weight", (OUT, RANK))]
+EXTRA = [
+    Entry("A2", "q.lora_A2.weight", (4, INNER)),
+    Entry("B2", "q.lora_B2.weight", (OUT, 4)),
+    Entry("A2", "v.lora_A2.weight", (4, INNER)),
+    Entry("B2", "v.lora_B2.weight", (OUT, 4)),
+]
 SECOND = [Entry("A", "v.lora_A.weight", (2, INNER)), Entry("B", "v.lora_B.weight", (OUT, 2))]
 HEAD = [Entry("head", "classifier.weight", (2, OUT)), Entry("bias", "classifier.bias", (2,))]
 
@@ -16,6 +22,9 @@ def layouts():
     """Layouts by method class."""
     return {
         "lora": Layout.of(FACTORS + SECOND + HEAD),
+        "double": Layout.of(FACTORS + SECOND + EXTRA + HEAD),
+        "core": Layout.of([*FACTORS, Entry("R", "q.lora_R.weight", (RANK, RANK)), *HEAD]),
+        "road": Layout.of([Entry("theta", "k.road_theta", (OUT,)), Entry("alpha", "k.road_alpha", (OUT,)), *HEAD]),
         "dora": Layout.of([*FACTORS, Entry("M", "q.lora_magnitude_vector.weight", (OUT,)), *HEAD]),
         "ia3": Layout.of([Entry("scale", "k.ia3_l", (1, INNER)), *HEAD]),
         "bitfit": Layout.of([Entry("bias", "q.bias", (OUT,)), *HEAD[:1]]),
