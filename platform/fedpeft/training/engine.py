@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.training.settings import TrainSettings
+from fedpeft.training.gradients import Gradients
+from fedpeft.training.settings import TrainJob, TrainSettings
 
 if TYPE_CHECKING:
     from fedpeft.adapters.live import Live
@@ -42,45 +43,48 @@ class Run(Protocol):
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `state` gave."""
 
+    def gradient(self, steps: int) -> NDArray[np.float32] | None:
+        """The mean raw gradient of the ``steps`` steps done; None unless the job wants it."""
+
 
 class Engine(Protocol):
     """Local, differentially private, or DeepSpeed."""
 
     kind: ClassVar[str]
 
-    def begin(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> Run:
-        """Prepare to train ``roles`` of ``live`` on ``task``; the values at this moment are FedProx's anchor."""
+    def begin(self, live: Live, task: Task, settings: TrainSettings, job: TrainJob) -> Run:
+        """Prepare to train ``job.roles`` of ``live`` on ``task``; the values at this moment are FedProx's anchor."""
 
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """One process, one device: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on slices of the flat buffer."""
+    """One process, one device: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or SGD on slices of the flat buffer."""
 
     kind: ClassVar[str] = "local"
 
-    def begin(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> LocalRun:
+    def begin(self, live: Live, task: Task, settings: TrainSettings, job: TrainJob) -> LocalRun:
         """See `Engine.begin`."""
-        return LocalRun(live, task, settings, roles)
+        return LocalRun(live, task, settings, job)
 
 
 class LocalRun:
-    """AdamW over one parameter per trained role, each a slice of ``live.flat`` whose gradient is a slice of ``live.grad``."""
+    """One parameter per trained role, each a slice of ``live.flat`` whose gradient is a slice of ``live.grad``."""
 
-    def __init__(self, live: Live, task: Task, settings: TrainSettings, roles: frozenset[str]) -> None:
+    def __init__(self, live: Live, task: Task, settings: TrainSettings, job: TrainJob) -> None:
         self.live, self.task, self.settings = live, task, settings
-        self.params = _slices(live, roles)
+        self.params = _slices(live, job.roles)
         self.base_lr = {role: rate(settings, live.spec.method, role) for role in self.params}
         groups = [{"params": [param], "lr": self.base_lr[role], "role": role} for role, param in self.params.items()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-        self.anchor = {role: param.detach().clone() for role, param in self.params.items()} if settings.proximal else {}
+        self.optimizer = _optimizer(groups, settings)
+        self.gradients = Gradients(self.params, live.spec.layout, settings, job)
 
     def step(self, number: int, window: Sequence[Batch]) -> Sums:
         """See `Run.step`."""
-        self._clear_gradients()
+        self.gradients.clear()
         total, count = self._backward(window)
         if count == 0:
             return Sums(0.0, 0)
-        norm = self._condition_gradients(count)
+        norm = self.gradients.condition(count)
         loss, size = torch.stack((total, norm)).tolist()
         if not (isfinite(loss) and isfinite(size)):
             raise UpdateError(
@@ -91,6 +95,7 @@ class LocalRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.base_lr[group["role"]] * factor
         self.optimizer.step()
+        self.gradients.hold()
         return Sums(loss, count)
 
     def state(self) -> Arrays:
@@ -98,6 +103,8 @@ class LocalRun:
         arrays: Arrays = {}
         for role, param in self.params.items():
             tensors = {"value": param, **self.optimizer.state.get(param, {})}
+            if role in self.gradients.total:
+                tensors["gradient"] = self.gradients.total[role]
             arrays |= {f"{role}.{key}": np.array(tensor.detach().cpu().numpy(), copy=True) for key, tensor in tensors.items()}
         return arrays
 
@@ -108,12 +115,14 @@ class LocalRun:
             found = {name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)}
             with torch.no_grad():
                 param.copy_(found.pop("value"))
+                if "gradient" in found:
+                    self.gradients.total[role].copy_(found.pop("gradient"))
             if found:
                 self.optimizer.state[param] = {key: value.to(param.device) for key, value in found.items()}
 
-    def _clear_gradients(self) -> None:
-        for param in self.params.values():
-            _gradient(param).zero_()
+    def gradient(self, steps: int) -> NDArray[np.float32] | None:
+        """See `Run.gradient`."""
+        return self.gradients.mean(steps)
 
     def _backward(self, window: Sequence[Batch]) -> tuple[torch.Tensor, int]:
         """Accumulate the gradient of the summed loss; the sum and its number of terms."""
@@ -126,21 +135,6 @@ class LocalRun:
                 total += loss.total.detach()
                 count += loss.count
         return total, count
-
-    def _condition_gradients(self, count: int) -> torch.Tensor:
-        """Divide by ``count``, add FedProx's term, clip by the global norm; the norm before clipping, without a device sync."""
-        gradients = {role: _gradient(param) for role, param in self.params.items()}
-        for role, gradient in gradients.items():
-            gradient.div_(count)
-            if self.anchor:
-                gradient.add_(self.params[role].detach() - self.anchor[role], alpha=self.settings.proximal)
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
-        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        if self.settings.clip:
-            factor = torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0)
-            for gradient in gradients.values():
-                gradient.mul_(factor)
-        return norm
 
 
 def rate(settings: TrainSettings, method: Any, role: str) -> float:
@@ -172,9 +166,10 @@ def _slices(live: Live, roles: frozenset[str]) -> dict[str, torch.nn.Parameter]:
     return params
 
 
-def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
-    assert param.grad is not None
-    return param.grad
+def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
 def _autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:

@@ -41,14 +41,14 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
     live.train_roles(job.roles)
     identity = job_digest(live, settings, job)
     with training(live.model, settings), _own_randomness(live.flat.device):
-        run = (engine or LocalEngine()).begin(live, task, settings, job.roles)
+        run = (engine or LocalEngine()).begin(live, task, settings, job)
         start = tally = _resume(run, job, identity)
         clock = time.perf_counter() - start.seconds
         for window in islice(windows(task, data, settings, job.seed), start.step, settings.steps):
             tally = replace(_step(run, window, tally, job), seconds=time.perf_counter() - clock)
             if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps):
                 checkpoint.save(job.checkpoint, Checkpoint(identity, tally, run.state()))
-    return _result(tally, start)
+    return _result(tally, start, run)
 
 
 def evaluate(live: Live, task: Task, data: Encoded) -> Counters:
@@ -58,9 +58,9 @@ def evaluate(live: Live, task: Task, data: Encoded) -> Counters:
 
 
 def job_digest(live: Live, settings: TrainSettings, job: TrainJob) -> str:
-    """SHA-256 over settings, roles, seed, adapter schema and the values at the start: equal for a job and its resumption."""
+    """SHA-256 over settings, job, adapter schema and the values at the start: equal for a job and its resumption."""
     values = live.flat.detach().cpu().numpy()
-    head = repr((settings.digest, sorted(job.roles), job.seed, live.spec.schema))
+    head = repr((settings.digest, job.digest, live.spec.schema))
     return hashlib.sha256(head.encode() + hashlib.sha256(values.data).digest()).hexdigest()
 
 
@@ -109,9 +109,9 @@ def _resume(run: Run, job: TrainJob, identity: str) -> Tally:
     return found.tally
 
 
-def _result(tally: Tally, start: Tally) -> TrainResult:
+def _result(tally: Tally, start: Tally, run: Run) -> TrainResult:
     fields = asdict(tally)
-    return TrainResult(steps=fields.pop("step"), **fields, resumed_from=start.step)
+    return TrainResult(steps=fields.pop("step"), **fields, resumed_from=start.step, gradient=run.gradient(tally.step))
 
 
 def _step_seed(seed: int, step: int) -> int:

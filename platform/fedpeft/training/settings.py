@@ -10,6 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.errors import ConfigError
@@ -17,6 +19,7 @@ from fedpeft.errors import ConfigError
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Optimizer = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class TrainSettings:
 
     ``lr_by_role`` overrides ``lr`` for single roles (``A``, ``B``, ``head``, ...) and is absolute; ``warmup`` counts optimizer
     steps; ``accumulate`` is micro-batches per optimizer step; ``clip`` bounds the global gradient norm (0: off); ``proximal``
-    is FedProx's mu (Li et al. 2020, arXiv 1812.06127, eq. 2). With ``base_dropout`` the frozen model's own dropout is on as
-    well; off is the default, because it regularises weights that do not train and costs 15 times the adapter's own work on
-    a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
+    is FedProx's mu (Li et al. 2020, arXiv 1812.06127, eq. 2). FedProx and SCAFFOLD are published with ``optimizer = "sgd"``,
+    which takes ``momentum`` and counts ``weight_decay`` as gradient; AdamW decouples it. With ``base_dropout`` the frozen
+    model's own dropout is on as well; off is the default, because it regularises weights that do not train and costs 15 times
+    the adapter's own work on a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
     """
 
     steps: Count = 20
@@ -44,6 +48,8 @@ class TrainSettings:
     base_dropout: bool = False
     save_every: Count = 10
     proximal: Amount = 0.0
+    optimizer: Optimizer = "adamw"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every"):
@@ -55,6 +61,10 @@ class TrainSettings:
         for name, rate in (("lr", self.lr), *((f"lr_by_role.{role}", rate) for role, rate in self.lr_by_role.items())):
             if not (isfinite(rate) and rate > 0):
                 raise ConfigError(f"training.{name} is {rate}; it must be finite and above 0")
+        if self.momentum and self.optimizer == "adamw":
+            raise ConfigError(
+                f"training.momentum = {self.momentum} and training.optimizer = 'adamw': AdamW has moments of its own; set optimizer = 'sgd'"
+            )
 
     @property
     def digest(self) -> str:
@@ -68,18 +78,35 @@ class TrainSettings:
 class TrainJob:
     """One job: the roles that train now, the seed of order and dropout, the checkpoint's folder, who hears of progress.
 
-    ``progress`` is called after each step with the number of steps done and the mean loss of that step.
+    ``progress`` is called after each step with the number of steps done and the mean loss of that step. ``mask`` (P,) is True
+    where values may move, ``correction`` (P,) is added to every gradient (SCAFFOLD), ``want_gradient`` asks for the mean raw
+    gradient; (P,) is the layout of ``roles``.
     """
 
     roles: frozenset[str]
     seed: int
     checkpoint: Path | None = None
     progress: Callable[[int, float], None] | None = None
+    mask: NDArray[np.bool_] | None = None
+    correction: NDArray[np.float32] | None = None
+    want_gradient: bool = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that can change the result."""
+        hasher = hashlib.sha256(repr((sorted(self.roles), self.seed, self.want_gradient)).encode())
+        for name, array in (("mask", self.mask), ("correction", self.correction)):
+            if array is not None:
+                hasher.update(f"{name} {array.dtype.str} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What was done, resumed parts included: ``loss_sum`` over ``count`` loss terms, examples, tokens (no padding), seconds."""
+    """What was done, resumed parts included: ``loss_sum`` over ``count`` loss terms, examples, tokens (no padding), seconds.
+
+    ``gradient`` (P,) is the mean over the steps of the gradient as the loss gave it: before correction, FedProx and clipping.
+    """
 
     steps: int
     loss_sum: float
@@ -88,6 +115,7 @@ class TrainResult:
     tokens: int
     seconds: float
     resumed_from: int
+    gradient: NDArray[np.float32] | None = None
 
     @property
     def loss(self) -> float:
