@@ -78,6 +78,37 @@ def export(ref: Ref, folder: Annotated[Path, typer.Argument(help="New folder to 
 
 
 @app.command()
+def convert(
+    ref: Annotated[str, typer.Argument(help="TASK, TASK@NUMBER, sha256:PREFIX, or an adapter's folder.")],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
+    base: Annotated[str | None, typer.Option(help="The base, where its name in the adapter is not found here.")] = None,
+    quantization: Annotated[str, typer.Option(help="How to load the base.")] = "none",
+    registry: Root = HERE,
+) -> None:
+    """Write an adapter as a plain LoRA that servers take, and say what that lost."""
+    from fedpeft.adapters import save
+    from fedpeft.adapters.convert import to_lora
+    from fedpeft.bases import BaseSpec, load_base
+
+    adapter = _adapter(ref, registry)
+    loaded = load_base(BaseSpec(base or adapter.spec.base_model, quantization))  # type: ignore[arg-type]
+    done = to_lora(loaded, adapter, rank)
+    save(done.adapter, folder)
+    print(
+        f"{ref} written to {folder} as LoRA of rank {rank}: weight error {done.weight_error:.2e} of the adapter's change, "
+        f"output error {done.output_error:.2e} of its effect on random tokens"
+    )
+
+
+def _adapter(ref: str, registry: Path) -> Any:
+    """From a folder, or from the registry."""
+    from fedpeft.adapters import load
+
+    return load(Path(ref)) if (Path(ref) / "fedpeft.json").is_file() else _open(registry).load(ref)
+
+
+@app.command()
 def pull(
     ref: Ref, source: Annotated[Path, typer.Option("--from", help="Folder of the registry to copy from.")], registry: Root = HERE
 ) -> None:

@@ -18,12 +18,15 @@ from fedpeft.tensors import Tensors
 LABELS, LM = HeadSpec("classification", ("a", "b", "c")), HeadSpec("lm")
 WORDS = ["<unk>", "<pad>", "</s>", "<s>", *(f"w{i}" for i in range(60))]
 SMALL: dict[str, dict[str, Any]] = {
+    "core": {"r": 4},
     "lora": {"r": 4, "targets": ("all",)},
     "prompt": {"tokens": 5},
     "prefix": {"tokens": 5},
     "bottleneck": {"dim": 8},
 }
-VARIANTS: dict[str, Method] = {kind: METHODS[kind](**SMALL.get(kind, {})) for kind in METHODS} | {
+KINDS = ("lora", "core", "ia3", "bitfit", "prompt", "prefix", "bottleneck")
+"""One of each form; the catalogue's own suite runs every method."""
+VARIANTS: dict[str, Method] = {kind: METHODS[kind](**SMALL.get(kind, {})) for kind in KINDS} | {
     "rslora": METHODS["lora"](r=4, rslora=True),  # type: ignore[call-arg]
     "dora": METHODS["lora"](r=4, targets=("all",), dora=True),  # type: ignore[call-arg]
 }

@@ -125,6 +125,7 @@ def test_an_unknown_verb_is_a_usage_error(capsys):
 
 
 FLAGS = {
+    "adapters convert": ["--base", "--quantization", "--rank", "--registry"],
     "adapters export": ["--registry"],
     "adapters history": ["--registry"],
     "adapters list": ["--json", "--registry"],
