@@ -1,8 +1,8 @@
-"""The live halves of the methods that peft lacks: swapped biases and hooked bottlenecks."""
+"""Tensors of our own hung on frozen layers and applied by forward hooks, so that any quantized base will do; swapped biases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,57 @@ from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
 from fedpeft.methods.attached import Attached
-from fedpeft.methods.targets import trunk_name, writers
+from fedpeft.methods.branches import width_out
+from fedpeft.methods.targets import linear_roles, trunk_name, writers
 
 if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
 
 Begin = Callable[[nn.Module, str, "HeadSpec"], Attached]
+Own = dict[str, Tensor]
+Act = Callable[[Own, nn.Module, tuple[Any, ...], Any], Any]
+"""What a graft does: its tensors by name, the host, the host's inputs and output -> the new output."""
+
+
+def graft(attached: Attached, model: nn.Module, path: str, shapes: Mapping[str, tuple[int, ...]], act: Act | None) -> Own:
+    """Hang float32 zeros of ``shapes`` on a module as ``path`` (``<host>.<leaf>``), and let ``act`` change the host's output.
+
+    They are known to ``attached`` as ``<path>.<name>``; dots in a name make nested modules.
+    """
+    name, _, leaf = path.rpartition(".")
+    host = model.get_submodule(name)
+    block = _zeros(shapes, next(host.parameters()).device)
+    setattr(host, leaf, block)
+    attached.undo.append(partial(delattr, host, leaf))
+    attached.own |= {f"{path}.{part}": p for part, p in block.named_parameters()}
+    own: Own = dict(block.named_parameters())
+    if act is not None:
+        attached.handles.append(host.register_forward_hook(partial(act, own)))
+    return own
+
+
+def blocks(model: nn.Module) -> dict[str, int]:
+    """Name -> hidden width of every block of the trunk, in order. Raises `AdapterError` when there is none."""
+    last: dict[str, str] = {}
+    for name in linear_roles(model):
+        parts = name.split(".")
+        number = next(i for i, part in enumerate(parts) if part.isdigit())
+        last[".".join(parts[: number + 1])] = name
+    if not last:
+        raise AdapterError(f"targets: {type(model).__name__} has no linear layers in numbered blocks; use a transformer base")
+    return {block: width_out(model.get_submodule(name)) for block, name in last.items()}
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden states that a block returns, alone or first of a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def with_hidden(output: Any, states: Tensor) -> Any:
+    """``output`` of a block with other hidden states, in their old dtype."""
+    states = states.to(hidden(output).dtype)
+    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def swap_biases(model: nn.Module, begin: Begin, head: HeadSpec) -> None:
@@ -36,18 +81,45 @@ def swap_biases(model: nn.Module, begin: Begin, head: HeadSpec) -> None:
         attached.own[name] = _swap(owner, attached) if _plain(owner) else _shift(owner, attached)
 
 
-def add_bottlenecks(model: nn.Module, begin: Begin, head: HeadSpec, dim: int) -> None:
-    """Hook a bottleneck on what every attention and MLP writes. Raises `AdapterError` when there is none."""
-    names = writers(model, "attention") + writers(model, "mlp")
+def add_bottlenecks(
+    model: nn.Module, begin: Begin, head: HeadSpec, dim: int, kind: str = "bottleneck", roles: tuple[str, ...] = ("attention", "mlp")
+) -> None:
+    """Hook a bottleneck on what every attention or MLP (``roles``) writes. Raises `AdapterError` when there is none."""
+    names = [name for role in roles for name in writers(model, role)]
     if not names:
-        raise AdapterError(f"bottleneck: {type(model).__name__} has no linear layers in numbered blocks; use a transformer base")
-    attached = begin(model, "bottleneck", head)
+        raise AdapterError(f"{kind}: {type(model).__name__} has no linear layers in numbered blocks; use a transformer base")
+    attached = begin(model, kind, head)
     for name in names:
-        host = model.get_submodule(name)
-        host.bottleneck = _bottleneck(host, dim)
-        attached.handles.append(host.register_forward_hook(_through))
-        attached.undo.append(partial(delattr, host, "bottleneck"))
-        attached.own |= {f"{name}.bottleneck.{part}": p for part, p in host.bottleneck.named_parameters()}
+        width = width_out(model.get_submodule(name))
+        graft(attached, model, f"{name}.{kind}", bottleneck_shapes(width, dim, width), _through)
+
+
+def bottleneck_shapes(width: int, dim: int, out: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a bottleneck from ``width`` over ``dim`` hidden units to ``out``."""
+    return {"down.weight": (dim, width), "down.bias": (dim,), "up.weight": (out, dim), "up.bias": (out,)}
+
+
+def squeeze(own: Own, states: Tensor) -> Tensor:
+    """``up(gelu(down(states)))`` in float32, of shape (..., out)."""
+    inner = F.gelu(F.linear(states.float(), own["down.weight"], own["down.bias"]))
+    return F.linear(inner, own["up.weight"], own["up.bias"])
+
+
+def _through(own: Own, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + squeeze(own, output).to(output.dtype)
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> nn.Module:
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *parents, leaf = name.split(".")
+        node = root
+        for part in parents:
+            if not hasattr(node, part):
+                node.add_module(part, nn.Module())
+            node = node.get_submodule(part)
+        node.register_parameter(leaf, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
+    return root
 
 
 def _plain(owner: nn.Module) -> bool:
@@ -71,22 +143,3 @@ def _shift(owner: nn.Module, attached: Attached) -> nn.Parameter:
 
     attached.handles.append(owner.register_forward_hook(add))
     return trained
-
-
-def _bottleneck(host: Any, dim: int) -> nn.ModuleDict:
-    width, device = _width(host), host.weight.device
-    make = partial(nn.utils.skip_init, nn.Linear, device=device, dtype=torch.float32)
-    block = nn.ModuleDict({"down": make(width, dim), "up": make(dim, width)})
-    for parameter in block.parameters():
-        nn.init.zeros_(parameter)
-    return block
-
-
-def _width(host: Any) -> int:
-    return int(host.nf if hasattr(host, "nf") else host.out_features)
-
-
-def _through(host: Any, inputs: Any, output: Tensor) -> Tensor:
-    down, up = host.bottleneck["down"], host.bottleneck["up"]
-    inner = F.gelu(F.linear(output.to(down.weight.dtype), down.weight, down.bias))
-    return output + F.linear(inner, up.weight, up.bias).to(output.dtype)
