@@ -61,18 +61,32 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [name for name in roles if name in chosen]
 
 
+def groups(model: nn.Module, role: str) -> list[list[str]]:
+    """Linear layers of every attention, or of every MLP, in module order."""
+    owned: dict[str, list[str]] = {}
+    for name, found in linear_roles(model).items():
+        if found == role:
+            owned.setdefault(_owner(name, role), []).append(name)
+    return list(owned.values())
+
+
 def writers(model: nn.Module, role: str) -> list[str]:
     """The last linear layer of every attention, or of every MLP: the one that writes back to the hidden state."""
-    return [names[-1] for names in _groups(model, role)]
+    return [names[-1] for names in groups(model, role)]
 
 
 def keys_and_values(model: nn.Module) -> list[str]:
     """Key and value projections of every attention; where they are fused with the query, the fused layer."""
     found = []
-    for names in _groups(model, "attention"):
+    for names in groups(model, "attention"):
         named = [name for name in names if KEY_VALUE.search(name.rpartition(".")[2])]
         found += named or names[:-1]
     return found
+
+
+def width_in(module: Any) -> int:
+    """Input features of a linear layer."""
+    return int(module.nx if hasattr(module, "nx") else module.in_features)
 
 
 def families(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
@@ -85,19 +99,7 @@ def families(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
     groups: dict[tuple[str, int], list[str]] = {}
     for name in names:
         own = name if mixed or name in alone else name.rpartition(".")[0]
-        groups.setdefault((own, _width(model.get_submodule(name))), []).append(name)
-    return list(groups.values())
-
-
-def _width(module: Any) -> int:
-    return int(module.nx if hasattr(module, "nx") else module.in_features)
-
-
-def _groups(model: nn.Module, role: str) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, found in linear_roles(model).items():
-        if found == role:
-            groups.setdefault(_owner(name, role), []).append(name)
+        groups.setdefault((own, width_in(model.get_submodule(name))), []).append(name)
     return list(groups.values())
 
 

@@ -1,9 +1,20 @@
 """Methods that peft lacks: modules of our own around the frozen layers (see README.md)."""
 
+from fedpeft.methods.own.bottlenecks import Houlsby, Parallel, Pfeiffer
+from fedpeft.methods.own.compacter import Compacter
+from fedpeft.methods.own.facts import OWN_SPECS
+from fedpeft.methods.own.reft import Reft
+from fedpeft.methods.own.scales import Peqa, Ssf
 from fedpeft.methods.protocol import Method
-from fedpeft.methods.spec import MethodSpec
 
-OWN: dict[str, type[Method]] = {}
-OWN_SPECS: dict[str, MethodSpec] = {}
+OWN: dict[str, type[Method]] = {
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "parallel": Parallel,
+    "compacter": Compacter,
+    "ssf": Ssf,
+    "peqa": Peqa,
+    "reft": Reft,
+}
 
 __all__ = ["OWN", "OWN_SPECS"]
