@@ -132,6 +132,7 @@ def test_every_server_optimizer_moves_every_scheme(scheme, made, layouts, draw):
         for round in range(1, 6):
             phase = scheme.phase(round, layout)
             mean = draw(scheme.travels(layout, phase), rng, 0.05)
+            mean = mean.patch(Tensors(mean.pick({"mass"}).layout, np.abs(mean.pick({"mass"}).flat)))
             after, state = scheme.advance(current, mean, phase, optimizer, state)
             moved = {role for role in layout.roles if after.pick({role}).digest != current.pick({role}).digest}
             assert after.finite
