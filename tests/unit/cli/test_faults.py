@@ -144,6 +144,8 @@ FLAGS = {
     "methods show": ["--base", "--scheme"],
     "route": ["--json", "--quantization", "--registry", "--task"],
     "schema": [],
+    "schemes": ["--json"],
+    "schemes show": [],
 }
 
 
