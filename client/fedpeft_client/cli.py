@@ -58,6 +58,8 @@ def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
         print(f"  weight   {one.examples} examples: {one.weight}")
         print(f"  counters {', '.join(f'{name} ({count})' for name, count in one.counters.items())}")
         print(f"  bytes    {one.bytes} ({output.size(one.bytes)}) of at most {site.policy.max_upload_mb:g} MB")
+        if one.private and not one.refused:
+            print(f"  stays    roles {', '.join(one.private)}: trained here, never sent")
         print(f"  epsilon  {one.epsilon}")
         print(f"  policy   checked {', '.join(one.rules)}\n")
 

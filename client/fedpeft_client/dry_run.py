@@ -21,7 +21,7 @@ from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
-from fedpeft_client.plan import FLAT_HEADER_BYTES
+from fedpeft_client.plan import FLAT_HEADER_BYTES, rank_of
 from fedpeft_client.policy import Ask
 from fedpeft_client.rounds import TRAIN_COUNTERS
 from fedpeft_client.shelf import Shelf
@@ -64,7 +64,8 @@ class Line:
 class Forecast:
     """What one task would send in the round: nothing when the policy refuses it.
 
-    ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1.
+    ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1; ``private`` names the
+    roles that train and stay.
     """
 
     task: str
@@ -77,6 +78,7 @@ class Forecast:
     epsilon: str
     rules: tuple[str, ...]
     refused: str | None = None
+    private: tuple[str, ...] = ()
 
 
 def read_plan(path: Path) -> Plain:
@@ -106,20 +108,22 @@ def forecast(site: SiteConfig, plain: Plain, number: int = 1) -> list[Forecast]:
 def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, number: int) -> Forecast:
     task, spec, scheme, settings = _nouns(plain, name, base)
     phase = scheme.phase(number, spec.layout)
-    up = spec.layout.subset(phase.roles)
+    up = scheme.travels(spec.layout, phase)
     examples = len(shelf.rows(name, "train"))
     if examples == 0:
         raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
     shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
     counters = {**TRAIN_COUNTERS, **_router(base)}
-    asked = _ask(plain, name, spec, up, settings, base)
+    rank = rank_of(scheme, spec.method, site.policy.max_rank)
+    asked = _ask(plain, spec, up, settings, rank, base.fingerprint.identity)
     try:
         rules, refused = policy.check(asked, site), None
     except PolicyError as fault:
         rules, refused = tuple(policy.RULES), str(fault)
     weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
     size = asked.upload_bytes + FLOAT_BYTES * sum(TRAIN_COUNTERS.values())
-    return Forecast(name, phase.name, examples, weight, _lines(up), counters, size, EPSILON, rules, refused)
+    private = tuple(sorted(phase.private & spec.layout.roles))
+    return Forecast(name, phase.name, examples, weight, _lines(up), counters, size, EPSILON, rules, refused, private)
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -141,12 +145,12 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Sche
     return task, make_spec(name, base, method, task.head), scheme, settings
 
 
-def _ask(plain: Plain, name: str, spec: AdapterSpec, up: Layout, settings: TrainSettings, base: Base) -> Ask:
+def _ask(plain: Plain, spec: AdapterSpec, up: Layout, settings: TrainSettings, rank: int, identity: str) -> Ask:
     return Ask(
-        task=name,
-        base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), base.fingerprint.identity))),
+        task=spec.task,
+        base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), identity))),
         method=type(spec.method).kind,
-        rank=int(getattr(spec.method, "r", 0)),
+        rank=rank,
         upload_bytes=CODE_BYTES * up.size + FLAT_HEADER_BYTES,
         cohort=int(plain.cohort.get("min_sites", 1)),
         steps=settings.steps * settings.accumulate,

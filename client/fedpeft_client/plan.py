@@ -12,13 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedpeft import config
 from fedpeft.errors import AdapterError, UpdateError
-from fedpeft.schemes import SCHEMES, Phase, Scheme
+from fedpeft.schemes import SCHEMES, Controls, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
+from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.personal import Own
 from fedpeft_client.policy import Ask
 from fedpeft_client.store import Store
 
@@ -37,7 +39,7 @@ class MissingVersion(AdapterError):  # noqa: N818 - it says what happened, as it
 
 @dataclass(frozen=True)
 class Work:
-    """One task of a round, read: everything but rows, base and start values."""
+    """One task of a round, read: everything but rows, base and start values. ``round`` is the task's own."""
 
     round: int
     plan: TaskPlan
@@ -55,14 +57,20 @@ class Work:
     @property
     def up(self) -> Layout:
         """The layout of what travels up."""
-        return self.spec.layout.subset(self.phase.roles)
+        return self.scheme.travels(self.spec.layout, self.phase)
+
+    @property
+    def trained(self) -> Layout:
+        """The layout of what trains."""
+        return self.spec.layout.subset(self.phase.trains)
 
 
 def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     """Build the nouns that ``plan`` describes.
 
     Raises:
-        UpdateError: a field cannot be read, or the phase is not the one that the scheme has in this round.
+        UpdateError: a field cannot be read, the scheme can do nothing with the adapter, its phase of this round is another one,
+            or what it sends would hold private tensors.
     """
     from fedpeft.adapters import AdapterSpec
     from fedpeft.tasks import TASKS
@@ -77,23 +85,39 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
         raise UpdateError(f"plan of task {plan.task!r}: settings: {first['loc']}: {first['msg']}; do both sides run one version?") from None
     except (ValueError, KeyError, TypeError) as fault:
         raise UpdateError(f"plan of task {plan.task!r} cannot be read: {fault}; do both sides run one version?") from None
-    phase = scheme.phase(round_plan.round, spec.layout)
-    if frozenset(plan.roles) != phase.roles & spec.layout.roles:
+    number = plan.task_round or round_plan.round
+    return _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings))
+
+
+def _checked(work: Work) -> Work:
+    plan, scheme, phase = work.plan, work.scheme, work.phase
+    scheme.check(work.spec.layout)
+    roles = phase.roles & work.spec.layout.roles
+    if frozenset(plan.roles) != roles:
         raise UpdateError(
-            f"plan of task {plan.task!r}: roles {sorted(plan.roles)} in round {round_plan.round}, "
-            f"scheme {scheme.kind} trains {sorted(phase.roles & spec.layout.roles)} there; do both sides run one version?"
+            f"plan of task {plan.task!r}: roles {sorted(plan.roles)} in the task's round {work.round}, "
+            f"scheme {scheme.kind} trains {sorted(roles)} there; do both sides run one version?"
         )
-    return Work(round_plan.round, plan, task, spec, scheme, phase, settings)
+    leaks = sorted(work.up.roles & phase.private)
+    if leaks:
+        raise UpdateError(f"scheme {scheme.kind}: sends the private roles {leaks} in the task's round {work.round}; it is broken")
+    return work
 
 
-def ask(work: Work, identity: str) -> Ask:
+def rank_of(scheme: Scheme, method: object, limit: int) -> int:
+    """The rank that a site of at most ``limit`` would train: the method's, or ``limit`` under a scheme that takes smaller ones."""
+    rank = int(getattr(method, "r", 0))
+    return min(rank, limit) if isinstance(scheme, Masks) else rank
+
+
+def ask(work: Work, identity: str, site: SiteConfig) -> Ask:
     """What the site's policy must judge; ``identity`` is the site's base, which may also be named in the policy."""
     plan = work.plan
     return Ask(
         task=plan.task,
         base=tuple(dict.fromkeys((work.spec.base_model, work.spec.base, identity))),
         method=type(work.spec.method).kind,
-        rank=int(getattr(work.spec.method, "r", 0)),
+        rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
         upload_bytes=4 * work.up.size + FLAT_HEADER_BYTES,
         cohort=plan.cohort,
         steps=work.settings.steps * work.settings.accumulate,
@@ -125,6 +149,28 @@ def start(work: Work, envelope: Envelope, adapters: Store) -> Tensors:
         raise AdapterError(f"plan of task {work.plan.task!r}: start values are not finite; roll the task back to an earlier version")
     adapters.put(wanted, whole.flat.astype("<f4", copy=False).tobytes())
     return whole
+
+
+def context(work: Work, envelope: Envelope, site: SiteConfig, own: Own) -> SiteContext:
+    """What the scheme may know of this site when it trains.
+
+    Raises:
+        UpdateError: the global control is missing, damaged or of another layout.
+        AdapterError: it does not have the promised digest.
+    """
+    rank = rank_of(work.scheme, work.spec.method, site.policy.max_rank)
+    smaller = rank < int(getattr(work.spec.method, "r", 0))
+    return SiteContext(work.plan.seed, site.name, rank if smaller else None, _controls(work, envelope, own))
+
+
+def _controls(work: Work, envelope: Envelope, own: Own) -> tuple[Tensors, Tensors] | None:
+    if not isinstance(work.scheme, Controls):
+        return None
+    layout, task = work.spec.layout.subset(work.phase.roles), work.plan.task
+    common = Tensors(layout, _float32(envelope.array(control_key(task), layout.fingerprint)))
+    if common.digest != work.plan.control_digest or not common.finite:
+        raise AdapterError(f"plan of task {task!r}: the control is not the promised {work.plan.control_digest[:12]}, or is not finite")
+    return common, own.control(layout)
 
 
 def answer_key(site: SiteConfig, kind: str, round_plan: RoundPlan, work: Work, data_digest: str) -> str:

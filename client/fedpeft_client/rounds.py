@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.errors import AdapterError, BaseError, DataError
+from fedpeft.errors import AdapterError, BaseError, DataError, PolicyError
 from fedpeft.routing import histogram
-from fedpeft.schemes import SiteContext
+from fedpeft.schemes import Masks, SiteContext
 from fedpeft.tensors import Tensors
+from fedpeft.training import TrainJob, TrainResult
 from fedpeft.update import Counters, Update, snap_counters
 from fedpeft.wire.v1.federation_pb2 import Centroid
+from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
 from fedpeft_client.shelf import Shelf
 
@@ -58,31 +60,59 @@ def check_base(work: Work, base: Base) -> None:
         )
 
 
-def train(work: Work, start: Tensors, bench: Bench, checkpoint: Path) -> tuple[Update, float]:
-    """Train from ``start`` and encode what the scheme contributes; with the seconds that training took.
+@dataclass(frozen=True)
+class Begin:
+    """Where a site's round begins: the adapter with the site's private tensors in place, what the scheme may know, what was kept."""
+
+    tensors: Tensors
+    site: SiteContext
+    own: Own
+
+
+def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Update, float, Own]:
+    """Train and encode what the scheme contributes; with the seconds that training took, and what the site keeps for itself.
 
     Raises:
         DataError: no rows, or rows that the task cannot read.
+        PolicyError: the scheme cannot train a rank as small as the site's.
         UpdateError: training diverged, or the delta leaves the round's grid.
     """
     from fedpeft.adapters import attach
-    from fedpeft.training import TrainJob
     from fedpeft.training import train as run
 
     data = bench.shelf.encoded(work.task, "train", bench.base)
     examples = len(bench.shelf.rows(work.plan.task, "train"))
-    job = TrainJob(work.phase.roles, work.plan.seed, checkpoint, lambda step, _loss: bench.progress(work.plan.task, step))
+    job = replace(job_of(work, begin.site), checkpoint=checkpoint, progress=lambda step, _loss: bench.progress(work.plan.task, step))
     with attach(bench.base, work.spec) as live:
-        live.load(start)
+        live.load(begin.tensors)
         result = run(live, work.task, data, work.settings, job)
-        delta = work.scheme.contribution(start, live.read(), work.phase, SiteContext(work.plan.seed))
-    counters = {
+        after = live.read()
+    raw = None if result.gradient is None else Tensors(work.trained, result.gradient).pick(work.phase.roles)
+    delta = work.scheme.contribution(begin.tensors, after, work.phase, replace(begin.site, gradient=raw))
+    own = begin.own.after(after.pick(work.phase.private), raw)
+    return Update.encode(delta, share(examples, work.plan.weight_cap), _counters(result, examples), work.grid), result.seconds, own
+
+
+def job_of(work: Work, site: SiteContext) -> TrainJob:
+    """The training job of ``work`` at ``site``: its roles, the scheme's mask and correction. Raises `PolicyError` (see `train`)."""
+    layout, roles, mask, correction = work.spec.layout, work.trained.roles, None, None
+    if isinstance(work.scheme, Masks):
+        mask = work.scheme.mask(layout, work.phase, site)
+        if mask is None and site.rank is not None:
+            raise PolicyError(f"max_rank: scheme {work.scheme.kind} trains more than rank {site.rank} here; raise policy.max_rank")
+    if site.control is not None:
+        common, own = site.control
+        correction = Tensors.zeros(work.trained).patch(common - own).flat
+    return TrainJob(roles, work.plan.seed, mask=mask, correction=correction, want_gradient=site.control is not None)
+
+
+def _counters(result: TrainResult, examples: int) -> Counters:
+    return {
         "train.loss": (result.loss_sum, float(result.count)),
         "train.examples": (float(examples),),
         "train.seen": (float(result.examples),),
         "train.tokens": (float(result.tokens),),
     }
-    return Update.encode(delta, share(examples, work.plan.weight_cap), counters, work.grid), result.seconds
 
 
 def share(examples: int, cap: int) -> float:

@@ -24,8 +24,9 @@ from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPl
 from fedpeft_client import answers, audit, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.personal import Personal
 from fedpeft_client.plan import MissingVersion, Work
-from fedpeft_client.rounds import Bench, WrongBase
+from fedpeft_client.rounds import Begin, Bench, WrongBase
 from fedpeft_client.shelf import Shelf, Split
 from fedpeft_client.store import Store, scratch, sweep
 
@@ -73,6 +74,7 @@ class Worker:
         sweep(self.site.state)
         self.adapters = Store(self.site.state / "adapters", self.keep)
         self.answers = Store(self.site.state / "answers", self.keep)
+        self.personal = Personal(Store(self.site.state / "personal", self.keep))
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
 
@@ -160,16 +162,22 @@ class Worker:
 
     def _answer(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
         work = plan.read(asked, task)
-        policy.check(plan.ask(work, self.base.fingerprint.identity), self.site)
+        policy.check(plan.ask(work, self.base.fingerprint.identity, self.site), self.site)
         rounds.check_base(work, self.base)
         self.progress(task.task, 0)
         start = plan.start(work, envelope, self.adapters)
         self._hold(task.task, task.adapter_digest)
-        key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task))
+        run, trains = (asked.federation, asked.run), envelope.kind == "train"
+        own = self.personal.at(run, task.task, work.round - 1 if trains else work.round)
+        begin = own.patch(start, work.phase)
+        key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task) + own.digest)
         kept = self.answers.get(key)
         if kept is not None:
             return Done(Answer.from_bytes(kept), work, repeated=True)
-        answer = self._train(work, start, key) if envelope.kind == "train" else self._evaluate(work, start)
+        if trains:
+            answer = self._train(work, Begin(begin, plan.context(work, envelope, self.site, own), own), run, key)
+        else:
+            answer = self._evaluate(work, begin)
         self.answers.put(key, answer.to_bytes())
         shutil.rmtree(self.site.state / "checkpoints" / key, ignore_errors=True)
         return Done(answer, work)
@@ -179,9 +187,10 @@ class Worker:
         rows = [self.shelf.digest(task, split) for split in SPLITS[kind]]
         return " ".join((*rows, self.base.fingerprint.quantization, str(self.base.spec.max_tokens)))
 
-    def _train(self, work: Work, start: Tensors, key: str) -> Answer:
+    def _train(self, work: Work, begin: Begin, run: tuple[str, str], key: str) -> Answer:
         checkpoint = scratch(self.site.state / "checkpoints", key, self.keep)
-        update, seconds = rounds.train(work, start, self._bench, checkpoint)
+        update, seconds, own = rounds.train(work, begin, self._bench, checkpoint)
+        self.personal.keep(run, work.plan.task, work.round, own)
         return answers.of_update(work.plan.task, update, seconds, work.plan.adapter_digest)
 
     def _evaluate(self, work: Work, start: Tensors) -> Answer:

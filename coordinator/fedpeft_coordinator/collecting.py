@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedpeft.errors import FedpeftError, UpdateError
-from fedpeft.schemes import Sum
+from fedpeft.schemes import Part, Sum
 from fedpeft.tensors import Layout
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
+from fedpeft_coordinator.averaging import up_layout
 from fedpeft_coordinator.planning import grid_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import Round
@@ -23,8 +24,8 @@ MAX_COUNTERS, MAX_VALUES = 256, 1 << 16
 MAX_REASON = 300
 NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}
 
-Accept = Callable[[TaskResult, Envelope], None]
-"""Takes one task's result into account, or raises `UpdateError`."""
+Accept = Callable[[str, TaskResult, Envelope], None]
+"""Takes one site's result of one task into account, or raises `UpdateError`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> R
     except FedpeftError as fault:
         return Report(answer.site, dict.fromkeys(tasks, f"bad answer: {line(fault)}"), bytes_up=envelope.size)
     results = {result.task: result for result in reply.results}
-    outcomes = {task: _judge(results.get(task), envelope, accept) for task in tasks}
+    outcomes = {task: _judge(answer.site, results.get(task), envelope, accept) for task in tasks}
     good = [task for task, outcome in outcomes.items() if outcome == "ok"]
     return Report(
         site=answer.site,
@@ -78,7 +79,7 @@ def _open(site: str, envelope: Envelope, number: int) -> RoundReply:
     return reply
 
 
-def _judge(result: TaskResult | None, envelope: Envelope, accept: Accept) -> str:
+def _judge(site: str, result: TaskResult | None, envelope: Envelope, accept: Accept) -> str:
     if result is None:
         return "failed: the answer has no result for this task"
     if result.status == TaskResult.STATUS_MISSING_VERSION:
@@ -86,23 +87,35 @@ def _judge(result: TaskResult | None, envelope: Envelope, accept: Accept) -> str
     if result.status != TaskResult.STATUS_OK:
         return f"{NAMED.get(result.status, 'failed')}: {line(result.reason)}"
     try:
-        accept(result, envelope)
+        accept(site, result, envelope)
     except UpdateError as fault:
         return f"bad update: {line(fault)}"
     return "ok"
 
 
 class Updates:
-    """Running sums of a training exchange: one vector of codes per task, whatever the number of sites."""
+    """Running sums of a training exchange: one vector of codes per task, whatever the number of sites.
+
+    Where the scheme or the combine rule needs them, every site's part as well: memory then grows with the cohort.
+    """
 
     def __init__(self, plan: Round, setup: Setup) -> None:
-        self._layouts = {name: setup.tasks[name].layout.subset(plan.tasks[name].roles) for name in plan.asked}
+        self._layouts = {name: up_layout(setup, plan.tasks[name]) for name in plan.asked}
         self._grids = {name: grid_of(plan.tasks[name], setup.limits) for name in plan.asked}
         self._sums = {name: Sum(self._layouts[name], self._grids[name]) for name in plan.asked}
+        self._parts: dict[str, dict[str, Part]] | None = {name: {} for name in plan.asked} if setup.keeps_parts else None
 
-    def accept(self, result: TaskResult, envelope: Envelope) -> None:
+    def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
         """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
-        self._sums[result.task].add(decode(result, envelope, self._layouts[result.task], self._grids[result.task]))
+        update = decode(result, envelope, self._layouts[result.task], self._grids[result.task])
+        self._sums[result.task].add(update)
+        if self._parts is not None:
+            self._parts[result.task][site] = Part(update.weight, update.mean())
+
+    def parts(self, task: str) -> list[Part]:
+        """The sites' parts by name of site, whatever the order of arrival; empty where only the sum is needed."""
+        kept = {} if self._parts is None else self._parts[task]
+        return [kept[site] for site in sorted(kept)]
 
     def result(self, task: str) -> Update:
         """The sum so far."""
@@ -115,7 +128,7 @@ class Tally:
     def __init__(self) -> None:
         self.counters: dict[str, Counters] = {}
 
-    def accept(self, result: TaskResult, _envelope: Envelope) -> None:
+    def accept(self, _site: str, result: TaskResult, _envelope: Envelope) -> None:
         """Add one site's counters. Raises `UpdateError` when they are not finite or do not fit the others'."""
         self.counters[result.task] = add_counters(self.counters.get(result.task, {}), counters_of(result))
 

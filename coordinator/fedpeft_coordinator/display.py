@@ -81,11 +81,16 @@ def _values(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in sorted(found.items()))
 
 
+def _drift(event: Event) -> str | None:
+    return "\n".join(f"[yellow]{escape(text)}[/yellow]" for text in event["warnings"]) or None
+
+
 LINES: dict[str, Callable[[Event], str | None]] = {
     "site": _site,
     "round": _round,
     "answer": _answer,
     "scores": _scores,
+    "drift": _drift,
     "published": lambda event: escape(f"published {event['task']} as {event['version'][:19]} (round {event['round']})"),
     "link": lambda event: f"[dim]link: {escape(event['reason'])}[/dim]",
     "left": lambda event: f"[dim]site {escape(event['site'])} left[/dim]",

@@ -87,3 +87,9 @@ class Exchange:
             bytes_down=down,
             base_loads=report.base_loads,
         )
+
+
+def by_site(cohorts: Mapping[str, tuple[str, ...]]) -> Asked:
+    """Sites by task turned into tasks by site."""
+    names = sorted({site for sites in cohorts.values() for site in sites})
+    return {site: tuple(task for task, sites in sorted(cohorts.items()) if site in sites) for site in names}

@@ -40,14 +40,18 @@ def cohort(names: Sequence[str], limits: Limits, seed: int) -> tuple[str, ...]:
 
 
 def plan_round(setup: Setup, number: int, attempt: int, known: Known) -> Round:
-    """Round ``number``: per task the phase, the cohort, the seed and the adapter to start from."""
+    """Round ``number``: per task the phase, the cohort, the seed and the adapter to start from.
+
+    A task's phases count the rounds in which it moved, not the federation's: a round that it misses must not be one of B's.
+    """
     tasks = {name: _check(setup, task, _plan(setup, task, number, known), known.load) for name, task in setup.tasks.items()}
     return Round(number, attempt, "planned", tasks)
 
 
 def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound:
     past = [row.tasks[task.name] for row in known.history if row.number < number and task.name in row.tasks]
-    phase, seed = setup.scheme.phase(number, task.layout), derive(setup.seed, number, task.name)
+    own = 1 + sum(bool(row.after) for row in past)
+    phase, seed = setup.scheme.phase(own, task.layout), derive(setup.seed, number, task.name)
     able = {site.name: site.train[task.name] for site in holders(task.name, known.sites)}
     names = cohort(list(able), setup.limits, seed)
     return TaskRound(
@@ -59,6 +63,9 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
         weight_cap=min(setup.limits.max_examples, max((able[name] for name in names), default=1)),
         before=past[-1].current if past else known.load(task, "").digest,
         state=past[-1].current_state if past else "",
+        number=own,
+        private=tuple(sorted(phase.private & task.layout.roles)),
+        settles=tuple(sorted(phase.settles & task.layout.roles)),
     )
 
 
@@ -77,7 +84,7 @@ def _check(setup: Setup, task: TaskSetup, plan: TaskRound, load: Load) -> TaskRo
 
 def phase_of(plan: TaskRound) -> Phase:
     """The scheme's phase that ``plan`` is for."""
-    return Phase(plan.phase, frozenset(plan.roles))
+    return Phase(plan.phase, frozenset(plan.roles), frozenset(plan.private), frozenset(plan.settles))
 
 
 def grid_of(plan: TaskRound, limits: Limits) -> Grid:
@@ -99,7 +106,7 @@ def changed_since(task: str, have: str, history: Sequence[Round], current: str) 
         row = past.tasks.get(task)
         if row is None or not row.after:
             continue
-        roles |= frozenset(row.roles)
+        roles |= row.moves
         if row.before == have:
             return roles
     return None

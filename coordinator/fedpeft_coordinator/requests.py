@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
+from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Centroid, RoundPlan, TaskPlan
-from fedpeft_coordinator.planning import Load, changed_since, grid_of
+from fedpeft_coordinator.planning import Load, changed_since, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
@@ -23,6 +25,7 @@ class Writer:
     run: str
     history: Sequence[Round]
     load: Load
+    state: Callable[[TaskRound], State]
     centroids: Centroids = field(default_factory=dict)
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
 
@@ -40,6 +43,8 @@ class Writer:
         for name, digest in sorted(digests.items()):
             task = self._task(kind, plan.tasks[name], digest)
             arrays[name] = self._down(task, have.get(name, ""))
+            if kind == "train":
+                arrays |= self._control(task, plan.tasks[name])
             message.tasks.append(task)
         return Envelope.of(kind, message, arrays)
 
@@ -59,10 +64,20 @@ class Writer:
             grid_sites=grid.sites,
             grid_reach=grid.reach,
             cohort=len(plan.cohort),
+            task_round=plan.number,
         )
         if kind == "evaluate":
             self._want_card(message)
         return message
+
+    def _control(self, message: TaskPlan, plan: TaskRound) -> dict[str, bytes]:
+        """The scheme's global control as a second array beside the plan, where it has one."""
+        scheme = self.setup.scheme
+        if not isinstance(scheme, Controls):
+            return {}
+        control = scheme.control(self.setup.tasks[plan.task].layout, phase_of(plan), self.state(plan))
+        message.control_digest = control.digest
+        return {control_key(plan.task): flat.pack(control.layout.fingerprint, control.flat)}
 
     def _want_card(self, message: TaskPlan) -> None:
         """Ask for embeddings until the task's centroid is known; then for the cosines to it."""

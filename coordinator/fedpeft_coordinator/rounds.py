@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpeft.errors import CohortError, ConfigError, UpdateError
+from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
-from fedpeft_coordinator import planning, scoring
+from fedpeft_coordinator import averaging, planning, scoring
 from fedpeft_coordinator.collecting import Tally, Updates
 from fedpeft_coordinator.events import Events
-from fedpeft_coordinator.exchange import Around, Asked, Drops, Exchange
+from fedpeft_coordinator.exchange import Around, Drops, Exchange, by_site
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.planning import Known
 from fedpeft_coordinator.release import Publisher, due, moved_since_version, release_of
@@ -27,7 +28,7 @@ from fedpeft_coordinator.roster import Roster
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.summary import summary, why
+from fedpeft_coordinator.summary import losses, summary, why
 from fedpeft_coordinator.transport import Transport
 
 
@@ -129,7 +130,7 @@ class Coordinator:
     def _collect(self, plan: Round) -> Round:
         self.roster.refresh()
         updates, writer = Updates(plan, self.setup), self._writer(plan)
-        asked = _by_site({name: plan.tasks[name].cohort for name in plan.asked})
+        asked = by_site({name: plan.tasks[name].cohort for name in plan.asked})
         exchange = Exchange(
             "train",
             plan,
@@ -140,6 +141,9 @@ class Coordinator:
         drops = exchange.run(asked, self._around)
         done = plan.at("combined", **{name: self._combine(plan.tasks[name], updates, drops) for name in plan.asked})
         self.events("combined", round=plan.number, attempt=plan.attempt, tasks=summary(done))
+        drifts = {name: dict(row.drift) for name, row in done.tasks.items() if row.drift}
+        if drifts:
+            self.events("drift", round=plan.number, tasks=drifts, warnings=losses(done))
         return done if done.updated else self._repeat(done)
 
     def _combine(self, plan: TaskRound, updates: Updates, drops: Drops) -> TaskRound:
@@ -148,10 +152,15 @@ class Coordinator:
         if total.count < self.setup.limits.min_sites:
             few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
             return replace(planning.skipped(plan, few), drops=lost)
-        mean = total.mean()
+        current = self._load(self.setup.tasks[plan.task], plan.before)
+        try:
+            mean = averaging.average(self.setup, plan, current, total, updates.parts(plan.task))
+        except UpdateError as fault:
+            return replace(planning.skipped(plan, str(fault)), drops=lost)
         digest = self.store.put_tensors(mean)
         self._means[digest] = mean
-        return replace(plan, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters), drops=lost)
+        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean), drops=lost)
+        return replace(kept, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters))
 
     def _repeat(self, done: Round) -> Round:
         """Plan the round again: no task moved. Raises `CohortError` when it was repeated often enough."""
@@ -170,8 +179,8 @@ class Coordinator:
 
     def _advance(self, row: TaskRound) -> TaskRound:
         task = self.setup.tasks[row.task]
-        mean = self._means.pop(row.mean, None) or self.store.tensors(row.mean, task.layout.subset(row.roles))
-        state = self.store.arrays(row.state) if row.state else {}
+        mean = self._means.pop(row.mean, None) or self.store.tensors(row.mean, averaging.mean_layout(self.setup, row))
+        state = self._state(row)
         try:
             after, kept = self.setup.scheme.advance(self._load(task, row.before), mean, planning.phase_of(row), self.setup.server, state)
         except UpdateError as fault:
@@ -226,7 +235,7 @@ class Coordinator:
             tally.accept,
             self.setup.limits,
         )
-        exchange.run(_by_site(able), self._around)
+        exchange.run(by_site(able), self._around)
         return tally.counters
 
     # scored ----------------------------------------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ class Coordinator:
     def _publish(self, done: Round) -> Round:
         if self.publisher is not None and self._due(done.number):
             done = done.at("scored", **{name: self._release(done, name, self.publisher) for name in done.tasks})
-        self.store.prune(_live(done))
+        self.store.prune(done.blobs)
         self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
         return done.at("published")
 
@@ -250,7 +259,11 @@ class Coordinator:
     # helpers ---------------------------------------------------------------------------------------------------------------
 
     def _writer(self, plan: Round) -> Writer:
-        return Writer(self.setup, self.run_id, self.history, self._load, self.centroids)
+        return Writer(self.setup, self.run_id, self.history, self._load, self._state, self.centroids)
+
+    def _state(self, row: TaskRound) -> State:
+        """The server's state before ``row``."""
+        return self.store.arrays(row.state) if row.state else {}
 
     def _load(self, task: TaskSetup, digest: str) -> Tensors:
         """Tensors by digest, the latest few kept in memory; round 0 is made from the seed and kept in the store."""
@@ -274,12 +287,3 @@ def _same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"the state folder belongs to a federation with other settings ({', '.join(changed)}); set them back, "
             "or start anew with another `state` folder"
         )
-
-
-def _by_site(cohorts: Mapping[str, tuple[str, ...]]) -> Asked:
-    names = sorted({site for sites in cohorts.values() for site in sites})
-    return {site: tuple(task for task, sites in sorted(cohorts.items()) if site in sites) for site in names}
-
-
-def _live(done: Round) -> set[str]:
-    return {digest for row in done.tasks.values() for digest in (row.before, row.after, row.state, row.state_after) if digest}

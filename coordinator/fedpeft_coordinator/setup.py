@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-from fedpeft.schemes import Scheme, ServerOptimizer
+from fedpeft.schemes import Gathers, Part, Phase, Scheme, ServerOptimizer
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
 
 Scores = Callable[[Counters], Mapping[str, float]]
+
+
+class Robust(Protocol):
+    """A rule in place of the sum that needs every site's part in the clear."""
+
+    kind: ClassVar[str]
+
+    def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
+        """What replaces the mean, of the parts' layout. Raises `UpdateError` when the rule cannot work with these parts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,8 @@ class Limits:
 class Setup:
     """Everything that rounds need and that does not change while they run.
 
-    ``identity`` is the base that a site must hold (empty accepts any). ``facts`` is what may not change between two starts on
-    one state folder; the journal remembers it.
+    ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum. ``facts`` is what may not
+    change between two starts on one state folder; the journal remembers it.
     """
 
     name: str
@@ -61,6 +71,12 @@ class Setup:
     publish_every: int = 0
     identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    combine: Robust | None = None
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether a round needs every site's part, not only their sum."""
+        return self.combine is not None or isinstance(self.scheme, Gathers)
 
 
 def derive(seed: int, *parts: object) -> int:

@@ -16,7 +16,8 @@ class TaskRound:
 
     ``before``, ``state``, ``mean``, ``after`` and ``state_after`` are digests in the store; ``state`` and ``state_after`` belong
     to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores``, ``card`` and ``kinds`` (how
-    the sites held the base) are known once the round is scored; ``version`` is set where it was published.
+    the sites held the base) are known once the round is scored; ``version`` is set where it was published. ``number`` is the task's
+    own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost.
     """
 
     task: str
@@ -39,6 +40,15 @@ class TaskRound:
     card: Mapping[str, Any] | None = None
     kinds: tuple[str, ...] = ()
     version: str = ""
+    number: int = 0
+    private: tuple[str, ...] = ()
+    settles: tuple[str, ...] = ()
+    drift: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def moves(self) -> frozenset[str]:
+        """Roles of the global adapter that may differ after the round."""
+        return frozenset(self.roles) | frozenset(self.settles)
 
     @property
     def current(self) -> str:
@@ -52,8 +62,8 @@ class TaskRound:
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TaskRound:
-        """Inverse of `dataclasses.asdict` after a trip through JSON."""
-        lists = {name: tuple(row[name]) for name in ("roles", "cohort", "kinds")}
+        """Inverse of `dataclasses.asdict` after a trip through JSON; a row of an earlier version lacks what it did not know."""
+        lists = {name: tuple(row.get(name, ())) for name in ("roles", "cohort", "kinds", "private", "settles")}
         counters = {name: tuple(values) for name, values in row["counters"].items()}
         return TaskRound(**{**row, **lists, "counters": counters})
 
@@ -76,6 +86,11 @@ class Round:
     def updated(self) -> list[str]:
         """Tasks whose global adapter moves."""
         return [name for name, task in self.tasks.items() if task.outcome == "updated"]
+
+    @property
+    def blobs(self) -> set[str]:
+        """Digests in the store that the next round may need."""
+        return {digest for row in self.tasks.values() for digest in (row.before, row.after, row.state, row.state_after) if digest}
 
     def at(self, step: Step, **tasks: TaskRound) -> Round:
         """This round one step on, with some tasks replaced."""

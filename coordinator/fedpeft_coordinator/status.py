@@ -44,6 +44,7 @@ def _task(name: str, rounds: list[Round]) -> dict[str, Any]:
         "skipped": sum(row.outcome == "skipped" for row in rows),
         "loss": losses[-1][0] / losses[-1][1] if losses and losses[-1][1] else None,
         "scores": dict(scored[-1].scores) if scored else {},
+        "drift": next((dict(row.drift) for row in reversed(rows) if row.drift), {}),
         "version": versions[-1] if versions else None,
         "last_reason": rows[-1].reason if rows else "",
     }

@@ -7,6 +7,9 @@ from typing import Any
 from fedpeft.update import Counters
 from fedpeft_coordinator.state import Round
 
+DRIFT_LIMIT = 0.5
+"""The largest rho = ||C|| / ||U|| that passes without a warning: C is what averaging the factors loses of the update U."""
+
 
 def why(plan: Round) -> str:
     """Why tasks of ``plan`` did not move, in one line."""
@@ -14,7 +17,7 @@ def why(plan: Round) -> str:
 
 
 def summary(plan: Round) -> dict[str, Any]:
-    """Per task: phase, cohort, outcome, drop-outs and reasons, adapter, mean training loss."""
+    """Per task: phase, cohort, outcome, drop-outs and reasons, adapter, mean training loss, what averaging lost."""
     return {
         name: {
             "phase": row.phase,
@@ -25,9 +28,20 @@ def summary(plan: Round) -> dict[str, Any]:
             "adapter": row.current,
             "weight": row.weight,
             "loss": _loss(row.counters),
+            "drift": dict(row.drift),
         }
         for name, row in plan.tasks.items()
     }
+
+
+def losses(done: Round) -> list[str]:
+    """One line for each task of which averaging lost more than `DRIFT_LIMIT` of the update."""
+    return [
+        f"averaging lost more than half of the update of task {name} in round {done.number} (rho {row.drift['drift']:.2f}): "
+        'take fewer local steps, or scheme.kind = "alternating"'
+        for name, row in done.tasks.items()
+        if row.drift.get("drift", 0.0) > DRIFT_LIMIT
+    ]
 
 
 def _loss(counters: Counters) -> float | None:

@@ -80,11 +80,12 @@ def terminable() -> Iterator[None]:
 def summary(found: dict[str, Any], console: Console) -> None:
     """Print how the federation stands."""
     console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
-    tasks = Table("task", "rounds moved", "loss", "scores", "version", title_justify="left")
+    tasks = Table("task", "rounds moved", "loss", "drift", "scores", "version", title_justify="left")
     for name, task in found["tasks"].items():
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(task["scores"].items()))
         loss = "" if task["loss"] is None else f"{task['loss']:.4f}"
-        tasks.add_row(name, str(task["updated"]), loss, scores, (task["version"] or task["last_reason"] or "")[:19])
+        drift = ", ".join(f"{value:.3f}" if key == "drift" else f"{key} {value:.3f}" for key, value in sorted(task["drift"].items()))
+        tasks.add_row(name, str(task["updated"]), loss, drift, scores, (task["version"] or task["last_reason"] or "")[:19])
     console.print(tasks)
     sites = Table("site", "state", "tasks (rows)", "base loads", "up", "down", "training / answer", "last drop-out", title_justify="left")
     for name, site in found["sites"].items():

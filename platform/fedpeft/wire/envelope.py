@@ -18,7 +18,10 @@ Proto = TypeVar("Proto", bound=Message)
 
 @dataclass(frozen=True)
 class Envelope:
-    """A protobuf ``body`` and the flat arrays that travel beside it, packed (see `fedpeft.wire.flat`) and keyed by task."""
+    """A protobuf ``body`` and the flat arrays that travel beside it, packed (see `fedpeft.wire.flat`) and keyed by task.
+
+    A task's control (SCAFFOLD) is a second array under `control_key`.
+    """
 
     kind: str
     body: bytes
@@ -51,3 +54,8 @@ class Envelope:
     def size(self) -> int:
         """Bytes on the wire, without the transport's own framing."""
         return len(self.body) + sum(map(len, self.arrays.values()))
+
+
+def control_key(task: str) -> str:
+    """The key of the array that carries the global control of ``task``; no task's name holds the sign."""
+    return f"{task}#control"

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, SiteContext
+from fedpeft import config
+from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
+from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
+from fedpeft_client.personal import Own
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.rounds import Coordinator
@@ -28,20 +31,20 @@ TASKS = ("area", "kind", "thing")
 HOLDINGS = {"north": {"area": 40, "kind": 10}, "south": {"area": 25}, "west": {"kind": 30, "area": 7}}
 
 
-def start(task: str) -> Tensors:
+def start(task: str, layout: Layout = LAYOUT) -> Tensors:
     """Round 0 as LoRA has it: A random, B zero."""
     rng = np.random.default_rng(sum(map(ord, task)))
-    values = Tensors(LAYOUT, rng.normal(size=LAYOUT.size).astype(np.float32))
-    return values.patch(Tensors.zeros(LAYOUT.subset({"B"})))
+    values = Tensors(layout, rng.normal(size=layout.size).astype(np.float32))
+    return values.patch(Tensors.zeros(layout.subset({"B", "B2"})))
 
 
-def goal(site: str, task: str) -> np.ndarray:
-    return np.random.default_rng(sum(map(ord, site + task))).normal(size=LAYOUT.size).astype(np.float32)
+def goal(site: str, task: str, layout: Layout = LAYOUT) -> np.ndarray:
+    return np.random.default_rng(sum(map(ord, site + task))).normal(size=layout.size).astype(np.float32)
 
 
 @dataclass
 class Site:
-    """Moves a quarter of the way to its own goal; keeps adapters by digest as a real site does."""
+    """Moves a quarter of the way to its own goal; keeps adapters by digest, and its own tensors by round, as a real site does."""
 
     name: str
     holds: dict[str, int]
@@ -50,6 +53,9 @@ class Site:
     asked: list[Envelope] = field(default_factory=list)
     twist: Callable[[TaskResult, dict[str, bytes]], None] = lambda _result, _arrays: None
     identity: str = ""
+    layout: Layout = LAYOUT
+    rank: int | None = None
+    own: dict[tuple[str, int], Own] = field(default_factory=dict)
 
     def __call__(self, envelope: Envelope) -> Envelope:
         if envelope.kind == "hello":
@@ -78,16 +84,10 @@ class Site:
             for name, values in self._scores(begin, task).items():
                 result.counters[name].values.extend(values)
             return result
-        scheme = SCHEMES[json.loads(task.scheme_json)["kind"]]()
-        phase = scheme.phase(plan.round, LAYOUT)
-        after = Tensors(LAYOUT, begin.flat + 0.25 * (goal(self.name, task.task) - begin.flat) + np.float32(task.seed % 7) / 1000)
+        scheme: Scheme = config.build(SCHEMES, json.loads(task.scheme_json), "scheme")
+        delta = self._train(scheme, task, begin, self._context(envelope, task))
         weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
-        update = Update.encode(
-            scheme.contribution(begin, after, phase, SiteContext(0)),
-            weight,
-            {"train.loss": (2.5, 2.0)},
-            Grid(task.grid_sites, task.grid_reach),
-        )
+        update = Update.encode(delta, weight, {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach))
         arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes)
         result = TaskResult(
             task=task.task,
@@ -99,6 +99,38 @@ class Site:
         for name, values in update.counters.items():
             result.counters[name].values.extend(values)
         return result
+
+    def _kept(self, task: TaskPlan) -> Own:
+        """What was kept before this round of the task, however often the round is asked for."""
+        before = [number for name, number in self.own if name == task.task and number < task.task_round]
+        return self.own[task.task, max(before)] if before else Own()
+
+    def _context(self, envelope: Envelope, task: TaskPlan) -> SiteContext:
+        control = None
+        if task.control_digest:
+            layout = self.layout.subset(task.roles)
+            common = Tensors(layout, envelope.array(control_key(task.task), layout.fingerprint).astype(np.float32))
+            assert common.digest == task.control_digest
+            control = (common, self._kept(task).control(layout))
+        return SiteContext(task.seed, self.name, self.rank, control)
+
+    def _train(self, scheme: Scheme, task: TaskPlan, begin: Tensors, site: SiteContext) -> Tensors:
+        phase = scheme.phase(task.task_round, self.layout)
+        assert sorted(phase.roles) == sorted(task.roles)
+        begin = self._kept(task).patch(begin, phase)
+        gradient = begin.flat - goal(self.name, task.task, self.layout)
+        step = gradient if site.control is None else gradient + _spread(self.layout, site.control[0] - site.control[1])
+        moved = Tensors(self.layout, begin.flat - 0.25 * step + np.float32(task.seed % 7) / 1000)
+        after = begin.patch(self._where(scheme, phase, begin, moved, site))
+        raw = None if site.control is None else Tensors(self.layout, gradient).pick(phase.roles)
+        self.own[task.task, task.task_round] = self._kept(task).after(after.pick(phase.private), raw)
+        return scheme.contribution(begin, after, phase, replace(site, gradient=raw))
+
+    def _where(self, scheme: Scheme, phase: Phase, begin: Tensors, moved: Tensors, site: SiteContext) -> Tensors:
+        """The trained roles as moved, but for what the scheme's mask holds back."""
+        mask = scheme.mask(self.layout, phase, site) if isinstance(scheme, Masks) else None
+        old, new = begin.pick(phase.trains), moved.pick(phase.trains)
+        return new if mask is None else Tensors(new.layout, np.where(mask, new.flat, old.flat))
 
     def _scores(self, begin: Tensors, task: TaskPlan) -> dict[str, tuple[float, ...]]:
         found = {
@@ -113,7 +145,7 @@ class Site:
 
     def _begin(self, envelope: Envelope, task: TaskPlan) -> Tensors | None:
         if task.adapter_digest not in self.kept:
-            layout = LAYOUT.subset(task.down_roles) if task.down_roles else LAYOUT
+            layout = self.layout.subset(task.down_roles) if task.down_roles else self.layout
             part = Tensors(layout, envelope.array(task.task, layout.fingerprint).astype(np.float32))
             if task.previous_digest and task.previous_digest not in self.kept:
                 return None
@@ -124,16 +156,28 @@ class Site:
         return self.kept[task.adapter_digest]
 
 
-def setup(rounds: int = 4, scheme: str = "alternating", server: str = "adam", tasks: tuple[str, ...] = TASKS, **extra: object) -> Setup:
+def _spread(layout: Layout, part: Tensors) -> np.ndarray:
+    return Tensors.zeros(layout).patch(part).flat
+
+
+def setup(
+    rounds: int = 4,
+    scheme: str | dict[str, object] = "alternating",
+    server: str = "adam",
+    tasks: tuple[str, ...] = TASKS,
+    layout: Layout = LAYOUT,
+    **extra: object,
+) -> Setup:
     limits = Limits(deadline=2.0, retries=2, **extra)  # type: ignore[arg-type]
-    made = {name: task_setup(name) for name in tasks}
+    made = {name: task_setup(name, layout) for name in tasks}
+    built: Scheme = config.build(SCHEMES, scheme, "scheme")
     return Setup(
         name="fake",
         seed=7,
         rounds=rounds,
         tasks=made,
-        scheme=SCHEMES[scheme](),
-        scheme_json=json.dumps({"kind": scheme}),
+        scheme=built,
+        scheme_json=json.dumps(config.describe(built)),
         server=SERVER_OPTIMIZERS[server](),
         limits=limits,
         evaluate_every=2,
@@ -141,15 +185,15 @@ def setup(rounds: int = 4, scheme: str = "alternating", server: str = "adam", ta
     )
 
 
-def task_setup(name: str) -> TaskSetup:
+def task_setup(name: str, layout: Layout = LAYOUT) -> TaskSetup:
     return TaskSetup(
-        name, LAYOUT, json.dumps({"kind": "classification", "name": name}), "{}", "{}", lambda: start(name), 11,
+        name, layout, json.dumps({"kind": "classification", "name": name}), "{}", "{}", lambda: start(name, layout), 11,
         lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]},
     )  # fmt: skip
 
 
-def sites(holdings: dict[str, dict[str, int]] | None = None) -> dict[str, Site]:
-    return {name: Site(name, dict(holds)) for name, holds in (holdings or HOLDINGS).items()}
+def sites(holdings: dict[str, dict[str, int]] | None = None, layout: Layout = LAYOUT) -> dict[str, Site]:
+    return {name: Site(name, dict(holds), layout=layout) for name, holds in (holdings or HOLDINGS).items()}
 
 
 @dataclass

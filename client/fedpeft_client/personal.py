@@ -1,0 +1,90 @@
+"""What a site keeps of a task for itself, by the task's own round: its private tensors and its SCAFFOLD control.
+
+A round starts from what was kept before it, however often its plan is sent: `Personal.at` of the round before, never the
+youngest. What a round made is written before its answer, so a worker that dies in between does the round again from the
+same values and gives the same answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from fedpeft.schemes import Phase
+from fedpeft.tensors import Flat, Layout, Tensors
+from fedpeft_client.store import Store
+
+PRIVATE, CONTROL = "private/", "control/"
+
+
+@dataclass(frozen=True)
+class Own:
+    """Values by kind and role: ``private/ROLE`` tensors and the ``control/ROLE`` of gradients."""
+
+    values: Mapping[str, Flat] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and values; empty when there are none."""
+        hasher = hashlib.sha256()
+        for name, values in sorted(self.values.items()):
+            hasher.update(f"{name}\0{values.size}\0".encode() + values.astype("<f4", copy=False).tobytes())
+        return hasher.hexdigest() if self.values else ""
+
+    def patch(self, start: Tensors, phase: Phase) -> Tensors:
+        """``start`` with the site's private roles in place, but for those that ``phase`` moves for all."""
+        mine = start.layout.subset({role for role in start.layout.roles - phase.moves if PRIVATE + role in self.values})
+        return start.patch(self._tensors(mine, PRIVATE))
+
+    def control(self, layout: Layout) -> Tensors:
+        """The site's control of ``layout``: zeros where it has none yet."""
+        return Tensors.zeros(layout).patch(self._tensors(layout.subset({r for r in layout.roles if CONTROL + r in self.values}), CONTROL))
+
+    def after(self, private: Tensors, control: Tensors | None) -> Own:
+        """With what a round left behind: ``private`` of the private roles, ``control`` of the roles that moved."""
+        return Own({**self.values, **_named(private, PRIVATE), **({} if control is None else _named(control, CONTROL))})
+
+    def _tensors(self, layout: Layout, kind: str) -> Tensors:
+        parts = [self.values[kind + role] for role in sorted(layout.roles)]
+        return Tensors(layout, np.concatenate([np.zeros(0, np.float32), *parts]))
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What is kept of every task of a run, in ``store``: its last two rounds. A run is named by federation and run id."""
+
+    store: Store
+
+    def at(self, run: tuple[str, str], task: str, number: int) -> Own:
+        """As it was after the task's round ``number``, or after the last one before that."""
+        rounds = {done: own for done, own in self._read(run, task).items() if done <= number}
+        return rounds[max(rounds)] if rounds else Own()
+
+    def keep(self, run: tuple[str, str], task: str, number: int, own: Own) -> None:
+        """Remember ``own`` as after round ``number``, beside the round before it. Raises `StorageError`."""
+        if not own.values:
+            return
+        rounds = {done: past for done, past in self._read(run, task).items() if done < number}
+        kept = {**{done: rounds[done] for done in sorted(rounds)[-1:]}, number: own}
+        blob = save({f"{done}/{name}": values for done, one in kept.items() for name, values in one.values.items()})
+        self.store.put(_key(run, task), blob)
+
+    def _read(self, run: tuple[str, str], task: str) -> dict[int, Own]:
+        blob, rounds = self.store.get(_key(run, task)), defaultdict[int, dict[str, Flat]](dict)
+        for key, values in (load(blob) if blob else {}).items():
+            number, _, name = key.partition("/")
+            rounds[int(number)][name] = values
+        return {number: Own(values) for number, values in rounds.items()}
+
+
+def _named(tensors: Tensors, kind: str) -> dict[str, Flat]:
+    return {kind + role: tensors.flat[span].copy() for role, span in tensors.layout.role_spans.items()}
+
+
+def _key(run: tuple[str, str], task: str) -> str:
+    return hashlib.sha256("\0".join((*run, task)).encode()).hexdigest()
