@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,10 +14,12 @@ from fedpeft.errors import UpdateError
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
-MULTIPLY: tuple[frozenset[str], ...] = tuple(
-    frozenset(pair.split()) for pair in ("A B", "A M", "B M", "A2 B2", "A2 M", "B2 M", "A R", "B R", "down up", "alpha theta")
-)
+CHAINS = ("A B M", "A2 B2 M", "A B R", "down up", "alpha theta", "rotation source", "slow fast_down fast_up", "ladder rung gate top")
+MULTIPLY: tuple[frozenset[str], ...] = tuple(frozenset(pair) for chain in CHAINS for pair in combinations(chain.split(), 2))
 """Roles that enter the model as a product of one another; when both of a pair move, their product has cross terms."""
+
+FROZEN = frozenset({"index"})
+"""Roles that are part of an adapter from its first round on and that no round moves: positions of a sparse delta."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,17 @@ class Phase:
     """What one round does: ``roles`` train at the sites, travel up and move at the coordinator.
 
     ``private`` roles train as well and stay at the site; ``settles`` are further roles that only the coordinator moves.
+    `FROZEN` roles are in none of them, whatever a scheme asks for.
     """
 
     name: str
     roles: frozenset[str]
     private: frozenset[str] = frozenset()
     settles: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for part in ("roles", "private", "settles"):
+            object.__setattr__(self, part, getattr(self, part) - FROZEN)
 
     @property
     def trains(self) -> frozenset[str]:
