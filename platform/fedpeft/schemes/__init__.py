@@ -8,11 +8,14 @@ from fedpeft.schemes.cartesian import Cartesian
 from fedpeft.schemes.combine import Combine, Sum
 from fedpeft.schemes.fedavg import FedAvg
 from fedpeft.schemes.feddpa import FedDPA
+from fedpeft.schemes.fedex import FedEx
 from fedpeft.schemes.fedrot import FedRot
 from fedpeft.schemes.fedsa import FedSA
 from fedpeft.schemes.fedsb import FedSB
 from fedpeft.schemes.fedsvd import FedSVD
 from fedpeft.schemes.ffa import FFA
+from fedpeft.schemes.flexlora import FlexLoRA
+from fedpeft.schemes.flora import FLoRA
 from fedpeft.schemes.optimizers import SGD, Adagrad, Adam, Momentum, ServerOptimizer, State, Yogi, pack_state, unpack_state
 from fedpeft.schemes.scaffold import Scaffold
 from fedpeft.schemes.slots import Slots
@@ -23,11 +26,14 @@ SCHEMES: dict[str, type[Scheme]] = {
     "cartesian": Cartesian,
     "fedavg": FedAvg,
     "feddpa": FedDPA,
+    "fedex": FedEx,
     "fedrot": FedRot,
     "fedsa": FedSA,
     "fedsb": FedSB,
     "fedsvd": FedSVD,
     "ffa": FFA,
+    "flexlora": FlexLoRA,
+    "flora": FLoRA,
     "scaffold": Scaffold,
     "slots": Slots,
     "union": Union,
@@ -45,12 +51,15 @@ __all__ = [
     "Cartesian",
     "Combine",
     "Controls",
+    "FLoRA",
     "FedAvg",
     "FedDPA",
+    "FedEx",
     "FedRot",
     "FedSA",
     "FedSB",
     "FedSVD",
+    "FlexLoRA",
     "Gathers",
     "Masks",
     "Momentum",
