@@ -1,0 +1,194 @@
+"""Lengths, angles and distances of the sites' parts in the space in which they act.
+
+LoRA's factors are fixed only up to ``(B R, R^-1 A)``, so parts are measured by what they change in the product:
+
+- both factors travel: the Frobenius norm of ``(B + dB)(A + dA) - B A``, a product of rank 2r that stays in factors;
+- one factor travels: ``||dB||_A = ||dB A||``. With ``A A' = L L'`` that is the Euclidean norm of ``dB L``;
+- the core of LoRA-XS travels: ``||B dR A||`` in the same way from both sides;
+- every other role: the Euclidean norm. (A bottleneck's halves have a nonlinearity between them and no product.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft import factors
+from fedpeft.errors import UpdateError
+from fedpeft.factors import Matrix, Pair, Product
+from fedpeft.schemes.base import Phase
+from fedpeft.tensors import Layout, Tensors
+
+FACTORS = (("B", "A"), ("B2", "A2"))
+COLUMNS = 1 << 14
+"""Columns of one block: fifty parts of it stay in the third-level cache."""
+CLOSE = 0.05
+"""Below this share of the lengths, a distance from float32 inner products has lost more than a digit and is taken in float64."""
+
+Named = dict[str, NDArray[np.float32]]
+Table = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Lift:
+    """A travelling factor between frozen ones: the Euclidean norm of ``left x right`` is that of the product's change."""
+
+    name: str
+    left: Matrix | None = None
+    right: Matrix | None = None
+
+    def rows(self, parts: Sequence[Named], dtype: type[np.floating[Any]]) -> Table:
+        """One row of lifted values per part, (n, k)."""
+        stacked: Table = np.stack([part[self.name] for part in parts]).astype(dtype, copy=False)
+        stacked = stacked if self.left is None else self.left.astype(dtype) @ stacked
+        stacked = stacked if self.right is None else stacked @ self.right.astype(dtype)
+        return stacked.reshape(len(parts), -1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How parts of one phase are measured: modules whose two factors move, lifted factors, and the roles taken as they are."""
+
+    pairs: tuple[Pair, ...]
+    lifts: tuple[Lift, ...]
+    plain: frozenset[str]
+    before: Named
+
+    def change(self, pair: Pair, part: Named) -> Product:
+        """What ``part`` changes in the product of ``pair``: ``dB (A + dA) + B dA``."""
+        b, a = (self.before[name].astype(np.float64) for name in (pair.b, pair.a))
+        return Product(np.hstack([part[pair.b], b]), np.vstack([a + part[pair.a], part[pair.a]]))
+
+
+def check_metric(kind: str, layout: Layout, phase: Phase) -> None:
+    """Raise `UpdateError` where three factors would have to be measured at once."""
+    if "R" in layout.roles and layout.roles & phase.roles & {"A", "B"}:
+        raise UpdateError(
+            f"{kind}: phase {phase.name!r} moves {sorted(layout.roles & phase.roles)} of a product of three factors, and none is measured; "
+            "use scheme fedsb, which moves the core alone"
+        )
+
+
+def metric(current: Tensors, phase: Phase) -> Metric:
+    """The metric of ``phase`` at ``current``. Raises `AdapterError` when factors do not fit one another."""
+    layout, named = current.layout, current.named()
+    moved = layout.roles & phase.roles
+    if {"R", "A", "B"} <= layout.roles and "R" in moved:
+        return Metric((), tuple(_cores(layout, named)), moved - {"R"}, named)
+    moving: list[Pair] = []
+    lifts: list[Lift] = []
+    for roles in FACTORS:
+        if set(roles) <= layout.roles and moved & set(roles):
+            found = factors.pairs(layout, roles)
+            if set(roles) <= moved:
+                moving += found
+            else:
+                lifts += [_lift(pair, named, roles[0] in moved) for pair in found]
+    measured = {role for roles in FACTORS if set(roles) <= layout.roles for role in roles}
+    return Metric(tuple(moving), tuple(lifts), moved - measured, named)
+
+
+def gram(measure: Metric, parts: Sequence[Tensors], dtype: type[np.floating[Any]] = np.float32) -> Matrix:
+    """Inner products (n, n) of ``parts``; the products of two moving factors always in float64, the rest in ``dtype``.
+
+    Raises:
+        UpdateError: a part is not finite, or so large that its square is not.
+    """
+    named = [part.named() for part in parts]
+    total = np.zeros((len(parts), len(parts)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for pair in measure.pairs:
+            total += factors.gram([measure.change(pair, part) for part in named])
+        for lift in measure.lifts:
+            rows = lift.rows(named, dtype)
+            total += rows @ rows.T
+        for block in _blocks(parts, measure.plain, dtype):
+            total += block @ block.T
+    for place in np.flatnonzero(~np.isfinite(np.diagonal(total))):
+        raise UpdateError(f"combine: part {place} is not finite or beyond all measure; drop that site and combine the others")
+    return total
+
+
+def distances(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
+    """Squared distances (n, n) between ``parts``; where some are close, all inner products are taken again in float64."""
+    table = gram(measure, parts)
+    squared = _apart(table)
+    lengths = np.diagonal(table)
+    sums = lengths[:, None] + lengths[None, :]
+    if len(parts) > 1 and (squared < CLOSE * sums)[~np.eye(len(parts), dtype=bool)].any():
+        squared = _apart(gram(measure, parts, np.float64))
+    return squared
+
+
+def growth(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
+    """Coefficients (n, 3) of ``||s x||^2 = c0 s^2 + c1 s^3 + c2 s^4``: with two moving factors a product is not linear in s."""
+    named = [part.named() for part in parts]
+    still = Metric((), measure.lifts, measure.plain, measure.before)
+    table = np.zeros((len(parts), 3))
+    table[:, 0] = np.diagonal(gram(still, parts, np.float64))
+    for pair in measure.pairs:
+        b, a = measure.before[pair.b], measure.before[pair.a]
+        for row, part in zip(table, named, strict=True):
+            once = Product(np.hstack([part[pair.b], b]), np.vstack([a, part[pair.a]]))
+            twice = Product(part[pair.b], part[pair.a])
+            row += factors.inner(once, once), 2.0 * factors.inner(once, twice), factors.inner(twice, twice)
+    return table
+
+
+def resize(coefficients: NDArray[np.float64], length: float) -> float:
+    """The ``s`` at which ``||s x||`` is ``length``, from a row of `growth`; never longer, up to 2^-50. 1 for a part of length 0."""
+
+    def size(s: float) -> float:
+        return float(coefficients @ np.array([s**2, s**3, s**4]))
+
+    if size(1.0) <= 0.0:
+        return 1.0
+    low, high = 0.0, 1.0
+    while size(high) < length**2:
+        low, high = high, 2.0 * high
+    for _ in range(50):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if size(middle) <= length**2 else (low, middle)
+    return low
+
+
+def _apart(table: Matrix) -> Matrix:
+    lengths = np.diagonal(table)
+    squared = np.maximum(lengths[:, None] + lengths[None, :] - 2.0 * table, 0.0)
+    np.fill_diagonal(squared, 0.0)
+    return np.asarray(squared)
+
+
+def _lift(pair: Pair, named: Named, left_moves: bool) -> Lift:
+    if left_moves:
+        return Lift(pair.b, right=_root(named[pair.a]))
+    return Lift(pair.a, left=_root(named[pair.b].T).T)
+
+
+def _cores(layout: Layout, named: Named) -> Iterator[Lift]:
+    for outer, inner in zip(factors.pairs(layout, ("B", "R")), factors.pairs(layout, ("R", "A")), strict=True):
+        yield Lift(inner.b, _root(named[outer.b].T).T, _root(named[inner.a]))
+
+
+def _root(a: NDArray[np.float32]) -> Matrix:
+    """``L`` (r, r) with ``L L' = a a'``, for ``a`` of any rank."""
+    wide = a.astype(np.float64)
+    values, vectors = np.linalg.eigh(wide @ wide.T)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def _blocks(parts: Sequence[Tensors], roles: frozenset[str], dtype: type[np.floating[Any]]) -> Iterator[Table]:
+    """Blocks (n, k) of the values of ``roles``; the buffer is used again for each."""
+    spans = [span for role, span in sorted(parts[0].layout.role_spans.items()) if role in roles]
+    widest = max((min(span.stop - span.start, COLUMNS) for span in spans), default=0)
+    buffer = np.empty((len(parts), widest), dtype)
+    for span in spans:
+        for start in range(span.start, span.stop, COLUMNS):
+            stop = min(start + COLUMNS, span.stop)
+            for row, part in zip(buffer, parts, strict=True):
+                row[: stop - start] = part.flat[start:stop]
+            yield buffer[:, : stop - start]
