@@ -97,7 +97,10 @@ def _remember(seen: dict[str, Tensor], host: nn.Module, inputs: tuple[Any, ...])
 
 
 def _beside(seen: dict[str, Tensor], own: Own, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output + squeeze(own, seen.pop("input")).to(output.dtype)
+    states = seen.pop("input", None)
+    if states is None or states.shape[:-1] != output.shape[:-1]:
+        raise AdapterError("parallel: the last layer of an MLP was called without its first, whose input it needs; call the whole model")
+    return output + squeeze(own, states).to(output.dtype)
 
 
 def _scale_and_shift(own: Own, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
