@@ -18,6 +18,7 @@ from fedpeft.schemes.flexlora import FlexLoRA
 from fedpeft.schemes.flora import FLoRA
 from fedpeft.schemes.optimizers import SGD, Adagrad, Adam, Momentum, ServerOptimizer, State, Yogi, pack_state, unpack_state
 from fedpeft.schemes.scaffold import Scaffold
+from fedpeft.schemes.sketch import Sketch
 from fedpeft.schemes.slots import Slots
 from fedpeft.schemes.union import Union
 
@@ -35,6 +36,7 @@ SCHEMES: dict[str, type[Scheme]] = {
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "scaffold": Scaffold,
+    "sketch": Sketch,
     "slots": Slots,
     "union": Union,
 }
@@ -70,6 +72,7 @@ __all__ = [
     "Scheme",
     "ServerOptimizer",
     "SiteContext",
+    "Sketch",
     "Slots",
     "State",
     "Sum",

@@ -68,13 +68,13 @@ class Slots:
         """The site's slots of the factors that train, and all of every other role; None for a site of full rank."""
         if site.rank is None or site.rank >= max(_ranks(layout)):
             return None
-        chosen = {rank: self._chosen(rank, site) for rank in _ranks(layout)}
+        chosen = {rank: self.chosen(rank, site) for rank in _ranks(layout)}
         return np.concatenate([_spread(entry, chosen).ravel() for entry in layout.subset(phase.trains).entries])
 
     def contribution(self, before: Tensors, after: Tensors, phase: Phase, site: SiteContext) -> Tensors:
         """The delta of the site's slots, zero in all others, with their masses."""
         delta = difference(before, after, phase)
-        chosen = {rank: self._chosen(rank, site) for rank in _ranks(before.layout)}
+        chosen = {rank: self.chosen(rank, site) for rank in _ranks(before.layout)}
         for entry, value in zip(delta.layout.entries, delta.named().values(), strict=True):
             value[~_spread(entry, chosen)] = 0.0
         out = Tensors.zeros(self.travels(before.layout, phase)).patch(drift.probed(before, delta, phase, self._probes))
@@ -103,7 +103,7 @@ class Slots:
     def _probes(self) -> int:
         return self.probes if self.average == "delta" else 0
 
-    def _chosen(self, rank: int, site: SiteContext) -> NDArray[np.bool_]:
+    def chosen(self, rank: int, site: SiteContext) -> NDArray[np.bool_]:
         """Which of ``rank`` slots the site trains; modules of one rank share the choice."""
         wanted = rank if site.rank is None else min(site.rank, rank)
         order = np.arange(rank)

@@ -34,6 +34,30 @@ def layouts():
 
 
 @pytest.fixture(scope="session")
+def averaged():
+    """``averaged(contributions, shares)``: their weighted mean, summed in float64."""
+
+    def mean(moves, shares):
+        return Tensors(moves[0].layout, sum(p * m.flat.astype(np.float64) for p, m in zip(shares, moves, strict=True)).astype(np.float32))
+
+    return mean
+
+
+@pytest.fixture(scope="session")
+def square():
+    """One layout per call: ``square(m, n, r, modules, extra)``, LoRA's factors of equal modules."""
+
+    def make(m, n, r, modules=1, extra=0):
+        names = [f"layer.{i}" for i in range(modules)]
+        ranks = {"": r, "2": extra} if extra else {"": r}
+        left = [Entry(f"B{tag}", f"{name}.lora_B{tag}.weight", (m, rank)) for name in names for tag, rank in ranks.items()]
+        right = [Entry(f"A{tag}", f"{name}.lora_A{tag}.weight", (rank, n)) for name in names for tag, rank in ranks.items()]
+        return Layout.of(left + right)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def draw():
     """``draw(layout, rng, scale)``: random tensors."""
 
