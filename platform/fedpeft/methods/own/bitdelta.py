@@ -36,7 +36,8 @@ def pack(delta: Tensors) -> SignDelta:
     """The nearest one-bit form of ``delta``, each tensor's scale being its mean absolute value.
 
     That scale minimises ``||d - s sign(d)||^2``, which is then ``||d||^2 - ||d||_1^2 / n`` per tensor: nothing for one magnitude,
-    0.60 of the norm for a normal one. Send ``delta + (what was lost before)`` each time, and the loss does not add up.
+    0.60 of the norm for a normal one. Send ``delta + (what was lost before)`` each time, and what is lost of all deltas together
+    becomes an ever smaller share of them (0.60 after the first equal one, 0.20 after 16, 0.10 after 64).
 
     Raises:
         AdapterError: a value is not finite.
