@@ -1,21 +1,18 @@
-"""From the sites' updates to the mean that moves an adapter: the sum, the scheme's own gathering, or a robust rule."""
+"""From what was gathered to the mean that moves an adapter: the sum, the scheme's own gathering, or a robust rule."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpeft.errors import UpdateError
-from fedpeft.schemes import Gathers, Part, Reports
+from fedpeft.errors import CohortError, UpdateError
+from fedpeft.schemes import Gathers, Reports
+from fedpeft.schemes.robust import Buckets, CombineRule, Rooted
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Update
 from fedpeft_coordinator.planning import phase_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import TaskRound
-
-
-def up_layout(setup: Setup, row: TaskRound) -> Layout:
-    """The layout of what a site sends for ``row``."""
-    return setup.scheme.travels(setup.tasks[row.task].layout, phase_of(row))
+from fedpeft_coordinator.updates import Gathered, up_layout
 
 
 def mean_layout(setup: Setup, row: TaskRound) -> Layout:
@@ -25,21 +22,18 @@ def mean_layout(setup: Setup, row: TaskRound) -> Layout:
     return up_layout(setup, row)
 
 
-def average(setup: Setup, row: TaskRound, current: Tensors, total: Update, parts: Sequence[Part]) -> Tensors:
-    """The mean that `Scheme.advance` takes; ``parts`` in a fixed order, where they were kept (`Setup.keeps_parts`).
+def average(setup: Setup, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
+    """The mean that `Scheme.advance` takes.
 
     Raises:
-        UpdateError: the rule cannot work with these parts: too few of them, not finite, or of another layout.
+        UpdateError: the rule cannot work with what came: too few parts, not finite, or of another layout.
     """
-    scheme, phase = setup.scheme, phase_of(row)
-    if isinstance(scheme, Gathers):
-        mean = scheme.gather(current, parts, phase)
-    elif setup.combine is not None:
-        mean = setup.combine.combine(current, parts, phase)
-    else:
-        mean = total.mean()
+    try:
+        mean = _mean(setup, row, current, gathered)
+    except CohortError as fault:
+        raise UpdateError(str(fault)) from None
     if mean.layout != mean_layout(setup, row) or not mean.finite:
-        raise UpdateError(f"task {row.task}: the mean of {total.count} sites is not finite or of another layout; look for a diverging site")
+        raise UpdateError(f"task {row.task}: the mean is not finite or of another layout; look for a diverging site")
     return mean
 
 
@@ -48,3 +42,38 @@ def drift(setup: Setup, row: TaskRound, current: Tensors, mean: Tensors) -> dict
     scheme = setup.scheme
     found = scheme.drift(current, mean, phase_of(row)) if isinstance(scheme, Reports) else {}
     return {name: float(value) for name, value in found.items()}
+
+
+def _mean(setup: Setup, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
+    scheme, phase, rule = setup.scheme, phase_of(row), setup.combine
+    if isinstance(scheme, Gathers):
+        return scheme.gather(current, list(gathered.parts.values()), phase)
+    if isinstance(rule, Buckets):
+        return rule.combine_sums(current, joined(gathered.sums, rule.size), phase)
+    if rule is not None:
+        return _robust(rule, setup.limits.root, row, current, gathered)
+    return gathered.total.mean()
+
+
+def _robust(rule: CombineRule, root: str, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
+    parts, phase = gathered.parts, phase_of(row)
+    if not isinstance(rule, Rooted):
+        return rule.combine(current, list(parts.values()), phase)
+    if root not in parts:
+        raise UpdateError(f"{rule.kind}: site {root!r} (cohort.root) did not contribute; without it nothing can be trusted")
+    trusted = parts.pop(root)
+    return rule.combine_rooted(current, list(parts.values()), phase, trusted.values)
+
+
+def joined(sums: Sequence[Update], size: int) -> list[Update]:
+    """``sums`` with neighbours added up until ``size`` sites are in each; what is short at the end joins the last."""
+    out: list[Update] = []
+    for total in sums:
+        if out and out[-1].count < size:
+            out[-1] = out[-1] + total
+        else:
+            out.append(total)
+    if len(out) > 1 and out[-1].count < size:
+        last = out.pop()
+        out[-1] = out[-1] + last
+    return out

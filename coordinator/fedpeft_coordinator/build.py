@@ -12,6 +12,7 @@ from fedpeft.config import describe
 from fedpeft.errors import BaseError, ConfigError
 from fedpeft.tensors import Tensors
 from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
 from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
 
@@ -64,6 +65,8 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
 
     base = _base(config)
     specs = {name: _spec(config, base, name) for name in config.tasks}
+    for spec in specs.values():
+        check_fit(config, spec.layout)
     tables = {name: describe(entry.task) for name, entry in config.tasks.items()}
     setup = Setup(
         name=config.name,
@@ -78,6 +81,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         publish_every=config.publish_every,
         identity=base.fingerprint.identity,
         facts=facts(config, base.fingerprint.identity, tables),
+        combine=config.combine,
     )
     return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
 
@@ -93,6 +97,7 @@ def limits(config: FederationConfig) -> Limits:
         retries=cohort.retries,
         reach=config.wire.reach,
         max_examples=config.max_examples,
+        root=cohort.root or "",
     )
 
 
@@ -107,6 +112,8 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
         "server": describe(config.server),
         "tasks": {name: dict(table) for name, table in tasks.items()},
     }
+    if config.combine is not None:
+        found["combine"] = describe(config.combine)
     return dict(json.loads(json.dumps(found)))
 
 

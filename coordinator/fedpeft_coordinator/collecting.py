@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedpeft.errors import FedpeftError, UpdateError
-from fedpeft.schemes import Part, Sum
 from fedpeft.tensors import Layout
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
-from fedpeft_coordinator.averaging import up_layout
-from fedpeft_coordinator.planning import grid_of
-from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import Round
 from fedpeft_coordinator.transport import Answer, Failure
 
@@ -91,35 +87,6 @@ def _judge(site: str, result: TaskResult | None, envelope: Envelope, accept: Acc
     except UpdateError as fault:
         return f"bad update: {line(fault)}"
     return "ok"
-
-
-class Updates:
-    """Running sums of a training exchange: one vector of codes per task, whatever the number of sites.
-
-    Where the scheme or the combine rule needs them, every site's part as well: memory then grows with the cohort.
-    """
-
-    def __init__(self, plan: Round, setup: Setup) -> None:
-        self._layouts = {name: up_layout(setup, plan.tasks[name]) for name in plan.asked}
-        self._grids = {name: grid_of(plan.tasks[name], setup.limits) for name in plan.asked}
-        self._sums = {name: Sum(self._layouts[name], self._grids[name]) for name in plan.asked}
-        self._parts: dict[str, dict[str, Part]] | None = {name: {} for name in plan.asked} if setup.keeps_parts else None
-
-    def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
-        """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
-        update = decode(result, envelope, self._layouts[result.task], self._grids[result.task])
-        self._sums[result.task].add(update)
-        if self._parts is not None:
-            self._parts[result.task][site] = Part(update.weight, update.mean())
-
-    def parts(self, task: str) -> list[Part]:
-        """The sites' parts by name of site, whatever the order of arrival; empty where only the sum is needed."""
-        kept = {} if self._parts is None else self._parts[task]
-        return [kept[site] for site in sorted(kept)]
-
-    def result(self, task: str) -> Update:
-        """The sum so far."""
-        return self._sums[task].result()
 
 
 class Tally:

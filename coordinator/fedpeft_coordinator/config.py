@@ -32,6 +32,12 @@ def _scheme(value: Any) -> Any:
     return config.build(SCHEMES, value, "scheme")
 
 
+def _combine(value: Any) -> Any:
+    from fedpeft.schemes.robust import COMBINES
+
+    return None if value in (None, "sum", {"kind": "sum"}) else config.build(COMBINES, value, "combine")
+
+
 def _server(value: Any) -> Any:
     from fedpeft.schemes import SERVER_OPTIMIZERS
 
@@ -64,7 +70,8 @@ class Cohort(Section):
     """Who is asked in a round. ``wait_for_sites`` absent means ``min_sites``; ``deadline`` is in seconds.
 
     ``retries``: how often a site is asked again in a round after its node or worker died, and how often a round is repeated
-    that no task got enough answers in.
+    that no task got enough answers in. ``root`` is the site whose rows are known to be clean, which `fltrust` measures the
+    others by; it is asked in every round.
     """
 
     min_sites: int = Field(default=1, ge=1)
@@ -72,6 +79,7 @@ class Cohort(Section):
     fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     deadline: float = Field(default=600.0, gt=0.0)
     retries: int = Field(default=3, ge=0)
+    root: Annotated[str, Field(pattern=NAME)] | None = None
 
     @property
     def expected(self) -> int:
@@ -126,7 +134,7 @@ def _loopback(host: str) -> bool:
 
 
 class FederationConfig(Section):
-    """One federation. Paths are relative to the file once it came through `load_federation`."""
+    """One federation. Paths are relative to the file once it came through `load_federation`; ``combine`` None is the sum."""
 
     name: Annotated[str, Field(pattern=NAME)]
     seed: int = Field(default=0, ge=0, lt=1 << 62)
@@ -138,6 +146,7 @@ class FederationConfig(Section):
     method: Annotated[Any, BeforeValidator(lambda value: config.build(METHODS, value, "method"))] = Field(default_factory=METHODS["lora"])
     scheme: Annotated[Any, BeforeValidator(_scheme)] = Field(default="alternating", validate_default=True)
     server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
+    combine: Annotated[Any, BeforeValidator(_combine)] = None
     training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
     wire: Wire = Wire()
@@ -225,7 +234,40 @@ def _checkpoint_rule(federation: FederationConfig) -> None:
         )
 
 
-RULES = (_cohort_rule, _training_rule, _checkpoint_rule)
+def _gathers_rule(federation: FederationConfig) -> None:
+    from fedpeft.schemes import Gathers
+
+    rule, scheme = federation.combine, federation.scheme.kind
+    if rule is not None and isinstance(federation.scheme, Gathers):
+        raise ValueError(
+            f"combine.kind = {rule.kind!r} and scheme.kind = {scheme!r}: the scheme makes its own of the "
+            "sites' parts; set combine = 'sum', or a scheme that works from the mean, such as alternating"
+        )
+
+
+def _least_rule(federation: FederationConfig) -> None:
+    rule, least = federation.combine, federation.cohort.min_sites
+    if rule is not None and rule.least > least:
+        raise ValueError(
+            f"combine.kind = {rule.kind!r} needs {rule.least} sites in a round and cohort.min_sites = {least}: smaller rounds would be "
+            f"lost; set cohort.min_sites to {rule.least} or more"
+        )
+
+
+def _root_rule(federation: FederationConfig) -> None:
+    from fedpeft.schemes.robust import Rooted
+
+    root, rooted = federation.cohort.root, isinstance(federation.combine, Rooted)
+    if rooted and (root is None or federation.cohort.min_sites < 2):
+        raise ValueError(
+            f"combine.kind = {federation.combine.kind!r} needs cohort.root, the site with clean rows that the others are measured by, and "
+            f"cohort.min_sites of at least 2; they are {root!r} and {federation.cohort.min_sites}"
+        )
+    if root is not None and not rooted:
+        raise ValueError(f"cohort.root = {root!r} has no use without combine.kind = 'fltrust'; set both or neither")
+
+
+RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule)
 
 
 def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None) -> FederationConfig:

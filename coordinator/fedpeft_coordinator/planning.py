@@ -33,9 +33,9 @@ def holders(task: str, sites: Iterable[Site]) -> list[Site]:
 
 
 def cohort(names: Sequence[str], limits: Limits, seed: int) -> tuple[str, ...]:
-    """The part of ``names`` that is asked: all, or ``fraction`` of them (never fewer than ``min_sites``), by ``seed``."""
+    """The part of ``names`` that is asked: all, or ``fraction`` of them (never fewer than ``min_sites``), by ``seed``; the root always."""
     wanted = max(limits.min_sites, ceil(limits.fraction * len(names)))
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    ranked = sorted(names, key=lambda name: (name != limits.root, hashlib.sha256(f"{seed}\0{name}".encode()).digest()))
     return tuple(sorted(ranked[:wanted]))
 
 

@@ -17,7 +17,7 @@ from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
 from fedpeft_coordinator import averaging, planning, scoring
-from fedpeft_coordinator.collecting import Tally, Updates
+from fedpeft_coordinator.collecting import Tally
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.exchange import Around, Drops, Exchange, by_site
 from fedpeft_coordinator.journal import Journal
@@ -30,6 +30,7 @@ from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.summary import losses, summary, why
 from fedpeft_coordinator.transport import Transport
+from fedpeft_coordinator.updates import Updates
 
 
 @dataclass
@@ -148,13 +149,14 @@ class Coordinator:
 
     def _combine(self, plan: TaskRound, updates: Updates, drops: Drops) -> TaskRound:
         """The task's mean, or the task untouched when too few sites contributed."""
-        total, lost = updates.result(plan.task), drops.get(plan.task, {})
+        gathered, lost = updates.tasks[plan.task], drops.get(plan.task, {})
+        total = gathered.total
         if total.count < self.setup.limits.min_sites:
             few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
             return replace(planning.skipped(plan, few), drops=lost)
         current = self._load(self.setup.tasks[plan.task], plan.before)
         try:
-            mean = averaging.average(self.setup, plan, current, total, updates.parts(plan.task))
+            mean = averaging.average(self.setup, plan, current, gathered)
         except UpdateError as fault:
             return replace(planning.skipped(plan, str(fault)), drops=lost)
         digest = self.store.put_tensors(mean)

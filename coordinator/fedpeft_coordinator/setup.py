@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from fedpeft.schemes import Gathers, Part, Phase, Scheme, ServerOptimizer
+from fedpeft.schemes import Gathers, Scheme, ServerOptimizer
+from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
 
 Scores = Callable[[Counters], Mapping[str, float]]
-
-
-class Robust(Protocol):
-    """A rule in place of the sum that needs every site's part in the clear."""
-
-    kind: ClassVar[str]
-
-    def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
-        """What replaces the mean, of the parts' layout. Raises `UpdateError` when the rule cannot work with these parts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class Limits:
     retries: int = 3
     reach: float = 2.0
     max_examples: int = 1_000_000
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +63,12 @@ class Setup:
     publish_every: int = 0
     identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    combine: Robust | None = None
+    combine: CombineRule | None = None
 
     @property
     def keeps_parts(self) -> bool:
         """Whether a round needs every site's part, not only their sum."""
-        return self.combine is not None or isinstance(self.scheme, Gathers)
+        return isinstance(self.scheme, Gathers) or (self.combine is not None and not self.combine.sum_only)
 
 
 def derive(seed: int, *parts: object) -> int:

@@ -44,7 +44,7 @@ def goal(site: str, task: str, layout: Layout = LAYOUT) -> np.ndarray:
 
 @dataclass
 class Site:
-    """Moves a quarter of the way to its own goal; keeps adapters by digest, and its own tensors by round, as a real site does."""
+    """Moves by ``pull`` of the way to its own goal; keeps adapters by digest, and its own tensors by round, as a real site does."""
 
     name: str
     holds: dict[str, int]
@@ -55,6 +55,7 @@ class Site:
     identity: str = ""
     layout: Layout = LAYOUT
     rank: int | None = None
+    pull: float = 0.25
     own: dict[tuple[str, int], Own] = field(default_factory=dict)
 
     def __call__(self, envelope: Envelope) -> Envelope:
@@ -120,7 +121,7 @@ class Site:
         begin = self._kept(task).patch(begin, phase)
         gradient = begin.flat - goal(self.name, task.task, self.layout)
         step = gradient if site.control is None else gradient + _spread(self.layout, site.control[0] - site.control[1])
-        moved = Tensors(self.layout, begin.flat - 0.25 * step + np.float32(task.seed % 7) / 1000)
+        moved = Tensors(self.layout, begin.flat - np.float32(self.pull) * step + np.float32(task.seed % 7) / 1000)
         after = begin.patch(self._where(scheme, phase, begin, moved, site))
         raw = None if site.control is None else Tensors(self.layout, gradient).pick(phase.roles)
         self.own[task.task, task.task_round] = self._kept(task).after(after.pick(phase.private), raw)

@@ -9,7 +9,9 @@ import pytest
 
 from fedpeft import config
 from fedpeft.errors import ConfigError
+from fedpeft.tensors import Entry, Layout
 from fedpeft_coordinator.config import FederationConfig, load_federation
+from fedpeft_coordinator.fitting import check_fit
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "configs" / "federation.toml"
 MINIMAL = {"name": "f", "tasks": {"t": {"kind": "classification", "labels": ["a", "b"]}}}
@@ -58,6 +60,14 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "task": ({"tasks": {"t": {"kind": "classification", "label": ["a"]}}}, r"labels"),
     "no task": ({"tasks": {}}, r"tasks"),
     "bad name": ({"name": "No Spaces"}, r"name"),
+    "gathers": (
+        {"scheme": "flexlora", "combine": "krum", "cohort": {"min_sites": 9}},
+        r"combine\.kind = 'krum' and scheme\.kind = 'flexlora': .*set combine = 'sum'",
+    ),
+    "least": ({"combine": {"kind": "krum", "f": 2}}, r"combine\.kind = 'krum' needs 7 sites .* cohort\.min_sites = 1.*to 7 or more"),
+    "root": ({"combine": "fltrust", "cohort": {"min_sites": 2}}, r"combine\.kind = 'fltrust' needs cohort\.root"),
+    "idle root": ({"cohort": {"root": "a"}}, r"cohort\.root = 'a' has no use without combine\.kind = 'fltrust'"),
+    "momentum": ({"training": {"momentum": 0.9}}, r"training\.momentum = 0\.9 and training\.optimizer = 'adamw'"),
     "learning rate": ({"training": {"lr": -1}}, r"lr"),
 }
 
@@ -68,6 +78,35 @@ def test_clashes_name_both_settings(case: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(**changes)
     assert re.search(pattern, str(caught.value)), str(caught.value)
+
+
+LORA = Layout.of([Entry("A", "x.lora_A.weight", (2, 5)), Entry("B", "x.lora_B.weight", (5, 2)), Entry("head", "c", (3,))])
+IA3 = Layout.of([Entry("scale", "x.ia3_l", (5,))])
+MISFITS: dict[str, tuple[dict[str, object], Layout, str]] = {
+    "no factors": (
+        {"scheme": "fedsa", "method": "ia3"},
+        IA3,
+        r"scheme\.kind = 'fedsa' and method\.kind = 'ia3': .*set method\.kind = \"lora\"",
+    ),
+    "no fold": ({"scheme": "fedex"}, LORA, r"scheme\.kind = 'fedex' and method\.kind = 'lora': .*method\.extra"),
+    "products": ({"scheme": "fedavg", "combine": "median"}, LORA, r"combine\.kind = 'median' and scheme\.kind = 'fedavg': .*multiply"),
+    "masses": ({"scheme": "slots", "combine": "median"}, LORA, r"combine\.kind = 'median' and scheme\.kind = 'slots': .*\['mass'\]"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_the_adapter_names_both_settings(case: str) -> None:
+    changes, layout, pattern = MISFITS[case]
+    with pytest.raises(ConfigError) as caught:
+        check_fit(load(**{"cohort": {"min_sites": 3}, **changes}), layout)
+    assert re.search(pattern, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"combine": "sum"}, {"combine": "median"}, {"scheme": "fedavg", "combine": "rfa"}, {"scheme": "flexlora"}]
+)
+def test_what_fits_passes(changes: dict[str, object]) -> None:
+    check_fit(load(**{"cohort": {"min_sites": 3}, **changes}), LORA)
 
 
 def test_every_fault_is_reported_at_once() -> None:

@@ -1,0 +1,41 @@
+"""Whether scheme, method and combine rule can work together on an adapter's layout; refused before anything starts."""
+
+from __future__ import annotations
+
+from fedpeft.errors import ConfigError, UpdateError
+from fedpeft.schemes import Scheme
+from fedpeft.schemes.robust import CombineRule
+from fedpeft.tensors import Layout
+from fedpeft_coordinator.config import FederationConfig
+
+ROUNDS = range(1, 5)
+"""Rounds of a task in which every phase of every scheme has come."""
+COMBINED = frozenset({"probe"})
+"""Roles beside the phase's that keep their meaning when parts are weighed anew."""
+
+
+def check_fit(config: FederationConfig, layout: Layout) -> None:
+    """Refuse what cannot hold on ``layout``.
+
+    Raises:
+        ConfigError: naming the two settings that clash, and what to do.
+    """
+    scheme, method = config.scheme, config.method
+    try:
+        scheme.check(layout)
+    except UpdateError as fault:
+        raise ConfigError(f"scheme.kind = {scheme.kind!r} and method.kind = {method.kind!r}: {fault}") from None
+    if config.combine is not None:
+        _check_rule(scheme, config.combine, layout)
+
+
+def _check_rule(scheme: Scheme, rule: CombineRule, layout: Layout) -> None:
+    clash = f"combine.kind = {rule.kind!r} and scheme.kind = {scheme.kind!r}"
+    for phase in (scheme.phase(number, layout) for number in ROUNDS):
+        beside = sorted(scheme.travels(layout, phase).roles - phase.roles - COMBINED)
+        if beside:
+            raise ConfigError(f"{clash}: the scheme sends {beside}, which mean something in a sum alone; set combine = 'sum'")
+        try:
+            rule.check(layout, phase)
+        except UpdateError as fault:
+            raise ConfigError(f"{clash}: {fault}") from None

@@ -1,0 +1,76 @@
+"""What a training exchange gathers of each task: a running sum, sums of groups, or every site's part, as the rules need it."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+from fedpeft.schemes import Part, Sum
+from fedpeft.schemes.robust import Buckets
+from fedpeft.tensors import Layout
+from fedpeft.update import Update
+from fedpeft.wire import Envelope
+from fedpeft.wire.v1.federation_pb2 import TaskResult
+from fedpeft_coordinator.collecting import decode
+from fedpeft_coordinator.planning import grid_of, phase_of
+from fedpeft_coordinator.setup import Setup
+from fedpeft_coordinator.state import Round, TaskRound
+
+
+def up_layout(setup: Setup, row: TaskRound) -> Layout:
+    """The layout of what a site sends for ``row``."""
+    return setup.scheme.travels(setup.tasks[row.task].layout, phase_of(row))
+
+
+class Gathered:
+    """The updates of one task: one vector of codes whatever the number of sites, or one per group of sites.
+
+    Where the scheme or the combine rule needs them, every site's part as well: memory then grows with the cohort.
+    """
+
+    def __init__(self, setup: Setup, row: TaskRound) -> None:
+        self.layout, self.grid = up_layout(setup, row), grid_of(row, setup.limits)
+        groups = _groups(setup, row)
+        self._group = {site: place for place, sites in enumerate(groups) for site in sites}
+        self._sums = [Sum(self.layout, self.grid) for _ in groups]
+        self._parts: dict[str, Part] | None = {} if setup.keeps_parts else None
+
+    def add(self, site: str, update: Update) -> None:
+        """Take one site's update in. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
+        self._sums[self._group[site]].add(update)
+        if self._parts is not None:
+            self._parts[site] = Part(update.weight, update.mean())
+
+    @property
+    def total(self) -> Update:
+        """The sum over all sites."""
+        return reduce(add, self.sums)
+
+    @property
+    def sums(self) -> list[Update]:
+        """The sum of each group; one where there are no groups."""
+        return [one.result() for one in self._sums]
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The sites' parts by name of site in its order, whatever the order of arrival; empty where only sums are needed."""
+        return dict(sorted((self._parts or {}).items()))
+
+
+class Updates:
+    """What was gathered of every task of a round."""
+
+    def __init__(self, plan: Round, setup: Setup) -> None:
+        self.tasks = {name: Gathered(setup, plan.tasks[name]) for name in plan.asked}
+
+    def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
+        """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
+        gathered = self.tasks[result.task]
+        gathered.add(site, decode(result, envelope, gathered.layout, gathered.grid))
+
+
+def _groups(setup: Setup, row: TaskRound) -> list[tuple[str, ...]]:
+    """The cohort in the groups that the rule wants, dealt by the round's seed; all in one where it wants none."""
+    if not isinstance(setup.combine, Buckets):
+        return [row.cohort]
+    return [tuple(row.cohort[place] for place in places) for places in setup.combine.groups(len(row.cohort), row.seed)]
