@@ -23,7 +23,7 @@ class FedAvg:
     kind: ClassVar[str] = "fedavg"
     sum_only: ClassVar[bool] = True
 
-    probes: Annotated[int, Field(ge=0)] = 0
+    probes: Annotated[int, Field(ge=0)] = 4
 
     def check(self, layout: Layout) -> None:
         """Any layout will do."""
