@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
+from tests.bench._common import aggregate, flat_of, layout_of, least, reply, row_of
 
 from fedpeft.schemes import Sum
-from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Grid, Update
 
 ARRAYS = 448
@@ -36,39 +36,23 @@ def run(repeats: int = 5) -> list[dict[str, object]]:
 
 
 def _speed(clients: int, size: int, goal: float, repeats: int) -> list[dict[str, object]]:
-    layout, grid, rng = _layout(size), Grid(clients), np.random.default_rng(0)
+    layout, grid, rng = layout_of(ARRAYS, size), Grid(clients), np.random.default_rng(0)
     weights = [round(w * 2**20) / 2**20 for w in rng.uniform(0.2, 1.0, clients)]
     codes, replies = [], []
     for weight in weights:
         delta = Tensors(layout, rng.standard_normal(layout.size, np.float32) * np.float32(1e-3))
         codes.append(Update.encode(delta, weight, {}, grid).codes.tobytes())
-        replies.append(_reply(delta, weight))
+        replies.append(reply(delta, weight))
     contenders: dict[str, Callable[[], Any]] = {
-        "peer": lambda: _flower(replies),
-        "ours, one at a time": lambda: _ours(layout, grid, codes, weights, 1),
-        "ours, by fours": lambda: _ours(layout, grid, codes, weights, 4),
+        "peer": lambda: aggregate(replies),
+        "one at a time": lambda: _ours(layout, grid, codes, weights, 1),
+        "by fours": lambda: _ours(layout, grid, codes, weights, 4),
         "floor": lambda: [np.frombuffer(data, np.int32).max() for data in codes],
     }
-    _same(contenders["ours, by fours"]().flat, contenders["peer"](), grid, weights)
-    least = _least(contenders, repeats)
-    return [_row(name, least, clients, layout.size, goal) for name in ("ours, one at a time", "ours, by fours")]
-
-
-def _row(name: str, least: dict[str, float], clients: int, size: int, goal: float) -> dict[str, object]:
-    ratio = least["peer"] / least[name]
-    return {
-        "row": "B1",
-        "case": f"fedavg_stream {clients} x {size / 1e6:.1f}M, {name.removeprefix('ours, ')}",
-        "ours": least[name],
-        "peer": least["peer"],
-        "ratio": ratio,
-        "floor": least["floor"],
-        "floor_share": least["floor"] / least[name],
-        "limit": least["peer"] / least["floor"],
-        "goal": f"ratio >= {goal:.0f}",
-        "held": ratio >= goal,
-        "unit": "CPU s",
-    }
+    _same(contenders["by fours"]().flat, contenders["peer"](), grid, weights)
+    seconds = least(contenders, repeats)
+    case = f"fedavg_stream {clients} x {layout.size / 1e6:.1f}M"
+    return [row_of("B1", f"{case}, {name}", seconds, name, f"ratio >= {goal:.0f}") for name in ("one at a time", "by fours")]
 
 
 def _ours(layout: Layout, grid: Grid, received: list[bytes], weights: list[float], together: int) -> Tensors:
@@ -79,38 +63,10 @@ def _ours(layout: Layout, grid: Grid, received: list[bytes], weights: list[float
     return total.result().mean()
 
 
-def _flower(replies: list[Any]) -> Any:
-    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
-
-    return aggregate_arrayrecords(replies, "weight")
-
-
-def _reply(delta: Tensors, weight: float) -> Any:
-    from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
-
-    arrays = ArrayRecord({name: Array(values) for name, values in delta.named().items()})
-    return RecordDict({"arrays": arrays, "metrics": MetricRecord({"weight": weight})})
-
-
 def _same(ours: Any, peer: Any, grid: Grid, weights: list[float]) -> None:
-    theirs = np.concatenate([array.numpy() for array in peer.values()])
     allowed = 0.5 * grid.step * len(weights) / sum(weights) + 1e-8
-    if (worst := float(np.abs(ours - theirs).max())) > allowed:
+    if (worst := float(np.abs(ours - flat_of(peer)).max())) > allowed:
         raise AssertionError(f"ours and the peer's mean differ by {worst}, the grid allows {allowed}")
-
-
-def _least(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    least = dict.fromkeys(contenders, float("inf"))
-    for _ in range(repeats):
-        for name, work in contenders.items():
-            began = process_time()
-            work()
-            least[name] = min(least[name], process_time() - began)
-    return least
-
-
-def _layout(size: int) -> Layout:
-    return Layout.of([Entry("B", f"layers.{place:03}.lora_B.weight", (size,)) for place in range(ARRAYS)])
 
 
 def _memory() -> list[dict[str, object]]:
@@ -158,9 +114,9 @@ def _measure(side: str, count: int, folder: Path) -> float:
         import flwr.serverapp.strategy.strategy_utils  # noqa: F401 - imported before the first reading
     before = _status("VmRSS")
     if side == "peer":
-        _flower([_received(folder / "peer") for _ in range(count)])
+        aggregate([_received(folder / "peer") for _ in range(count)])
     else:
-        layout, grid = _layout(MEMORY_SIZE), Grid(count)
+        layout, grid = layout_of(ARRAYS, MEMORY_SIZE), Grid(count)
         total = Sum(layout, grid)
         for data in _messages(folder / "ours", count):
             total.add(Update(layout, grid, np.frombuffer(data, np.int32), 1.0))
