@@ -3,7 +3,9 @@
 A site adds P_i = dB_i (dA_i w) for public random signs w to what it sends. With dB, dA the mean deltas, the coordinator knows
 C w = mean P_i - dB (dA w) and U w = C w + dB (A w) + B (dA w) + dB (dA w), where C = M - B̄ Ā is the cross term that averaging the
 factors loses of the mean product M, and U = M - B A the whole update. E |C w|² = ||C||², so rho² = Σ |C w|² / Σ |U w|² over
-modules estimates ||C||² / ||U||². Both sides draw w from the values that the round starts from; sites need not be named.
+modules estimates ||C||² / ||U||². Where training has converged U is small while sites still part, so rho comes near 1.
+
+Both sides draw w from the values that the round starts from; sites need not be named.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class FedSB:
     Round 1 trains B over a random A: its mean delta is a sketch of the update's column space, which the coordinator makes
     orthonormal. Round 2 trains A over that B: a sketch of the row space. Then B R A is split so that B and A are
     orthonormal and R carries all that was learnt; the paper takes both from the first full gradient, which no site has to form or
-    show here. ``renew``: find new factors every so many rounds, starting from the product reached; 0 never does, and leaves the core confined
-    to what the first two rounds saw.
+    show here. ``renew``: find new factors every so many rounds, starting from the product reached; 0 never does, and leaves the core
+    confined to what the first two rounds saw.
     """
 
     kind: ClassVar[str] = "fedsb"

@@ -7,7 +7,7 @@ from fedpeft.schemes import SCHEMES, SGD, Controls, Gathers, Masks, Part, Report
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 
-OUT, INNER, RANK, SITES, ROUNDS, STEPS, RATE = 10, 12, 3, 3, 60, 5, 0.1
+OUT, INNER, RANK, SITES, ROUNDS, STEPS, RATE = 10, 12, 3, 3, 48, 5, 0.1
 SHAPES = {"B": (OUT, RANK), "A": (RANK, INNER), "R": (RANK, RANK), "B2": (OUT, 8), "A2": (8, INNER)}
 SETTINGS = {"union": {"share": 0.5}, "slots": {"factors": "both"}, "sketch": {"width": 8}}
 
