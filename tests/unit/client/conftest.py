@@ -92,7 +92,7 @@ class Plans:
         return make_spec(task, self.base, built, Classification(task, LABELS).head)
 
     def of(self, task: str = "kinds", method: dict[str, Any] | None = None, number: int = 1, **changes: Any) -> TaskPlan:
-        spec, scheme = self.spec(task, **(method or {})), SCHEMES["alternating"]()
+        spec, scheme = self.spec(task, **(method or {})), config.build(SCHEMES, changes.pop("scheme", "alternating"), "scheme")
         settings = dataclasses.replace(SETTINGS, **changes.pop("settings", {}))
         fields: dict[str, Any] = {
             "task": task,
@@ -108,6 +108,7 @@ class Plans:
             "grid_sites": 3,
             "grid_reach": 2.0,
             "cohort": 3,
+            "task_round": number,
         }
         return TaskPlan(**{**fields, **changes})
 

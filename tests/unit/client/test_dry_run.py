@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedpeft.errors import ConfigError
+from fedpeft.schemes import SCHEMES
 from fedpeft_client.cli import app
 from fedpeft_client.config import SiteConfig, load_site
 from fedpeft_client.dry_run import forecast, read_plan
@@ -106,6 +107,21 @@ def test_the_verb_prints_tables_and_json(site_file: Path, plan: Path) -> None:
     (one,) = json.loads(parsed.output)
     assert one["tensors"][0]["bytes"] > 0
     assert load_site(site_file).policy.max_rank == 256
+
+
+@pytest.mark.parametrize("kind", ["fedsa", "scaffold", "slots"])
+def test_what_a_scheme_adds_and_keeps_is_forecast(site: SiteConfig, plan: Path, make_worker, plans, kind: str) -> None:
+    plan.write_text(FEDERATION.replace('kind = "alternating"', f'kind = "{kind}"'))
+    small = site.model_copy(update={"policy": site.policy.model_copy(update={"max_rank": 2 if kind == "slots" else 4})})
+    (one,) = forecast(small, read_plan(plan), 1)
+    scheme, layout = SCHEMES[kind](), plans.spec().layout
+    up = scheme.travels(layout, scheme.phase(1, layout))
+    assert one.refused is None
+    assert [(line.name, line.bytes) for line in one.tensors] == [(entry.name, 4 * entry.size) for entry in up.entries]
+    assert one.private == (("B", "head") if kind == "fedsa" else ())
+    if one.private:
+        shown = CliRunner().invoke(app, ["dry-run", str(site.state.parent / "site.toml"), "--plan", str(plan)])
+        assert "roles B, head: trained here, never sent" in shown.output
 
 
 def test_a_setting_without_a_value_is_explained(site_file: Path, plan: Path) -> None:
