@@ -2,7 +2,7 @@
 
 from fedpeft.factors.pairs import Pair, pairs, products
 from fedpeft.factors.products import Factor, Matrix, Product, difference, gram, inner, norm, scaled, stack
-from fedpeft.factors.truncation import Truncated, truncate
+from fedpeft.factors.truncation import Truncated, share_lost, truncate
 
 __all__ = [
     "Factor",
@@ -17,6 +17,7 @@ __all__ = [
     "pairs",
     "products",
     "scaled",
+    "share_lost",
     "stack",
     "truncate",
 ]

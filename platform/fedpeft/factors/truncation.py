@@ -10,7 +10,7 @@ FlexLoRA (Bai et al. 2024, arXiv 2402.11505) forms the sum and takes its SVD; it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from fedpeft.errors import AdapterError
 from fedpeft.factors.krylov import OVERSAMPLE, by_krylov
 from fedpeft.factors.leading import NEGLIGIBLE, Leading, by_gram, by_qr
-from fedpeft.factors.products import Factor, Product, stack
+from fedpeft.factors.products import Factor, Product, norm, stack
 
 How = Literal["auto", "qr", "gram", "krylov"]
 Split = Literal["balanced", "left"]
@@ -76,3 +76,11 @@ def _split(found: Leading, rank: int, split: Split, dtype: np.dtype[np.floating[
     b[:, :count], a[:count] = left * (signs * share), (right * (signs / share)).T
     lost = 1.0 - float(energies[keep].sum()) / found.total if found.total else 0.0
     return Truncated(b, a, max(lost, 0.0))
+
+
+def share_lost(truncated: Iterable[Truncated]) -> float:
+    """The share of the energy that was dropped from several sums together."""
+    found = [(norm((t.b, t.a)) ** 2, t.lost) for t in truncated]
+    kept = sum(energy for energy, _ in found)
+    dropped = sum(energy * share / (1.0 - share) for energy, share in found if share < 1.0)
+    return dropped / (kept + dropped) if kept + dropped else 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.factors import truncate
+from fedpeft.factors import share_lost, truncate
 from fedpeft.schemes import gathering
 from fedpeft.schemes.base import Part, Phase, SiteContext, difference
 from fedpeft.schemes.optimizers import ServerOptimizer, State
@@ -65,7 +65,7 @@ class FedEx:
             best = truncate([fold, *round.crosses(pair)], len(fold.a), start=fold.a)
             round.put(second, best[:2])
             found.append(best)
-        return gathering.Gathered(round.out.layout, round.out.flat, gathering.share_lost(found))
+        return gathering.Gathered(round.out.layout, round.out.flat, share_lost(found))
 
     def advance(self, current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
         """Move factors and fold as gathered, all other roles by the optimizer's step."""

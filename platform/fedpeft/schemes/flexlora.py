@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpeft.factors import truncate
+from fedpeft.factors import share_lost, truncate
 from fedpeft.schemes import gathering
 from fedpeft.schemes.base import Part, Phase, SiteContext, difference
 from fedpeft.schemes.optimizers import ServerOptimizer, State
@@ -64,7 +64,7 @@ class FlexLoRA:
             best.a[free] = a[free]
             round.put(pair, best[:2])
             found.append(best)
-        return gathering.Gathered(round.out.layout, round.out.flat, gathering.share_lost(found))
+        return gathering.Gathered(round.out.layout, round.out.flat, share_lost(found))
 
     def advance(self, current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
         """Move the factors as gathered, all other roles by the optimizer's step."""

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from fedpeft.factors import Factor, truncate
+from fedpeft.factors import Factor, share_lost, truncate
 from fedpeft.schemes import gathering
 from fedpeft.schemes.base import Part, Phase, SiteContext, difference
 from fedpeft.schemes.fedex import FIX
@@ -71,7 +71,7 @@ class FLoRA:
             round.put(second, best[:2])
             round.put(pair, (np.zeros_like(round.start[pair.b]), self.restart(pair.a, round.start[pair.a].shape, digest)))
             found.append(best)
-        return gathering.Gathered(round.out.layout, round.out.flat, gathering.share_lost(found))
+        return gathering.Gathered(round.out.layout, round.out.flat, share_lost(found))
 
     def restart(self, name: str, shape: tuple[int, ...], start: str) -> Factor:
         """A (r, in) uniform over its fan-in, from public values alone: ``seed``, its name, and the digest of the round's start."""

@@ -6,14 +6,14 @@ only the coordinator moves: ``method.extra`` is its capacity, and what does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.factors import Factor, Pair, Product, Truncated, norm
+from fedpeft.factors import Factor, Pair, Product
 from fedpeft.schemes.base import Part, Phase, check_round, linear
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.schemes.pairing import matrices
@@ -109,14 +109,6 @@ def mean_of(parts: Sequence[Part], layout: Layout) -> Tensors:
 def folds(layout: Layout) -> list[tuple[Pair, Pair]]:
     """The trained pair and the fold of every module."""
     return list(zip(matrices(layout), matrices(layout, SECOND), strict=True))
-
-
-def share_lost(truncated: Iterable[Truncated]) -> float:
-    """Dropped energy over all energy, of several modules together."""
-    found = [(norm((t.b, t.a)) ** 2, t.lost) for t in truncated]
-    kept = sum(energy for energy, _ in found)
-    dropped = sum(energy * share / (1.0 - share) for energy, share in found if share < 1.0)
-    return dropped / (kept + dropped) if kept + dropped else 0.0
 
 
 def settle(current: Tensors, mean: Tensors, phase: Phase, optimizer: ServerOptimizer, state: State) -> tuple[Tensors, State]:
