@@ -13,7 +13,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.methods.own import OWN
 from fedpeft.methods.own import deltas as live_deltas
 from fedpeft.methods.own.bitdelta import SignDelta, pack, unpack
-from fedpeft.methods.own.deltas import SparseProduct, weight_of
+from fedpeft.methods.own.deltas import sparse_product, weight_of
 from fedpeft.methods.own.positions import count, place, spread
 from fedpeft.methods.own.scores import largest_changes, squared_gradients
 from fedpeft.methods.targets import linear_roles
@@ -38,16 +38,17 @@ def test_the_product_and_its_gradients_are_those_of_the_dense_delta(out, width, 
     index, values = sparse(data.draw(st.integers(1, out * width)), (out, width), data.draw(st.integers(0, 99)))
     x = torch.randn(3, width, dtype=torch.float64, requires_grad=True)
     dense = torch.zeros(out, width, dtype=torch.float64).index_put(tuple(index), values)
-    assert torch.allclose(SparseProduct.apply(x, values, index, out), x @ dense.t())
-    assert torch.autograd.gradcheck(lambda a, v: SparseProduct.apply(a, v, index, out), (x, values.requires_grad_()))
+    assert torch.allclose(sparse_product(x, values, index, out), x @ dense.t())
+    assert torch.autograd.gradcheck(lambda a, v: sparse_product(a, v, index, out), (x, values.requires_grad_()))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops over the examples here
 def test_gradients_per_example():
     index, values = sparse(6, (4, 5), 0)
     x = torch.randn(7, 5, dtype=torch.float64)
 
     def loss(v, row):
-        return SparseProduct.apply(row[None], v, index, 4).square().sum()
+        return sparse_product(row[None], v, index, 4).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
     assert torch.allclose(each, torch.stack([torch.func.grad(loss)(values, row) for row in x]))
