@@ -98,6 +98,11 @@ def _checked(work: Work) -> Work:
             f"plan of task {plan.task!r}: roles {sorted(plan.roles)} in the task's round {work.round}, "
             f"scheme {scheme.kind} trains {sorted(roles)} there; do both sides run one version?"
         )
+    if plan.secure_aggregation and not scheme.sum_only:
+        raise UpdateError(
+            f"plan of task {plan.task!r}: promises secure aggregation, which shows the coordinator nothing but sums, and scheme "
+            f"{scheme.kind} needs every site's part; the coordinator cannot keep that promise"
+        )
     leaks = sorted(work.up.roles & phase.private)
     if leaks:
         raise UpdateError(f"scheme {scheme.kind}: sends the private roles {leaks} in the task's round {work.round}; it is broken")

@@ -1,4 +1,7 @@
-"""kill -9 of the coordinator, the SuperLink, a SuperNode and a worker in one run: the adapters are those of an undisturbed run."""
+"""kill -9 of the coordinator, the SuperLink, a SuperNode and a worker in one run: the adapters are those of an undisturbed run.
+
+The scheme is SCAFFOLD, whose sites and server both remember: what is lost or counted twice shows in the bits.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,10 @@ max_tokens = 24
 [method]
 kind = "lora"
 r = 4
+
+[scheme]
+kind = "scaffold"
+factors = "alternating"
 
 [training]
 steps = 24

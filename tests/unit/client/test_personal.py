@@ -105,6 +105,11 @@ def test_a_scheme_that_would_send_private_roles_is_stopped(site: SiteConfig, mak
     assert "sends the private roles ['B', 'head']" in result.reason
 
 
+def test_a_promise_of_secure_aggregation_that_cannot_hold_is_refused(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
+    result = plans.results(make_worker(site).handle(plans.message(plans.of(scheme="flexlora", secure_aggregation=True))))["kinds"]
+    assert (result.status, "scheme flexlora needs every site's part" in result.reason) == (FAILED, True)
+
+
 class Killed(BaseException):
     """Stands for kill -9."""
 

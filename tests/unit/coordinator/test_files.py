@@ -95,6 +95,24 @@ def test_plain_lines_when_nobody_watches(fake: ModuleType, tmp_path: Path) -> No
     assert "round 4 scores: area accuracy" in text
 
 
+def test_what_averaging_loses_is_shown_and_warned_about(fake: ModuleType, tmp_path: Path) -> None:
+    out, tasks = io.StringIO(), {"area": {"kind": "classification", "labels": ["a", "b"]}}
+    federation_config = config.parse({"name": "fake", "state": str(tmp_path), "tasks": tasks}, FederationConfig, "f.toml")
+    federation = fake.Federation(tmp_path, fake.setup(3, {"kind": "fedavg", "probes": 4}, "sgd", ("area",), reach=16.0), fake.sites())
+    for site in federation.sites.values():
+        site.pull = 1.0
+    with display.shown(3, Console(file=out, width=300)) as listen:
+        coordinator = federation.open()
+        coordinator.events.listeners.append(listen)
+        rounds = coordinator.run()
+    rho = rounds[-1].tasks["area"].drift["drift"]
+    assert f"averaging lost more than half of the update of task area in round 3 (rho {rho:.2f})" in out.getvalue()
+    found = status(federation_config)
+    assert found["tasks"]["area"]["drift"] == {"drift": rho}
+    summary(found, Console(file=out, width=200))
+    assert f"{rho:.3f}" in out.getvalue()
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
