@@ -34,17 +34,16 @@ def by_krylov(whole: Product, rank: int, start: Factor | None = None) -> Leading
     y = _forward(whole, np.concatenate([first, probes], axis=1))
     block, probed = y[:, : first.shape[1]], y[:, first.shape[1] :]
     basis, image = np.zeros((len(y), 0)), np.zeros((len(first), 0))
-    captured, gain, size = 0.0, 0.0, float(np.linalg.norm(block))
+    captured, gains, size = 0.0, list[float](), float(np.linalg.norm(block))
     for _ in range(STEPS):
         fresh = _orthonormal(block, basis, size)
         z = _backward(whole, fresh)
         basis, image = np.concatenate([basis, fresh], axis=1), np.concatenate([image, z], axis=1)
         energies, turned = _ritz(image)
         total = float(energies.sum()) + _outside(probed, basis)
-        before, last = captured, gain
-        captured = float(energies[:rank].sum())
-        gain = captured - before
-        if not fresh.shape[1] or _settled(energies, rank, (last, gain), total):
+        before, captured = captured, float(energies[:rank].sum())
+        gains += [captured - before] if before else []
+        if not fresh.shape[1] or _settled(energies, rank, gains, total):
             turned = turned[:, :rank]
             found = Leading(basis @ turned, image @ turned, total)
             return found if total - captured > FAINT * total else _refined(whole, found, total - captured)
@@ -98,15 +97,18 @@ def _outside(probed: Matrix, basis: Matrix) -> float:
     return float(np.vdot(rest, rest) / probed.shape[1])
 
 
-def _settled(energies: Matrix, rank: int, gains: tuple[float, float], total: float) -> bool:
+def _settled(energies: Matrix, rank: int, gains: list[float], total: float) -> bool:
     """Whether the energy still to be gained leaves the error within `TOLERANCE` of the optimum.
 
-    Gains fall geometrically, at least as fast as (sigma_k / sigma_r)^4 per step, k being the first value that was not asked for.
+    Gains fall ever faster, so the rest is below a geometric series: of twice the last ratio, or, after the first gain, of the ratio
+    (sigma_k / sigma_r)^4 of subspace iteration, k being the first value that was not asked for.
     """
-    last, gain = gains
-    if not last:
+    if not gains:
         return False
     tail = sqrt(max(total - float(energies[:rank].sum()), 0.0) / total)
-    slowest = (energies[min(rank + OVERSAMPLE, len(energies)) - 1] / max(energies[min(rank, len(energies)) - 1], 1e-300)) ** 2
-    rate = min(max(gain / last, slowest), 0.9)
-    return bool(gain * rate / (1 - rate) <= TOLERANCE * (2 * tail + TOLERANCE) * total)
+    if len(gains) > 1:
+        rate = 2.0 * gains[-1] / gains[-2] if gains[-2] > 0.0 else 0.0
+    else:
+        rate = float(energies[min(rank + OVERSAMPLE, len(energies)) - 1] / max(energies[min(rank, len(energies)) - 1], 1e-300)) ** 2
+    rate = min(rate, 0.9)
+    return gains[-1] * rate / (1 - rate) <= TOLERANCE * (2 * tail + TOLERANCE) * total
