@@ -101,6 +101,42 @@ def convert(
     )
 
 
+@app.command()
+def merge(
+    refs: Annotated[list[str], typer.Argument(help="Adapters of one base: TASK, TASK@NUMBER, sha256:PREFIX, or folders.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder to write.")],
+    how: Annotated[str, typer.Option(help="cat, svd, arithmetic, ties, dare or knots.")] = "svd",
+    weight: Annotated[list[float] | None, typer.Option(help="One for each adapter, in their order; equal shares when left out.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the rule, such as rank=16 or density=0.3.")] = None,
+    origin: Annotated[str | None, typer.Option(help="The adapter that all started from, for methods without a neutral start.")] = None,
+    registry: Root = HERE,
+) -> None:
+    """Make several adapters one, exactly (cat) or by a rule, and say what its rank lost."""
+    from fedpeft.adapters import save
+    from fedpeft.merging import make_rule, merged
+
+    rule = make_rule({"kind": how, **_settings(settings or [])})
+    adapters = [_adapter(ref, registry) for ref in refs]
+    shares = weight or [1.0 / len(refs)] * len(refs)
+    done = merged(adapters, shares, rule, origin=_adapter(origin, registry) if origin else None)
+    save(done.adapter, out)
+    print(
+        f"{len(refs)} adapters merged by {how} into {out}, {done.adapter.tensors.flat.size:,} values; lost to its rank: {done.lost:.2%} of the energy"
+    )
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """``key=value`` with TOML values. Raises `ConfigError` on another form."""
+    import tomllib
+
+    from fedpeft.errors import ConfigError
+
+    try:
+        return tomllib.loads("\n".join(texts))
+    except tomllib.TOMLDecodeError as fault:
+        raise ConfigError(f"--set {' '.join(texts)}: {fault}; write key=value, as in rank=16") from None
+
+
 def _adapter(ref: str, registry: Path) -> Any:
     """From a folder, or from the registry."""
     from fedpeft.adapters import load
