@@ -103,10 +103,12 @@ def convert(
 
 @app.command()
 def merge(
-    refs: Annotated[list[str], typer.Argument(help="Adapters of one base: TASK, TASK@NUMBER, sha256:PREFIX, or folders.")],
+    refs: Annotated[
+        list[str],
+        typer.Argument(help="Adapters of one base (TASK, TASK@NUMBER, sha256:PREFIX or a folder), each with its weight: triage=0.7."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="New folder to write.")],
     how: Annotated[str, typer.Option(help="cat, svd, arithmetic, ties, dare or knots.")] = "svd",
-    weight: Annotated[list[float] | None, typer.Option(help="One for each adapter, in their order; equal shares when left out.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the rule, such as rank=16 or density=0.3.")] = None,
     origin: Annotated[str | None, typer.Option(help="The adapter that all started from, for methods without a neutral start.")] = None,
     registry: Root = HERE,
@@ -116,13 +118,21 @@ def merge(
     from fedpeft.merging import make_rule, merged
 
     rule = make_rule({"kind": how, **_settings(settings or [])})
-    adapters = [_adapter(ref, registry) for ref in refs]
-    shares = weight or [1.0 / len(refs)] * len(refs)
-    done = merged(adapters, shares, rule, origin=_adapter(origin, registry) if origin else None)
+    shares = [_weighted(ref, 1.0 / len(refs)) for ref in refs]
+    adapters = [_adapter(ref, registry) for ref, _ in shares]
+    done = merged(adapters, [share for _, share in shares], rule, origin=_adapter(origin, registry) if origin else None)
     save(done.adapter, out)
-    print(
-        f"{len(refs)} adapters merged by {how} into {out}, {done.adapter.tensors.flat.size:,} values; lost to its rank: {done.lost:.2%} of the energy"
-    )
+    size = done.adapter.tensors.flat.size
+    print(f"{len(refs)} adapters merged by {how} into {out}, {size:,} values; lost to its rank: {done.lost:.2%} of the energy")
+
+
+def _weighted(ref: str, share: float) -> tuple[str, float]:
+    """``ref=weight``, or ``ref`` alone with the equal share."""
+    name, found, text = ref.rpartition("=")
+    try:
+        return (name, float(text)) if found else (ref, share)
+    except ValueError:
+        return ref, share
 
 
 def _settings(texts: list[str]) -> dict[str, Any]:

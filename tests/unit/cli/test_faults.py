@@ -129,7 +129,7 @@ FLAGS = {
     "adapters export": ["--registry"],
     "adapters history": ["--registry"],
     "adapters list": ["--json", "--registry"],
-    "adapters merge": ["--how", "--origin", "--out", "--registry", "--set", "--weight"],
+    "adapters merge": ["--how", "--origin", "--out", "--registry", "--set"],
     "adapters pull": ["--from", "--registry"],
     "adapters rollback": ["--registry"],
     "adapters show": ["--registry"],

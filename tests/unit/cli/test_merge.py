@@ -33,7 +33,8 @@ def change(folder):
 
 def test_cat_is_the_weighted_sum_of_products(folders, tmp_path, capsys):
     out = tmp_path / "both"
-    assert run(["adapters", "merge", *folders, "--out", str(out), "--how", "cat", "--weight", "0.25", "--weight", "0.75"]) == 0
+    weighted = [f"{folder}={share}" for folder, share in zip(folders, (0.25, 0.75), strict=True)]
+    assert run(["adapters", "merge", *weighted, "--out", str(out), "--how", "cat"]) == 0
     assert np.allclose(change(out), 0.25 * change(tmp_path / "0") + 0.75 * change(tmp_path / "1"), atol=1e-6)
     assert "0.00% of the energy" in capsys.readouterr().out
 
@@ -53,7 +54,7 @@ def test_svd_says_what_its_rank_lost(folders, tmp_path, capsys):
         (["--how", "mean"], ConfigError.exit_code, "known kinds"),
         (["--set", "rank"], ConfigError.exit_code, "rank=16"),
         (["--set", "range=3"], ConfigError.exit_code, "known keys"),
-        (["--weight", "1"], AdapterError.exit_code, "one finite weight for each"),
+        (["nowhere=0.5"], AdapterError.exit_code, "no registry there"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, code, words, folders, tmp_path, capsys):
