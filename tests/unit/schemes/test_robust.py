@@ -133,6 +133,16 @@ def test_a_factor_s_gauge_does_not_matter(layouts, draw):
     np.testing.assert_allclose(distances(metric(moved, BOTH), same), here, rtol=1e-4)
 
 
+def test_a_factor_whose_partner_stays_at_the_sites_is_measured_as_it_is(layouts, draw):
+    """FedSA: every site has a B of its own, and the coordinator's is zero."""
+    layout = layouts["lora"]
+    phase = Phase("A", frozenset({"A", "head", "bias"}), private=frozenset({"B"}))
+    current, parts = drawn(layout, phase, 5, draw)
+    current = current.patch(Tensors.zeros(layout.subset({"B"})))
+    table = np.stack([part.values.flat.astype(np.float64) for part in parts])
+    np.testing.assert_allclose(distances(metric(current, phase), [part.values for part in parts]), apart(table), rtol=1e-5)
+
+
 # coordinates ---------------------------------------------------------------------------------------------------------------
 
 
@@ -503,6 +513,15 @@ def test_a_part_that_is_not_finite_never_gets_through(layouts, draw, rule, value
         return
     with pytest.raises(UpdateError, match="not finite"):
         rule.combine(current, parts, phase)
+
+
+@pytest.mark.parametrize("rule", [Krum(), RFA(), NormBound(), NormBound(1.0)], ids=str)
+@pytest.mark.parametrize("name", ["q.lora_A.weight", "v.lora_B.weight", "classifier.bias"])
+def test_a_value_that_is_not_finite_is_named_in_every_role(layouts, draw, rule, name):
+    current, parts = drawn(layouts["lora"], BOTH, 5, draw)
+    parts[3].values.named()[name].flat[1] = np.nan
+    with pytest.raises(UpdateError, match="part 3 is not finite"):
+        rule.combine(current, parts, BOTH)
 
 
 def test_parts_that_do_not_belong_together_are_named(layouts, draw):

@@ -5,7 +5,8 @@ LoRA's factors are fixed only up to ``(B R, R^-1 A)``, so parts are measured by 
 - both factors travel: the Frobenius norm of ``(B + dB)(A + dA) - B A``, a product of rank 2r that stays in factors;
 - one factor travels: ``||dB||_A = ||dB A||``. With ``A A' = L L'`` that is the Euclidean norm of ``dB L``;
 - the core of LoRA-XS travels: ``||B dR A||`` in the same way from both sides;
-- every other role: the Euclidean norm. (A bottleneck's halves have a nonlinearity between them and no product.)
+- every other role: the Euclidean norm. (A bottleneck's halves have a nonlinearity between them and no product; a factor whose
+  partner each site keeps to itself has no product that the coordinator could know.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from fedpeft import factors
 from fedpeft.errors import UpdateError
-from fedpeft.factors import Matrix, Pair, Product
+from fedpeft.factors import Matrix, Pair
 from fedpeft.schemes.base import Phase
+from fedpeft.schemes.robust.moving import Table, growth_of_changes, inner_changes
 from fedpeft.tensors import Layout, Tensors
 
 FACTORS = (("B", "A"), ("B2", "A2"))
@@ -30,7 +32,6 @@ CLOSE = 0.05
 """Below this share of the lengths, a distance from float32 inner products has lost more than a digit and is taken in float64."""
 
 Named = dict[str, NDArray[np.float32]]
-Table = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Metric:
     plain: frozenset[str]
     before: Named
 
-    def change(self, pair: Pair, part: Named) -> Product:
-        """What ``part`` changes in the product of ``pair``: ``dB (A + dA) + B dA``."""
-        b, a = (self.before[name].astype(np.float64) for name in (pair.b, pair.a))
-        return Product(np.hstack([part[pair.b], b]), np.vstack([a + part[pair.a], part[pair.a]]))
+    def moving(self, pair: Pair, parts: Sequence[Named], dtype: type[np.floating[Any]]) -> tuple[Table, Table, Table, Table]:
+        """B, A, and all parts' dB and dA of ``pair``."""
+        before = [self.before[name].astype(dtype, copy=False) for name in (pair.b, pair.a)]
+        after = [np.stack([part[name] for part in parts]).astype(dtype, copy=False) for name in (pair.b, pair.a)]
+        return before[0], before[1], after[0], after[1]
 
 
 def check_metric(kind: str, layout: Layout, phase: Phase) -> None:
@@ -79,21 +81,22 @@ def metric(current: Tensors, phase: Phase) -> Metric:
     moved = layout.roles & phase.roles
     if {"R", "A", "B"} <= layout.roles and "R" in moved:
         return Metric((), tuple(_cores(layout, named)), moved - {"R"}, named)
-    moving: list[Pair] = []
-    lifts: list[Lift] = []
+    plain, moving = moved, list[Pair]()
+    lifts = list[Lift]()
     for roles in FACTORS:
-        if set(roles) <= layout.roles and moved & set(roles):
-            found = factors.pairs(layout, roles)
-            if set(roles) <= moved:
-                moving += found
-            else:
-                lifts += [_lift(pair, named, roles[0] in moved) for pair in found]
-    measured = {role for roles in FACTORS if set(roles) <= layout.roles for role in roles}
-    return Metric(tuple(moving), tuple(lifts), moved - measured, named)
+        if not set(roles) <= layout.roles - phase.private or not moved & set(roles):
+            continue
+        plain -= set(roles)
+        found = factors.pairs(layout, roles)
+        if set(roles) <= moved:
+            moving += found
+        else:
+            lifts += [_lift(pair, named, roles[0] in moved) for pair in found]
+    return Metric(tuple(moving), tuple(lifts), plain, named)
 
 
 def gram(measure: Metric, parts: Sequence[Tensors], dtype: type[np.floating[Any]] = np.float32) -> Matrix:
-    """Inner products (n, n) of ``parts``; the products of two moving factors always in float64, the rest in ``dtype``.
+    """Inner products (n, n) of ``parts``, taken in ``dtype``; symmetric bit for bit.
 
     Raises:
         UpdateError: a part is not finite, or so large that its square is not.
@@ -102,15 +105,14 @@ def gram(measure: Metric, parts: Sequence[Tensors], dtype: type[np.floating[Any]
     total = np.zeros((len(parts), len(parts)))
     with np.errstate(over="ignore", invalid="ignore"):
         for pair in measure.pairs:
-            total += factors.gram([measure.change(pair, part) for part in named])
+            total += inner_changes(*measure.moving(pair, named, dtype))
         for lift in measure.lifts:
             rows = lift.rows(named, dtype)
             total += rows @ rows.T
         for block in _blocks(parts, measure.plain, dtype):
             total += block @ block.T
-    for place in np.flatnonzero(~np.isfinite(np.diagonal(total))):
-        raise UpdateError(f"combine: part {place} is not finite or beyond all measure; drop that site and combine the others")
-    return total
+    _check_finite(np.diagonal(total))
+    return np.asarray((total + total.T) / 2.0)
 
 
 def distances(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
@@ -125,17 +127,18 @@ def distances(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
 
 
 def growth(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
-    """Coefficients (n, 3) of ``||s x||^2 = c0 s^2 + c1 s^3 + c2 s^4``: with two moving factors a product is not linear in s."""
+    """Coefficients (n, 3) of ``||s x||^2 = c0 s^2 + c1 s^3 + c2 s^4``: with two moving factors a product is not linear in s.
+
+    Raises:
+        UpdateError: a part is not finite.
+    """
     named = [part.named() for part in parts]
     still = Metric((), measure.lifts, measure.plain, measure.before)
     table = np.zeros((len(parts), 3))
     table[:, 0] = np.diagonal(gram(still, parts, np.float64))
     for pair in measure.pairs:
-        b, a = measure.before[pair.b], measure.before[pair.a]
-        for row, part in zip(table, named, strict=True):
-            once = Product(np.hstack([part[pair.b], b]), np.vstack([a, part[pair.a]]))
-            twice = Product(part[pair.b], part[pair.a])
-            row += factors.inner(once, once), 2.0 * factors.inner(once, twice), factors.inner(twice, twice)
+        table += growth_of_changes(*measure.moving(pair, named, np.float64))
+    _check_finite(table.sum(axis=1))
     return table
 
 
@@ -154,6 +157,11 @@ def resize(coefficients: NDArray[np.float64], length: float) -> float:
         middle = (low + high) / 2.0
         low, high = (middle, high) if size(middle) <= length**2 else (low, middle)
     return low
+
+
+def _check_finite(lengths: Matrix) -> None:
+    for place in np.flatnonzero(~np.isfinite(lengths)):
+        raise UpdateError(f"combine: part {place} is not finite or beyond all measure; drop that site and combine the others")
 
 
 def _apart(table: Matrix) -> Matrix:
