@@ -14,6 +14,7 @@ from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import AdapterError
 from fedpeft.methods.protocol import Method
+from fedpeft.methods.spec import check_base as check_quantization
 from fedpeft.tensors import Entry, Layout, Tensors
 
 T = TypeVar("T")
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 def make_spec(task: str, base: Base, method: Method, head: HeadSpec) -> AdapterSpec:
     """The spec of ``method`` with ``head`` on ``base``; a meta base is enough. Raises `AdapterError` when nothing matches."""
+    require_base(method, base)
     layout = _attached(base, method, head, lambda model: layout_of(method, model))
     return AdapterSpec(task, base.fingerprint.identity, base.spec.model, method, head, layout)
 
@@ -44,12 +46,21 @@ def initial(base: Base, spec: AdapterSpec, seed: int) -> Adapter:
 
 
 def check_base(base: Base, spec: AdapterSpec) -> None:
-    """Raise `AdapterError` unless ``spec`` was made for the weights, tokenizer and template of ``base``."""
+    """Raise `AdapterError` unless ``spec`` was made for the weights, tokenizer and template of ``base``, and trains on its precision."""
     if base.fingerprint.identity != spec.base:
         raise AdapterError(
             f"adapter {spec.task}: made for base {spec.base_model} ({spec.base[:12]}), this is {base.spec.model} "
             f"({base.fingerprint.identity[:12]}); load the base that the adapter names"
         )
+    require_base(spec.method, base)
+
+
+def require_base(method: Method, base: Base) -> None:
+    """Refuse a quantization on which ``method`` fails or silently becomes another. Raises `AdapterError`."""
+    from fedpeft.methods import SPECS
+
+    if method.kind in SPECS:
+        check_quantization(method.kind, SPECS[method.kind], base.spec.quantization)
 
 
 def layout_of(method: Method, model: nn.Module) -> Layout:

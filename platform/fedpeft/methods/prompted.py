@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
 
 OTHERS = "use lora, ia3, bottleneck or bitfit"
+NAMES = {"embedding.weight": "prompt_embeddings", "trainable_embedding": "prompt_embeddings"}
+"""As peft saves them."""
+
+CACHED = frozenset({"prefix", "cartridge"})
+"""Kinds whose virtual tokens are keys and values, handed over as a cache."""
 
 
 class Prompted(nn.Module):
@@ -32,7 +38,7 @@ class Prompted(nn.Module):
     def __init__(self, inner: Any, kind: str, head: HeadSpec) -> None:
         super().__init__()
         self.inner, self.kind, self.config = inner, kind, inner.config
-        self.lengthens = inner.active_peft_config.num_virtual_tokens if kind == "prompt" and head.kind == "lm" else 0
+        self.lengthens = inner.active_peft_config.num_virtual_tokens if kind not in CACHED and head.kind == "lm" else 0
 
     @property
     def shell(self) -> nn.Module:
@@ -44,7 +50,7 @@ class Prompted(nn.Module):
         """``input_ids`` (B, T) -> the shell's output; logits (B, labels), or (B, T, V) whatever the prompt's length."""
         if position_ids is not None and attention_mask is None and int((position_ids == 0).sum()) > len(input_ids):
             return self._packed(input_ids, position_ids, **rest)
-        if position_ids is not None and self.kind == "prefix":
+        if position_ids is not None and self.kind in CACHED:
             rest["position_ids"] = position_ids
         keep = rest.get("logits_to_keep")
         if isinstance(keep, Tensor):
@@ -61,9 +67,9 @@ class Prompted(nn.Module):
 
     def activation_checkpointing_enable(self, *settings: Any) -> None:
         """Checkpoint the shell. Raises `AdapterError` for a prefix, which the shell would drop without a word."""
-        if self.kind == "prefix":
+        if self.kind in CACHED:
             raise AdapterError(
-                f"prefix: checkpointing drops the cache that holds the prefix; set checkpoint_activations = false or {OTHERS}"
+                f"{self.kind}: checkpointing drops the cache that holds the prefix; set checkpoint_activations = false or {OTHERS}"
             )
         self.shell.activation_checkpointing_enable(*settings)  # type: ignore[operator]
 
@@ -79,8 +85,12 @@ class Prompted(nn.Module):
         return out
 
 
-def prompted(model: nn.Module, config: Any, kind: str, head: HeadSpec) -> nn.Module:
-    """Wrap ``model``. Raises `AdapterError` for an encoder-decoder, or where peft cannot read the model's sizes."""
+def prompted(model: nn.Module, config: Any, kind: str, head: HeadSpec, settle: Callable[[Any], None] | None = None) -> nn.Module:
+    """Wrap ``model``; ``settle`` may change peft's prompt model before its tensors are counted.
+
+    Raises:
+        AdapterError: an encoder-decoder, or peft cannot read the model's sizes.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         raise AdapterError(f"{kind}: {type(model).__name__} is an encoder-decoder, where the prompt's place is not settled; {OTHERS}")
     attached = begin(model, kind, head)
@@ -93,7 +103,10 @@ def prompted(model: nn.Module, config: Any, kind: str, head: HeadSpec) -> nn.Mod
         raise AdapterError(f"{kind}: peft cannot wrap {type(model).__name__}: {fault}; {OTHERS}") from fault
     for parameter in attached.head.values():
         parameter.requires_grad_(True)
-    attached.own["prompt_embeddings"] = inner.prompt_encoder[ADAPTER].embedding.weight
+    if settle is not None:
+        settle(inner)
+    encoder = inner.prompt_encoder[ADAPTER].named_parameters()
+    attached.own |= {NAMES.get(name, name): parameter for name, parameter in encoder if parameter.requires_grad}
     outer = Prompted(inner, kind, head).train(model.training)
     object.__setattr__(outer, MARK, attached)
     return outer
@@ -103,6 +116,7 @@ def _peft_model(model: nn.Module, config: Any) -> Any:
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(0)  # a tuner's frozen parts are the same at every site
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
         try:
             return get_peft_model(model, config, adapter_name=ADAPTER)

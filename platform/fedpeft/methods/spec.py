@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpeft.errors import AdapterError
+
 Family = Literal["adapter", "prompt", "scale-shift", "reparameterized", "selective", "hybrid", "quantized", "multi-task"]
 """The survey's taxonomy (Prompt tuning to PEFT, arXiv 2410.19878): the first three are additive, selective is its subtractive."""
 
-Source = Literal["trained", "seed", "base", "index"]
-"""Where a tensor's values come from: training, a seed of the config, the base's weights, or a table of positions."""
+Source = Literal["trained", "seed", "base", "index", "given"]
+"""Where values come from: training, a seed of the config, the base's weights, a table of positions, or other adapters."""
 
 Average = Literal[
     "linear",  # weights move by exactly the mean of the sites' weights
@@ -82,3 +84,16 @@ class MethodSpec:
         if self.average in EXACT:
             return "exact"
         return f"exact with {', '.join(self.exact_with)}" if self.exact_with else "heuristic"
+
+
+def check_base(kind: str, spec: MethodSpec, quantization: str) -> None:
+    """Refuse a base on which the method of ``spec`` would fail, or silently become something else.
+
+    Raises:
+        AdapterError: ``quantization`` is not among ``spec.bases``.
+    """
+    if quantization not in spec.bases:
+        raise AdapterError(
+            f"{kind}: does not train on a base with quantization {quantization!r}, only on {sorted(spec.bases)}; "
+            "change base.quantization, or use lora, which trains on all"
+        )

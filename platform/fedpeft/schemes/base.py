@@ -14,12 +14,39 @@ from fedpeft.errors import UpdateError
 from fedpeft.schemes.optimizers import ServerOptimizer, State
 from fedpeft.tensors import Layout, Tensors
 
-CHAINS = ("A B M", "A2 B2 M", "A B R", "down up", "alpha theta", "rotation source", "slow fast_down fast_up", "ladder rung gate top")
+CHAINS = (
+    "A B M",
+    "A2 B2 M",
+    "A B R",
+    "down up",
+    "alpha theta",
+    "rotation source",
+    "slow fast_down fast_up",
+    "ladder rung gate top",
+    "P E Q",
+    "P Q router router",
+    "w1a w1b w2a w2b",
+    "left middle right",
+    "skew skew scale",  # a pair with itself: a rotation is no linear function of what is trained
+    "reflectors reflectors",
+    "latent latent",
+    "logits logits bank",
+    "A B M scale",
+    "bias scale",
+    "delta scale",
+    "A B router",
+    "A B gate",
+    "down up gate",
+    "keys values gate",
+    "query key value",
+    "prompt row column",
+    "down up norm prompt",
+)
 MULTIPLY: tuple[frozenset[str], ...] = tuple(frozenset(pair) for chain in CHAINS for pair in combinations(chain.split(), 2))
 """Roles that enter the model as a product of one another; when both of a pair move, their product has cross terms."""
 
-FROZEN = frozenset({"index"})
-"""Roles that are part of an adapter from its first round on and that no round moves: positions of a sparse delta."""
+FROZEN = frozenset({"index", "expert"})
+"""Roles that are part of an adapter from its first round on and that no round moves: positions of a sparse delta, others' experts."""
 
 
 @dataclass(frozen=True)
