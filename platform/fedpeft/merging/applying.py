@@ -84,8 +84,8 @@ def _vectors(adapters: Sequence[Adapter], weights: Sequence[float], how: Rule, o
     from fedpeft.methods import SPECS
 
     layout = adapters[0].spec.layout
-    if any(adapter.spec.layout != layout for adapter in adapters):
-        raise AdapterError("merge: the adapters hold different tensors; merge adapters with the same targets and settings")
+    if any(adapter.spec.layout != layout or adapter.spec.method != adapters[0].spec.method for adapter in adapters):
+        raise AdapterError("merge: the adapters differ in their settings or tensors; merge adapters of equal settings and targets")
     out = Tensors(layout, adapters[0].tensors.flat.copy())
     for role in sorted(layout.roles - {"head"}):
         values = [adapter.tensors.pick({role}).flat for adapter in adapters]

@@ -39,6 +39,7 @@ ENTRIES = {
     "prompt": lambda settings: [Entry("prompt", "prompt_embeddings", (settings["tokens"], INNER))],
     "prefix": lambda settings: [Entry("prefix", "prompt_embeddings", (settings["tokens"], 2 * INNER))],
     "ia3": lambda settings: [Entry("scale", f"{m}.ia3_l", (1, INNER)) for m in MODULES],
+    "sparse-magnitude": lambda settings: [Entry(role, f"{MODULES[0]}.sparse_{role}", (6,)) for role in ("delta", "index")],
     "bitfit": lambda settings: [Entry("bias", f"{m}.bias", (OUT,)) for m in MODULES],
 }
 

@@ -194,6 +194,17 @@ def test_without_neutral_values_an_origin_is_asked_for(make):
         merge(adapters, [1.0, 1.0], CAT, origin=make("ia3"))
 
 
+def test_sparse_changes_are_merged_where_their_positions_agree(make):
+    one, two = (make("sparse-magnitude", seed=i) for i in range(2))
+    with pytest.raises(AdapterError, match="differ in their 'index'"):
+        merge([one, two], [1.0, 1.0], CAT)
+    two = Adapter(two.spec, two.tensors.patch(one.tensors.pick({"index"})))
+    out = merge([one, two], [1.0, -2.0], CAT)
+    assert (out.tensors.pick({"index"}).flat == one.tensors.pick({"index"}).flat).all()
+    deltas = [adapter.tensors.pick({"delta"}).flat for adapter in (one, two)]
+    np.testing.assert_allclose(out.tensors.pick({"delta"}).flat, deltas[0] - 2 * deltas[1], atol=1e-6)
+
+
 def test_heads_are_averaged_and_tasks_are_named(make):
     adapters = [make(seed=i, task=f"t{i}", head=LABELS, r=2) for i in range(2)]
     out = merge(adapters, [1.0, 3.0], CAT)
@@ -214,6 +225,8 @@ def test_what_cannot_be_merged_is_refused(make):
         merge([one, make("ia3")], [1.0, 1.0], CAT)
     with pytest.raises(AdapterError, match="differ in their head"):
         merge([one, make(r=2, head=LABELS)], [1.0, 1.0], CAT)
+    with pytest.raises(AdapterError, match="equal settings"):
+        merge([make("sparse-magnitude"), make("sparse-magnitude", targets=("mlp",))], [0.5, 0.5], CAT)
     with pytest.raises(AdapterError, match="not defined for bottleneck"):
         merge([make("bottleneck", dim=2)] * 2, [1.0, 1.0], make_rule("svd"))
     with pytest.raises(AdapterError, match="positive weights"):
