@@ -60,6 +60,8 @@ def parse(table: Mapping[str, Any], model: type[Model], where: str) -> Model:
 def build(table: Mapping[str, type[T]], value: Any, noun: str) -> T:
     """Build the plug-in that ``value["kind"]`` names in ``table`` from the other keys of ``value``.
 
+    A bare name stands for a table with that kind alone; a list, where ``table`` has a ``compose``, for one of several parts.
+
     Raises:
         ValueError: unknown kind, unknown key or a value of the wrong type; the message names what is allowed.
     """
@@ -67,6 +69,8 @@ def build(table: Mapping[str, type[T]], value: Any, noun: str) -> T:
         return value  # type: ignore[no-any-return]
     if isinstance(value, str):
         value = {"kind": value}
+    if isinstance(value, list) and "compose" in table:
+        value = {"kind": "compose", "parts": value}
     if not isinstance(value, Mapping) or "kind" not in value:
         raise ValueError(f"{noun}: needs a table with kind = one of {sorted(table)}")
     if value["kind"] not in table:

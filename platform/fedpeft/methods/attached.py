@@ -31,6 +31,8 @@ class Attached:
     own: dict[str, nn.Parameter] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
+    before: dict[int, nn.Parameter] = field(default_factory=dict)
+    """The parameters, by id, that the model had before: those of a hybrid's earlier parts are among them. Held, so that no id is reused."""
 
 
 def begin(model: nn.Module, kind: str, head: HeadSpec) -> Attached:
@@ -42,6 +44,7 @@ def begin(model: nn.Module, kind: str, head: HeadSpec) -> Attached:
     if hasattr(model, MARK):
         raise AdapterError(f"{kind}: {getattr(model, MARK).kind} is still attached to this {type(model).__name__}; detach it first")
     attached = Attached(kind, head_parameters(model) if head.kind == "classification" else {})
+    attached.before = {id(parameter): parameter for parameter in model.parameters()}
     model.requires_grad_(False)
     thaw(attached, model)
     object.__setattr__(model, MARK, attached)
@@ -111,10 +114,12 @@ def inject(model: nn.Module, config: Any, attached: Attached) -> None:
 
 
 def eject(model: nn.Module) -> None:
-    """Put the layers that peft wrapped back in their places."""
+    """Put the layers that this attachment's peft layers wrap back in their places."""
+    before = attached_to(model).before
     for name, layer in wrapped(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+        if any(id(parameter) not in before for key, parameter in layer.named_parameters() if not key.startswith("base_layer.")):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base_layer)
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -127,10 +132,11 @@ def wrapped(model: nn.Module) -> dict[str, Any]:
 
 
 def injected(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's saved key -> parameter of every tensor that peft's layers hold under our adapter's name."""
+    """PEFT's saved key -> parameter of every tensor that this attachment's peft layers hold under our adapter's name."""
     marker, found = f".{ADAPTER}", {}
+    before = attached_to(model).before
     for name, parameter in model.named_parameters():
-        if f"{marker}." in name or name.endswith(marker):
+        if id(parameter) not in before and (f"{marker}." in name or name.endswith(marker)):
             found[f"base_model.model.{name.replace(marker, '', 1)}"] = parameter
     return found
 

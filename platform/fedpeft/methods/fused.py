@@ -41,7 +41,7 @@ class Forward:
     def __init__(self, layer: Any, dropout: float, family: Family) -> None:
         from transformers.pytorch_utils import Conv1D
 
-        self.layer, self.base, self.dropout = layer, layer.get_base_layer(), dropout
+        self.layer, self.base, self.dropout = layer, layer.base_layer, dropout
         self.down, self.up, self.stock = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.forward
         self.turned = type(self.base) is Conv1D
         self.dense = (self.turned or type(self.base) is nn.Linear) and type(self.base.weight) is nn.Parameter
@@ -59,8 +59,11 @@ class Forward:
         return cast(Tensor, self.base.weight.t() if self.turned else self.base.weight)
 
     def plain(self, x: Tensor) -> bool:
-        """Whether ``x``, the factors and a frozen dense weight are of one dtype."""
-        return self.dense and x.dtype == self.down.weight.dtype == self.base.weight.dtype and not self.base.weight.requires_grad
+        """Whether ``x``, the factors and a frozen dense layer are of one dtype, and nothing else is hung on that layer."""
+        if not self.dense or self.base.weight.requires_grad or self.base._forward_hooks or self.base._forward_pre_hooks:
+            return False
+        fixed = self.base.bias is None or not self.base.bias.requires_grad
+        return fixed and x.dtype == self.down.weight.dtype == self.base.weight.dtype
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., I) -> (..., O)."""

@@ -35,11 +35,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_roles(model: nn.Module) -> dict[str, str]:
-    """Module name -> ``attention`` or ``mlp`` for every linear layer in the trunk's blocks, in module order."""
+    """Module name -> ``attention`` or ``mlp`` for every linear layer in the trunk's blocks, in module order.
+
+    A layer that peft has wrapped counts as the layer it wraps; what lies inside a linear layer is an adapter's and does not count.
+    """
     trunk = trunk_name(model)
     prefix = f"{trunk}." if trunk else ""
     inside = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
-    return {name: _role(name, inside) for name, module in inside.items() if is_linear(module) and _in_block(name)}
+    found: dict[str, str] = {}
+    last = ""
+    for name, module in inside.items():
+        if is_linear(bare(module)) and _in_block(name) and not (last and name.startswith(f"{last}.")):
+            found[name], last = _role(name, inside), name
+    return found
 
 
 def resolve(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -109,6 +117,13 @@ def _owner(name: str, role: str) -> str:
     end = max((i for i, part in enumerate(parents) if part.isdigit()), default=-1) + 1
     attention = (i + 1 for i in range(end, len(parents)) if role == "attention" and ATTENTION.search(parents[i]))
     return ".".join(parents[: next(attention, end)])
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The layer inside all wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def _in_block(name: str) -> bool:

@@ -32,7 +32,6 @@ CHAINS = (
     "latent latent",
     "logits logits bank",
     "A B M scale",
-    "bias scale",
     "delta scale",
     "A B router",
     "A B gate",
