@@ -25,8 +25,12 @@ class Store:
 
     def cell(self, experiment: str, arm: str, setting: Setting, job: Job, run: Run) -> float | None:
         """Final accuracy of a cell: read, or run and written; None where the time is up."""
-        facts = {"experiment": experiment, "arm": arm, "setting": asdict(setting), "job": asdict(job)}
-        path = self.folder / experiment / f"{arm}-r{job.rank}-s{job.seed}-lr{job.local.lr:g}-{job.split}-{_digest(facts)}.json"
+        facts = {"experiment": experiment, "arm": arm, "setting": asdict(setting), "job": _facts(job)}
+        path = (
+            self.folder
+            / experiment
+            / f"{arm.replace('/', '-')}-r{job.rank}-s{job.seed}-lr{job.local.lr:g}-{job.split}-{_digest(facts)}.json"
+        )
         if not path.exists():
             if time.monotonic() > self.deadline:
                 return None
@@ -44,6 +48,13 @@ def write(path: Path, value: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2), encoding="utf-8")
     os.replace(part, path)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """The job without what is left open."""
+    facts = asdict(job)
+    facts["local"] = {name: value for name, value in facts["local"].items() if value is not None}
+    return facts
 
 
 def _last(curve: dict[Any, float]) -> float:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 from tests.bench.orderings.cells import Store
 from tests.bench.orderings.folding import Folded
-from tests.bench.orderings.padding import Padded, Subset
+from tests.bench.orderings.padding import Padded
 from tests.bench.orderings.simulate import ByScheme, Job, Local, Rule, Setting, federate
 from tests.bench.orderings.world import World
 
-from fedpeft.schemes import FFA, Alternating, FedAvg, Phase
+from fedpeft.schemes import FFA, Alternating, FedAvg, Phase, Slots
 from fedpeft.tensors import Layout
 
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+HEAD_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+HEAD_RATE = 1e-1
+"""What `head_only` chose."""
 CHOICE_SEED = 100
 """Learning rates are chosen on this seed's partition and the validation rows; it is never reported."""
 
@@ -31,10 +34,11 @@ class HeadOnly(ByScheme):
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of a table: how its rule is made from the sites' shares, and A's share of the learning rate."""
+    """One row of a table: how its rule is made from the sites' shares, A's share of the learning rate, and the head's own."""
 
     make: Callable[[Shares], Rule]
     ratio: float = 1.0
+    head: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,16 @@ def lora_a2() -> Experiment:
 
 def head_only() -> Experiment:
     """The setting of `lora_a2` without an adapter: what its accuracies are to be read against."""
-    return replace(lora_a2(), name="head_only", arms={"head only": Arm(lambda _: HeadOnly(FedAvg()))}, ranks=(1,), choice_rank=1)
+    return replace(
+        lora_a2(), name="head_only", arms={"head only": Arm(lambda _: HeadOnly(FedAvg()))}, ranks=(1,), choice_rank=1, rates=HEAD_RATES
+    )
+
+
+def lora_a2_head() -> Experiment:
+    """`lora_a2` with the head at the learning rate that is best for it alone, so that arms differ in the factors only."""
+    found = lora_a2()
+    arms = {name: replace(arm, head=HEAD_RATE) for name, arm in found.arms.items()}
+    return replace(found, name="lora_a2_head", arms=arms, ranks=(1, 2))
 
 
 def restart() -> Experiment:
@@ -96,20 +109,22 @@ def restart_skewed() -> Experiment:
 
 
 def ranks() -> Experiment:
-    """Three skewed sites of ranks 4, 8 and 16: corrected rules against zero-padded values."""
+    """Three skewed sites of ranks 4, 8 and 16: corrected rules against zero-padded values, all at the best learning rate of the latter."""
     arms = {
         "zero-pad": Arm(lambda shares: Padded("zero", HETEROGENEOUS, shares)),
-        "slot mean": Arm(lambda shares: Padded("slot", HETEROGENEOUS, shares)),
-        "mass-corrected": Arm(lambda shares: Padded("mass", HETEROGENEOUS, shares)),
-        "random slots, deltas, both": Arm(lambda _: Subset(FedAvg(), HETEROGENEOUS)),
-        "random slots, deltas, alternating": Arm(lambda _: Subset(Alternating(), HETEROGENEOUS)),
+        "mass-corrected values": Arm(lambda shares: Padded("mass", HETEROGENEOUS, shares)),
+        "slots, delta, alternating": Arm(lambda _: ByScheme(Slots(), HETEROGENEOUS)),
+        "slots, delta, both": Arm(lambda _: ByScheme(Slots(factors="both", probes=0), HETEROGENEOUS)),
+        "slots, mass, both": Arm(lambda _: ByScheme(Slots(average="mass", factors="both"), HETEROGENEOUS)),
+        "slot mean of values": Arm(lambda shares: Padded("slot", HETEROGENEOUS, shares)),
     }
-    return Experiment("ranks", Setting(3, 0.1, 25, 5), arms, (16,), (0, 1, 2, 3, 4), 16)
+    return Experiment("ranks", Setting(3, 0.1, 20, 5), arms, (16,), (0, 1, 2, 3, 4), 16, rates_by="zero-pad")
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "lora_a2": lora_a2,
     "head_only": head_only,
+    "lora_a2_head": lora_a2_head,
     "restart": restart,
     "ranks": ranks,
     "restart_skewed": restart_skewed,
@@ -131,7 +146,7 @@ def conduct(world: World, experiment: Experiment, store: Store) -> Outcome:
     for seed in experiment.seeds:
         for rank in experiment.ranks:
             for name, arm in experiment.arms.items():
-                job = Job(rank, seed, Local(rates[name], arm.ratio))
+                job = Job(rank, seed, Local(rates[name], arm.ratio, arm.head))
                 accuracy[name][rank][seed] = _cell(world, experiment, store, name, job)
     return Outcome(rates, choice, accuracy)
 
@@ -145,7 +160,7 @@ def choose(world: World, experiment: Experiment, store: Store) -> dict[str, dict
 
 
 def _choice(experiment: Experiment, arm: str, rate: float) -> Job:
-    return Job(experiment.choice_rank, CHOICE_SEED, Local(rate, experiment.arms[arm].ratio), "validation")
+    return Job(experiment.choice_rank, CHOICE_SEED, Local(rate, experiment.arms[arm].ratio, experiment.arms[arm].head), "validation")
 
 
 def _cell(world: World, experiment: Experiment, store: Store, arm: str, job: Job) -> float | None:

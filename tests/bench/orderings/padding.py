@@ -2,8 +2,8 @@
 
 The first three send values, and a site's model has only its own first slots: ``zero`` averages with zeros in the missing slots
 (HetLoRA-like, Cho et al. 2024, arXiv 2401.06432), so that a slot's product shrinks by its mass squared; ``slot`` divides both
-factors by the mass (RBLA, arXiv 2408.08699); ``mass`` divides one, which leaves the mean of the sites' products. `Subset`
-averages deltas: every site has all slots in the forward pass and trains a random few of them.
+factors by the mass (RBLA, arXiv 2408.08699); ``mass`` divides one, which leaves the mean of the sites' products. The platform's own
+scheme for this, `fedpeft.schemes.Slots`, averages deltas instead, with all slots in every site's forward pass.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.bench.orderings.simulate import ByScheme, Mask, Place
+from tests.bench.orderings.simulate import Mask, Place
 
 from fedpeft.adapters.live import Live
 from fedpeft.schemes import Phase
-from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.tensors import Layout, Tensors
 
 Slots = NDArray[np.float32]
 AXIS = {"A": 0, "B": 1}
@@ -63,17 +63,6 @@ class Padded:
         return np.asarray(self.shares) @ has
 
 
-@dataclass
-class Subset(ByScheme):
-    """A scheme over deltas under which each site trains as many random slots as its rank, drawn anew in each round."""
-
-    def mask(self, layout: Layout, phase: Phase, place: Place) -> Mask | None:
-        """The chosen slots, and all that has no slots."""
-        rank = max(self.ranks)
-        chosen = np.random.default_rng([place.seed, place.round, place.site]).permutation(rank) < self.ranks[place.site]
-        return np.concatenate([_spread(entry, chosen).ravel() for entry in layout.subset(phase.trains).entries])
-
-
 def scaled(adapter: Tensors, factors: dict[str, Slots]) -> Tensors:
     """Each slot of the roles in ``factors`` times its factor (r,)."""
     out = Tensors(adapter.layout, adapter.flat.copy())
@@ -82,9 +71,3 @@ def scaled(adapter: Tensors, factors: dict[str, Slots]) -> Tensors:
         if entry.role in factors:
             views[entry.name][...] *= np.expand_dims(factors[entry.role], 1 - AXIS[entry.role])
     return out
-
-
-def _spread(entry: Entry, chosen: Mask) -> Mask:
-    if entry.role not in AXIS:
-        return np.ones(entry.shape, np.bool_)
-    return np.broadcast_to(np.expand_dims(chosen, 1 - AXIS[entry.role]), entry.shape)

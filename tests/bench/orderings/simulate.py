@@ -38,14 +38,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Local:
-    """How a site trains: the learning rate, and A's share of it."""
+    """How a site trains: the learning rate, A's share of it, and the head's own (None: the same)."""
 
     lr: float
     ratio: float = 1.0
+    head: float | None = None
 
     def settings(self, setting: Setting) -> TrainSettings:
         """Adam as the loop has it, fresh in each round."""
-        return TrainSettings(steps=setting.steps, batch_size=setting.batch, lr=self.lr, lr_by_role={"A": self.lr * self.ratio})
+        rates = {"A": self.lr * self.ratio, "head": self.head or self.lr}
+        return TrainSettings(steps=setting.steps, batch_size=setting.batch, lr=self.lr, lr_by_role=rates)
 
 
 @dataclass(frozen=True)
