@@ -26,14 +26,14 @@ def average(setup: Setup, row: TaskRound, current: Tensors, gathered: Gathered) 
     """The mean that `Scheme.advance` takes.
 
     Raises:
-        UpdateError: the rule cannot work with what came: too few parts, not finite, or of another layout.
+        UpdateError: the rule cannot work with what came: too few parts, or of another layout.
     """
     try:
         mean = _mean(setup, row, current, gathered)
     except CohortError as fault:
         raise UpdateError(str(fault)) from None
-    if mean.layout != mean_layout(setup, row) or not mean.finite:
-        raise UpdateError(f"task {row.task}: the mean is not finite or of another layout; look for a diverging site")
+    if mean.layout != mean_layout(setup, row):
+        raise UpdateError(f"task {row.task}: what was made of the parts has roles {sorted(mean.layout.roles)}; do scheme and rule fit?")
     return mean
 
 
