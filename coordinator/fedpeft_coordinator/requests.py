@@ -28,6 +28,7 @@ class Writer:
     state: Callable[[TaskRound], State]
     centroids: Centroids = field(default_factory=dict)
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
+    _controls: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def train(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
         """The request to train ``tasks`` of ``plan``; ``whole`` sends the adapters complete, whatever the site has."""
@@ -75,9 +76,11 @@ class Writer:
         scheme = self.setup.scheme
         if not isinstance(scheme, Controls):
             return {}
-        control = scheme.control(self.setup.tasks[plan.task].layout, phase_of(plan), self.state(plan))
-        message.control_digest = control.digest
-        return {control_key(plan.task): flat.pack(control.layout.fingerprint, control.flat)}
+        if plan.task not in self._controls:
+            control = scheme.control(self.setup.tasks[plan.task].layout, phase_of(plan), self.state(plan))
+            self._controls[plan.task] = control.digest, flat.pack(control.layout.fingerprint, control.flat)
+        message.control_digest, packed = self._controls[plan.task]
+        return {control_key(plan.task): packed}
 
     def _want_card(self, message: TaskPlan) -> None:
         """Ask for embeddings until the task's centroid is known; then for the cosines to it."""
