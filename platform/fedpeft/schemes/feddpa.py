@@ -8,7 +8,7 @@ from typing import ClassVar
 from fedpeft.schemes.base import Phase, SiteContext, check_round, difference, move
 from fedpeft.schemes.modes import MODES, Factors
 from fedpeft.schemes.optimizers import ServerOptimizer, State
-from fedpeft.schemes.pairing import require
+from fedpeft.schemes.pairing import require_roles
 from fedpeft.tensors import Layout, Tensors
 
 PRIVATE = frozenset({"A2", "B2"})
@@ -29,7 +29,7 @@ class FedDPA:
 
     def check(self, layout: Layout) -> None:
         """The method needs its second pair."""
-        require(self.kind, layout, PRIVATE | {"A", "B"}, 'set method.kind = "lora" and method.extra to the private rank, such as 8')
+        require_roles(self.kind, layout, PRIVATE | {"A", "B"}, 'set method.kind = "lora" and method.extra to the private rank, such as 8')
 
     def roles(self, layout: Layout) -> frozenset[str]:
         """All but the private pair."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from fedpeft.schemes.base import Phase, SiteContext, check_round, difference, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
-from fedpeft.schemes.pairing import require
+from fedpeft.schemes.pairing import require_roles
 from fedpeft.tensors import Layout, Tensors
 
 
@@ -28,7 +28,7 @@ class FedSA:
 
     def check(self, layout: Layout) -> None:
         """Two factors are needed, one to share and one to keep."""
-        require(self.kind, layout, frozenset("AB"), 'set method.kind = "lora", or scheme.kind = "fedavg"')
+        require_roles(self.kind, layout, frozenset("AB"), 'set method.kind = "lora", or scheme.kind = "fedavg"')
 
     def roles(self, layout: Layout) -> frozenset[str]:
         """All but what stays at the sites."""

@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from fedpeft.schemes.base import Phase, SiteContext, check_round, difference, linear, move
 from fedpeft.schemes.optimizers import ServerOptimizer, State
-from fedpeft.schemes.pairing import check_rank, forget, require
+from fedpeft.schemes.pairing import check_rank, forget, require_roles
 from fedpeft.tensors import Layout, Tensors
 
 CORE = frozenset("ABR")
@@ -42,7 +42,7 @@ class FedSB:
 
     def check(self, layout: Layout) -> None:
         """The method `core` is needed, of a rank that can be orthonormal."""
-        require(self.kind, layout, CORE, 'set method.kind = "core"')
+        require_roles(self.kind, layout, CORE, 'set method.kind = "core"')
         check_rank(self.kind, layout)
 
     def roles(self, layout: Layout) -> frozenset[str]:

@@ -28,16 +28,20 @@ def every_pair(layout: Layout, roles: frozenset[str]) -> tuple[Pair, ...]:
     return tuple(pair for both in PAIRS if set(both) <= roles & layout.roles for pair in matrices(layout, both))
 
 
+def require_roles(kind: str, layout: Layout, roles: frozenset[str], fix: str) -> None:
+    """Refuse a layout without ``roles``. Raises `UpdateError` with ``fix``, the setting to change."""
+    if not roles <= layout.roles:
+        raise UpdateError(f"scheme {kind}: needs tensors of roles {sorted(roles)}, this adapter has {sorted(layout.roles)}; {fix}")
+
+
 def require(kind: str, layout: Layout, roles: frozenset[str], fix: str) -> None:
     """Refuse a layout without ``roles``, or whose B and A do not multiply as matrices.
 
     Raises:
         UpdateError: with ``fix``, the setting to change.
     """
-    missing = sorted(roles - layout.roles)
-    if missing:
-        raise UpdateError(f"scheme {kind}: needs tensors of roles {sorted(roles)}, this adapter has {sorted(layout.roles)}; {fix}")
-    if "R" not in roles and not matrices(layout):
+    require_roles(kind, layout, roles, fix)
+    if not matrices(layout):
         raise UpdateError(f"scheme {kind}: A and B of this adapter do not multiply as matrices (out, r) by (r, in); {fix}")
 
 

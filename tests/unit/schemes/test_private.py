@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
 from fedpeft.schemes import SGD, FedDPA, FedSA, SiteContext, check_start
-from fedpeft.tensors import Tensors
+from fedpeft.tensors import Entry, Layout, Tensors
 
 SCHEMES = [FedSA(share, head) for share in "AB" for head in ("shared", "private")] + [FedDPA(f) for f in ("alternating", "both", "ffa")]
 
@@ -46,6 +46,7 @@ def test_which_roles_stay(layouts):
         FedDPA().check(lora)
     with pytest.raises(UpdateError, match=r"method\.kind"):
         FedSA().check(layouts["ia3"])
+    FedSA().check(Layout.of([Entry("A", "q.lambda_d", (4,)), Entry("B", "q.lambda_b", (6,))]))
 
 
 def test_a_zero_b_may_train_where_both_factors_do(layouts, draw):
