@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 Dim = Annotated[int, Field(ge=1)]
 
 
+def initial(method: Houlsby | Pfeiffer | Parallel, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
+    """``down`` uniform over its fan-in, ``up`` and biases zero, head fresh."""
+    if entry.role == "head":
+        return values.head(entry, rng, config)
+    return values.uniform_fan_in(entry, rng) if entry.role == "down" and len(entry.shape) == 2 else values.zeros(entry)
+
+
 @dataclass(frozen=True)
 class Houlsby:
     """``y + up(gelu(down(y)))`` on what each attention and each MLP writes, before the residual (arXiv 1902.00751).
@@ -34,6 +41,7 @@ class Houlsby:
     dim: Dim = 32
 
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
@@ -46,10 +54,6 @@ class Houlsby:
         add_bottlenecks(model, begin, head, self.dim, self.kind, ("attention", "mlp"))
         return model
 
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """``down`` uniform over its fan-in, ``up`` and biases zero, head fresh."""
-        return _initial(entry, rng, config)
-
 
 @dataclass(frozen=True)
 class Pfeiffer:
@@ -61,6 +65,7 @@ class Pfeiffer:
     dim: Dim = 48
 
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
@@ -72,10 +77,6 @@ class Pfeiffer:
 
         add_bottlenecks(model, begin, head, self.dim, self.kind, ("mlp",))
         return model
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """``down`` uniform over its fan-in, ``up`` and biases zero, head fresh."""
-        return _initial(entry, rng, config)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Parallel:
     scale: Annotated[float, Field(gt=0)] = 4.0
 
     entries = shared.entries
+    initial = initial
     peft_config = shared.peft_config
     detach = shared.detach
 
@@ -102,16 +104,6 @@ class Parallel:
         add_parallel(model, head, self.dim)
         return model
 
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """``down`` uniform over its fan-in, ``up`` and biases zero, head fresh."""
-        return _initial(entry, rng, config)
-
     def lr_scale(self, role: str) -> float:
         """The folded scale for ``up``, 1 for all else."""
         return self.scale if role == "up" else 1.0
-
-
-def _initial(entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32]:
-    if entry.role == "head":
-        return values.head(entry, rng, config)
-    return values.uniform_fan_in(entry, rng) if entry.role == "down" and len(entry.shape) == 2 else values.zeros(entry)

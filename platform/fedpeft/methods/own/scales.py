@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
+def initial(method: Ssf | Peqa, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
+    """Scales 1, shifts 0, head fresh."""
+    if entry.role == "head":
+        return values.head(entry, rng, config)
+    return np.full(entry.shape, 1.0 if entry.role == "scale" else 0.0, np.float32)
+
+
 @dataclass(frozen=True)
 class Ssf:
     """``scale * y + shift`` on what the target layers and all norms of the blocks put out (Lian et al. 2022)."""
@@ -35,6 +42,7 @@ class Ssf:
     targets: Targets = ("all",)
 
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
@@ -45,10 +53,6 @@ class Ssf:
 
         add_scales(model, head, self.kind, self.targets, norms=True)
         return model
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Scales 1, shifts 0, head fresh."""
-        return _initial(entry, rng, config)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Peqa:
     targets: Targets = ("all",)
 
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
@@ -75,13 +80,3 @@ class Peqa:
 
         add_scales(model, head, self.kind, self.targets, norms=False)
         return model
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Scales 1, head fresh."""
-        return _initial(entry, rng, config)
-
-
-def _initial(entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32]:
-    if entry.role == "head":
-        return values.head(entry, rng, config)
-    return np.full(entry.shape, 1.0 if entry.role == "scale" else 0.0, np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,25 @@ if TYPE_CHECKING:
 
     from fedpeft.bases.spec import HeadSpec
 
+    Sparse: TypeAlias = "SparseMagnitude | SparseFisher | SparseLottery | SparseSeed"
+
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
+
+
+def attach(method: Sparse, model: nn.Module, head: HeadSpec) -> nn.Module:
+    """Hook the layers in place and return ``model``. Raises `AdapterError` when no layer matches."""
+    from fedpeft.methods.own.deltas import add_deltas
+
+    add_deltas(model, head, method.kind, method.targets, method.density, getattr(method, "seed", None))
+    return model
+
+
+def initial(method: Sparse, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
+    """Deltas zero, positions from the base, head fresh."""
+    if entry.role == "head":
+        return values.head(entry, rng, config)
+    return values.zeros(entry) if entry.role == "delta" else None
 
 
 @dataclass(frozen=True)
@@ -36,18 +53,12 @@ class SparseMagnitude:
     density: Density = 0.005
     targets: Targets = ("all",)
 
+    attach = attach
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
-
-    def attach(self, model: nn.Module, head: HeadSpec) -> nn.Module:
-        """Hook the layers in place and return ``model``. Raises `AdapterError` when no layer matches."""
-        return _attach(self, model, head)
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Deltas zero, positions from the base, head fresh."""
-        return _initial(entry, rng, config)
 
 
 @dataclass(frozen=True)
@@ -65,18 +76,12 @@ class SparseFisher:
     density: Density = 0.005
     targets: Targets = ("all",)
 
+    attach = attach
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
-
-    def attach(self, model: nn.Module, head: HeadSpec) -> nn.Module:
-        """Hook the layers in place and return ``model``. Raises `AdapterError` when no layer matches."""
-        return _attach(self, model, head)
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Deltas zero, positions from the base, head fresh."""
-        return _initial(entry, rng, config)
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,12 @@ class SparseLottery:
     density: Density = 0.005
     targets: Targets = ("all",)
 
+    attach = attach
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
-
-    def attach(self, model: nn.Module, head: HeadSpec) -> nn.Module:
-        """Hook the layers in place and return ``model``. Raises `AdapterError` when no layer matches."""
-        return _attach(self, model, head)
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Deltas zero, positions from the base, head fresh."""
-        return _initial(entry, rng, config)
 
 
 @dataclass(frozen=True)
@@ -118,30 +117,9 @@ class SparseSeed:
     targets: Targets = ("all",)
     seed: Annotated[int, Field(ge=0)] = 0
 
+    attach = attach
     entries = shared.entries
+    initial = initial
     lr_scale = shared.unscaled
     peft_config = shared.peft_config
     detach = shared.detach
-
-    def attach(self, model: nn.Module, head: HeadSpec) -> nn.Module:
-        """Hook the layers in place and return ``model``. Raises `AdapterError` when no layer matches."""
-        return _attach(self, model, head, self.seed)
-
-    def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """Deltas zero, head fresh."""
-        return _initial(entry, rng, config)
-
-
-def _attach(
-    method: SparseMagnitude | SparseFisher | SparseLottery | SparseSeed, model: nn.Module, head: HeadSpec, seed: int | None = None
-) -> nn.Module:
-    from fedpeft.methods.own.deltas import add_deltas
-
-    add_deltas(model, head, method.kind, method.targets, method.density, seed)
-    return model
-
-
-def _initial(entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-    if entry.role == "head":
-        return values.head(entry, rng, config)
-    return values.zeros(entry) if entry.role == "delta" else None
