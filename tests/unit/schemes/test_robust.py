@@ -25,7 +25,7 @@ from fedpeft.schemes.robust import (
 )
 from fedpeft.schemes.robust.coordinates import COLUMNS
 from fedpeft.schemes.robust.geometry import distances, gram, growth, metric, resize
-from fedpeft.schemes.robust.rule import shares
+from fedpeft.schemes.robust.rule import blend, shares
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 
@@ -141,6 +141,15 @@ def test_a_factor_whose_partner_stays_at_the_sites_is_measured_as_it_is(layouts,
     current = current.patch(Tensors.zeros(layout.subset({"B"})))
     table = np.stack([part.values.flat.astype(np.float64) for part in parts])
     np.testing.assert_allclose(distances(metric(current, phase), [part.values for part in parts]), apart(table), rtol=1e-5)
+
+
+def test_factors_that_do_not_pair_are_measured_as_they_are(draw):
+    """Several B on one A."""
+    shared = Layout.of([Entry("A", "q.A", (2, 6)), Entry("B", "q.B.0", (5, 2)), Entry("B", "q.B.1", (5, 2))])
+    for phase in (Phase("all", frozenset({"A", "B"})), Phase("B", frozenset({"B"}))):
+        current, parts = drawn(shared, phase, 5, draw)
+        table = np.stack([part.values.flat.astype(np.float64) for part in parts])
+        np.testing.assert_allclose(distances(metric(current, phase), [part.values for part in parts]), apart(table), rtol=1e-5)
 
 
 # coordinates ---------------------------------------------------------------------------------------------------------------
@@ -436,6 +445,15 @@ def test_buckets_from_the_groups_sums_alone_are_buckets_of_the_parts(layouts, dr
         Buckets(3).combine_sums(current, [Update.encode(parts[0].values, 1.0, {}, grid)], phase)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, count=st.integers(1, 8))
+def test_a_blend_is_summed_in_float64(layouts, draw, seed, count):
+    _, parts = drawn(layouts["ia3"], FedAvg().phase(1, layouts["ia3"]), count, draw, seed)
+    weights = np.random.default_rng(seed).uniform(-1.0, 1.0, count)
+    exact = weights @ np.stack([part.values.flat.astype(np.float64) for part in parts])
+    np.testing.assert_allclose(blend(parts, weights).flat, exact, rtol=6.1e-8, atol=1e-15)
+
+
 # table and faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -489,9 +507,10 @@ def test_rules_by_coordinate_are_refused_where_a_product_moves(layouts, draw, ru
     for name in ("lora", "bottleneck", "dora"):
         phase = FedAvg().phase(1, layouts[name])
         current, parts = drawn(layouts[name], phase, 20, draw)
-        with pytest.raises(UpdateError, match=r"multiply and move in one round.*scheme alternating or ffa"):
+        with pytest.raises(UpdateError, match=r"multiply and move in one round.*\(alternating, ffa\)"):
             rule.combine(current, parts, phase)
-    rule.check(layouts["ia3"], FedAvg().phase(1, layouts["ia3"]))
+    rule.check(layouts["prompt"], FedAvg().phase(1, layouts["prompt"]))
+    rule.check(Layout.of([Entry("skew", "q.skew", (3, 3))]), Phase("all", frozenset({"skew"})))
     rule.check(layouts["lora"], FFA().phase(1, layouts["lora"]))
 
 

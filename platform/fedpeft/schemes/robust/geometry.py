@@ -6,7 +6,7 @@ LoRA's factors are fixed only up to ``(B R, R^-1 A)``, so parts are measured by 
 - one factor travels: ``||dB||_A = ||dB A||``. With ``A A' = L L'`` that is the Euclidean norm of ``dB L``;
 - the core of LoRA-XS travels: ``||B dR A||`` in the same way from both sides;
 - every other role: the Euclidean norm. (A bottleneck's halves have a nonlinearity between them and no product; a factor whose
-  partner each site keeps to itself has no product that the coordinator could know.)
+  partner each site keeps to itself has no product that the coordinator could know; several B on one A, and convolutions, do not pair.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft import factors
-from fedpeft.errors import UpdateError
+from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.factors import Matrix, Pair
 from fedpeft.schemes.base import Phase
 from fedpeft.schemes.robust.moving import Table, growth_of_changes, inner_changes
@@ -76,7 +76,7 @@ def check_metric(kind: str, layout: Layout, phase: Phase) -> None:
 
 
 def metric(current: Tensors, phase: Phase) -> Metric:
-    """The metric of ``phase`` at ``current``. Raises `AdapterError` when factors do not fit one another."""
+    """The metric of ``phase`` at ``current``; factors that do not pair one to one as matrices are measured as they are."""
     layout, named = current.layout, current.named()
     moved = layout.roles & phase.roles
     if {"R", "A", "B"} <= layout.roles and "R" in moved:
@@ -86,8 +86,11 @@ def metric(current: Tensors, phase: Phase) -> Metric:
     for roles in FACTORS:
         if not set(roles) <= layout.roles - phase.private or not moved & set(roles):
             continue
+        try:
+            found = factors.pairs(layout, roles)
+        except AdapterError:
+            continue
         plain -= set(roles)
-        found = factors.pairs(layout, roles)
         if set(roles) <= moved:
             moving += found
         else:

@@ -64,10 +64,10 @@ def refuse_products(kind: str, layout: Layout, phase: Phase) -> None:
     """Raise `UpdateError` where two roles that multiply move together: a rule per coordinate would take B and A from different sites."""
     moved = layout.roles & phase.roles
     for pair in MULTIPLY:
-        if pair <= moved:
+        if len(pair) > 1 and pair <= moved:
             raise UpdateError(
                 f"{kind}: roles {sorted(pair)} multiply and move in one round, and coordinates taken one by one make a product of no "
-                "site; use scheme alternating or ffa, or combine krum, multikrum or rfa"
+                "site; use a scheme that moves one at a time (alternating, ffa), or combine krum, multikrum or rfa"
             )
 
 
@@ -102,5 +102,5 @@ def mean(parts: Sequence[Part], places: Sequence[int]) -> Tensors:
 def _block(used: list[tuple[float, Flat]], span: slice, size: int) -> Shares:
     total, scratch = np.zeros(size), np.empty(size)
     for weight, flat in used:
-        np.add(total, np.multiply(flat[span], weight, out=scratch), out=total)
+        np.add(total, np.multiply(flat[span], weight, out=scratch, dtype=np.float64), out=total)
     return total
