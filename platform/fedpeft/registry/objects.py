@@ -10,8 +10,8 @@ from pathlib import Path
 from fedpeft.adapters.folder import write_folder
 from fedpeft.errors import StorageError
 from fedpeft.registry import disk
-from fedpeft.registry.keys import Keys
 from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, sha256
+from fedpeft.signing import Keys
 
 
 @dataclass(frozen=True)

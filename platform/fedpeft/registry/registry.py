@@ -23,10 +23,10 @@ from fedpeft.adapters import Adapter
 from fedpeft.adapters.folder import contents, write_folder
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.registry import disk, log
-from fedpeft.registry.keys import Keys
 from fedpeft.registry.log import Action, Entry
 from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, complete
 from fedpeft.registry.objects import Objects
+from fedpeft.signing import Keys
 
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,99}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -58,7 +58,7 @@ class Registry:
     @cached_property
     def objects(self) -> Objects:
         """The stored versions."""
-        return Objects(self.root / "objects", Keys(self.root / "keys"))
+        return Objects(self.root / "objects", Keys(self.root / "keys", "manifest v1"))
 
     def publish(self, adapter: Adapter, manifest: Manifest, origin: str = "") -> Version:
         """Store ``adapter`` with its lineage and make it its task's latest version.

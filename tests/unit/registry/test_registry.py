@@ -233,7 +233,7 @@ def test_a_forged_manifest_is_caught_by_its_signature(registry, make_adapter):
     target = registry.objects.path(forged.digest)
     version.path.rename(target)
     (target / "manifest.json").write_bytes(forged.to_bytes())
-    assert any("does not match the manifest" in fault for fault in registry.objects.faults(forged.digest))
+    assert any("does not match what it was made for" in fault for fault in registry.objects.faults(forged.digest))
 
 
 def test_a_missing_object_is_named(registry, make_adapter):

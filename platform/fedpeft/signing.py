@@ -1,4 +1,4 @@
-"""Ed25519 signatures of manifests: a registry's own key, and the public keys of those it pulled from."""
+"""Ed25519 signatures for one purpose each: a folder's own key, and the public keys that it trusts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,31 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedpeft.errors import StorageError
 from fedpeft.files import write_atomic
-from fedpeft.registry import disk
-
-CONTEXT = b"fedpeft manifest v1\n"
-"""Prefix of what is signed, so that a signature of a manifest is a signature of nothing else."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The ``folder`` holds ``signing.key`` (mode 0600, made at the first signature), ``signing.pub`` and ``trusted/*.pub``, all PEM."""
+    """The ``folder`` holds ``signing.key`` (mode 0600, made at the first signature), ``signing.pub`` and ``trusted/*.pub``, all PEM.
+
+    ``purpose`` is part of what is signed, so that a signature of a manifest, say, is a signature of nothing else.
+    """
 
     folder: Path
+    purpose: str
+
+    @property
+    def context(self) -> bytes:
+        """What comes before the signed data."""
+        return f"fedpeft {self.purpose}\n".encode()
+
+    def public(self) -> str:
+        """The own public key (hex of 32 bytes), made where there is none. Raises `StorageError`."""
+        return _hex(self._private().public_key())
 
     def sign(self, data: bytes) -> bytes:
         """A detached signature of ``data`` as JSON that names the signer's public key. Raises `StorageError`, `OSError`."""
         private = self._private()
-        table = {"key": _hex(private.public_key()), "signature": private.sign(CONTEXT + data).hex()}
+        table = {"key": _hex(private.public_key()), "signature": private.sign(self.context + data).hex()}
         return (json.dumps(table, sort_keys=True) + "\n").encode()
 
     def fault(self, data: bytes, signature: bytes) -> str | None:
@@ -47,9 +56,9 @@ class Keys:
         if key.hex() not in self.known():
             return f"signed by unknown key {key.hex()[:16]}; pull it from its own registry, or put that key into {self.folder}/trusted"
         try:
-            Ed25519PublicKey.from_public_bytes(key).verify(mark, CONTEXT + data)
+            Ed25519PublicKey.from_public_bytes(key).verify(mark, self.context + data)
         except (InvalidSignature, ValueError):
-            return f"the signature by key {key.hex()[:16]} does not match the manifest"
+            return f"the signature by key {key.hex()[:16]} does not match what it was made for"
         return None
 
     @staticmethod
@@ -58,7 +67,7 @@ class Keys:
         try:
             return bytes.fromhex(json.loads(signature)["key"]).hex()
         except (ValueError, KeyError, TypeError):
-            raise StorageError("manifest.sig: torn; pull the version again") from None
+            raise StorageError("signature: torn; get what it signs again") from None
 
     def known(self) -> frozenset[str]:
         """Public keys (hex of 32 bytes) whose signatures count. Raises `StorageError` when one cannot be read."""
@@ -81,7 +90,7 @@ class Keys:
         if not path.exists():
             self._make(path, public)
         try:
-            key = load_pem_private_key(disk.read(path), None)
+            key = load_pem_private_key(_read(path), None)
         except (ValueError, TypeError) as fault:
             raise StorageError(f"{path}: not a private key ({fault}); restore it from a backup") from None
         if not isinstance(key, Ed25519PrivateKey):
@@ -100,9 +109,16 @@ class Keys:
         write_atomic(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as fault:
+        raise StorageError(f"{path}: cannot be read: {fault.strerror or fault}; restore the key from a backup") from None
+
+
 def _public(path: Path) -> Ed25519PublicKey:
     try:
-        key = load_pem_public_key(disk.read(path))
+        key = load_pem_public_key(_read(path))
     except ValueError as fault:
         raise StorageError(f"{path}: not a public key ({fault}); restore or remove it") from None
     if not isinstance(key, Ed25519PublicKey):
