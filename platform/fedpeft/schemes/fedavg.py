@@ -17,7 +17,7 @@ from fedpeft.tensors import Layout, Tensors
 class FedAvg:
     """Every role moves in every round; with two free factors the product misses the cross term Σ p_i (B_i - B̄)(A_i - Ā).
 
-    ``probes`` columns per module travel beside the deltas and say how large that term is (`drift`); 0 sends none.
+    ``probes`` columns of at most 64 values per module travel beside the deltas and say how large that term is (`drift`); 0 sends none.
     """
 
     kind: ClassVar[str] = "fedavg"

@@ -101,17 +101,20 @@ class Sketch:
 
     def _recovered(self, current: Tensors, mean: Tensors, phase: Phase) -> dict[Pair, Product]:
         """The cross terms that the probes confirm."""
-        named, seed, probe_seed = mean.named(), _seed(current, phase), current.pick(phase.roles).digest
-        found = {}
+        return {pair: cross for pair, (cross, left) in self.tried(current, mean, phase).items() if left < WORST}
+
+    def tried(self, current: Tensors, mean: Tensors, phase: Phase) -> dict[Pair, tuple[Product, float]]:
+        """Each module's rebuilt cross term, and the share of C that it leaves unexplained, told by the probes (1 where C is zero)."""
+        named, seed, found = mean.named(), _seed(current, phase), {}
         for pair in matrices(current.layout):
             moved = _product(named, pair)
             y, z = self._sketch(seed, pair, moved)
             psi = signs(f"psi {seed} {pair.b}", (self.width, len(moved.b)))
             cross = recover(named[f"sketch/y/{pair.b}"] - y, named[f"sketch/z/{pair.a}"] - z, psi)
-            w = drift.columns(probe_seed, pair, moved.a.shape[1], self.probes)
-            seen = named[f"probe/{pair.b}"] - moved.b @ (moved.a @ w)
-            if np.linalg.norm(seen - cross.b @ (cross.a @ w)) < WORST * np.linalg.norm(seen):
-                found[pair] = cross
+            probe = drift.Probe.of(seed, pair, (len(moved.b), moved.a.shape[1]), self.probes)
+            seen = named[f"probe/{pair.b}"].astype(np.float64) - probe(moved)
+            size = float(np.linalg.norm(seen))
+            found[pair] = cross, float(np.linalg.norm(seen - probe(cross))) / size if size else 1.0
         return found
 
 

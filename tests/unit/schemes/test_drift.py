@@ -40,11 +40,17 @@ def turned(tensors, rng):
     return out
 
 
-@pytest.mark.parametrize("scheme", [FedAvg(4), FedRot(rotate=0.0), Slots(factors="both")], ids=lambda scheme: scheme.kind)
-def test_four_probes_tell_the_drift(scheme, square, draw, averaged):
-    layout, modules = square(24, 32, 4, modules=12), [f"layer.{i}" for i in range(12)]
+TALL = 300
+"""More rows than a probe has, so that they are summed with signs."""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows"), [(FedAvg(4), 24), (FedAvg(4), TALL), (FedRot(rotate=0.0), 24), (Slots(factors="both"), 24)], ids=str
+)
+def test_four_probes_tell_the_drift(scheme, rows, square, draw, averaged):
+    layout, modules = square(rows, 32, 4, modules=12), [f"layer.{i}" for i in range(12)]
     phase, off = scheme.phase(1, layout), []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         before, shares = draw(layout, rng), rng.dirichlet(np.ones(5))
         sites = [before + draw(layout, rng, 0.5) for _ in shares]
@@ -82,6 +88,7 @@ def test_probes_survive_the_ring_and_leave_the_step_alone(square, draw):
 def test_what_the_probes_cost_and_when_there_are_none(layouts, square, draw):
     layout = square(16, 12, 3, modules=3)
     assert FedAvg(4).travels(layout, FedAvg(4).phase(1, layout)).size == layout.size + 3 * 16 * 4
+    assert FedAvg(4).travels(square(TALL, 12, 3), FedAvg(4).phase(1, square(TALL, 12, 3))).size == 3 * (TALL + 12) + 64 * 4
     assert FedAvg(0).travels(layout, FedAvg(0).phase(1, layout)) == layout
     for other in (layouts["ia3"], layouts["bottleneck"], layouts["core"]):
         phase = FedAvg(4).phase(1, other)

@@ -81,6 +81,22 @@ def test_too_narrow_for_a_flat_spectrum_it_is_refused_and_averaging_stays(square
     assert told["drift"] > 0.3
 
 
+@pytest.mark.parametrize("width", [6, 12, 18])
+def test_four_probes_tell_how_good_the_recovery_is(square, draw, averaged, width):
+    """E.5: within 15 % of the true error, over modules, for sketches too narrow by different amounts."""
+    layout, scheme = square(200, 80, 4, modules=24), Sketch(width)
+    rng, phase, ratios = np.random.default_rng(0), scheme.phase(1, layout), []
+    before = draw(layout, rng)
+    sites = [before + draw(layout, rng, 0.5 / (1 + i)) for i in range(6)]
+    mean = averaged([scheme.contribution(before, site, phase, SiteContext(0)) for site in sites], np.full(6, 1 / 6))
+    for pair, (cross, told) in scheme.tried(before, mean, phase).items():
+        b, a = ([site.named()[name].astype(np.float64) for site in sites] for name in (pair.b, pair.a))
+        c = sum(x @ y for x, y in zip(b, a, strict=True)) / 6 - sum(b) @ sum(a) / 36
+        ratios.append(told / np.linalg.norm(c - cross.b @ cross.a) * np.linalg.norm(c))
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.15)
+    assert np.std(ratios) < 0.45
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), rank=st.integers(0, 5), width=st.integers(5, 8))
 def test_a_matrix_of_small_rank_comes_back_from_its_sketches(seed, rank, width):
