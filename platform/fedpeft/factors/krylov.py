@@ -14,8 +14,8 @@ import numpy as np
 from fedpeft.factors.leading import Leading
 from fedpeft.factors.products import Factor, Matrix, Product
 
-TOLERANCE = 2.5e-7
-"""Error allowed above the optimum, as a share of ||M||; what is held against it is an estimate, good to a small factor."""
+TOLERANCE = 6e-7
+"""Error allowed above the optimum, as a share of ||M||; what is held against it is an estimate from above."""
 OVERSAMPLE, PROBES, STEPS = 8, 8, 12
 ROUNDING = 1e-6
 """A direction of a float32 block that is smaller than this share of M is noise of the products."""

@@ -4,7 +4,7 @@ FlexLoRA (Bai et al. 2024, arXiv 2402.11505) forms the sum and takes its SVD; it
 
 - ``qr``: QR of both stacks, then an SVD of (R, R), R being the sum of the ranks. The reference.
 - ``gram``: two eigenproblems of (R, R) in float64; the fastest for small R.
-- ``krylov``: products with the factors alone, until what further steps can add is below 2.5e-7 of ||M||; the fastest for large R.
+- ``krylov``: products with the factors alone, until what further steps can add is below 6e-7 of ||M||; the fastest for large R.
   A spectrum that is too flat for it goes to ``gram``.
 """
 
