@@ -41,7 +41,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], how: Rule, *, 
         body, settings, lost = _products(adapters, weights, how)
     elif facts.average == "linear":
         body = _vectors(adapters, weights, how, origin)
-    elif isinstance(how, Cat) and facts.trained == hidden.UNITS:
+    elif isinstance(how, Cat) and facts.average == "hidden" and facts.trained == hidden.UNITS:
         body, settings = hidden.stacked_units(adapters, weights)
     elif isinstance(how, Cat) and facts.average == "prompt":
         body, settings = hidden.concatenated_tokens(adapters, weights)
