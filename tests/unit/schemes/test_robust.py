@@ -1,5 +1,7 @@
 """Combine rules against slow oracles in float64: products formed densely, medians by numpy, Krum by loops."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedpeft.config import build, describe
 from fedpeft.errors import CohortError, UpdateError
-from fedpeft.schemes import FFA, Alternating, FedAvg, Part, Phase
+from fedpeft.schemes import FFA, SCHEMES, Alternating, FedAvg, Part, Phase
 from fedpeft.schemes.robust import (
     COMBINES,
     RFA,
@@ -84,6 +86,8 @@ PHASES = [
     ("lora", BOTH),
     ("dora", Phase("B", frozenset({"B", "M", "head", "bias"}))),
     ("core", CORE),
+    ("core", Phase("B", frozenset({"B", "head", "bias"}))),
+    ("core", Phase("A", frozenset({"A", "head", "bias"}))),
     ("ia3", Phase("all", frozenset({"scale", "head", "bias"}))),
     ("bottleneck", Phase("all", frozenset({"down", "up"}))),
 ]
@@ -150,6 +154,43 @@ def test_factors_that_do_not_pair_are_measured_as_they_are(draw):
         current, parts = drawn(shared, phase, 5, draw)
         table = np.stack([part.values.flat.astype(np.float64) for part in parts])
         np.testing.assert_allclose(distances(metric(current, phase), [part.values for part in parts]), apart(table), rtol=1e-5)
+
+
+def test_what_a_scheme_sends_beside_the_phase_is_blended_but_not_measured(layouts, draw):
+    phase = Alternating().phase(1, layouts["lora"])
+    current, parts = drawn(layouts["lora"], phase, 5, draw)
+    more = Layout.of([*parts[0].values.layout.entries, Entry("probe", "q.probe", (3, 4))])
+    rng = np.random.default_rng(2)
+    wider = [Part(p.weight, draw(more, rng, 1e3).patch(p.values)) for p in parts]
+    chosen = Krum(1).combine(current, wider, phase)
+    assert chosen.pick(phase.roles).digest == Krum(1).combine(current, parts, phase).digest
+    assert any(chosen.digest == part.values.digest for part in wider)
+    median = Median().combine(current, wider, phase).pick({"probe"}).flat
+    np.testing.assert_array_equal(median, np.median([part.values.pick({"probe"}).flat for part in wider], axis=0))
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEMES))
+def test_every_phase_of_every_scheme_is_measured_or_refused_by_name(layouts, draw, kind):
+    """Seven sites send noise in the layout that the scheme's sites send; every rule answers or says which scheme to take."""
+    scheme, rng, seen = SCHEMES[kind](), np.random.default_rng(0), 0
+    for layout in layouts.values():
+        try:
+            scheme.check(layout)
+        except UpdateError:
+            continue
+        for round in (1, 2, 3, 4):
+            phase, current = scheme.phase(round, layout), draw(layout, rng)
+            parts = [Part(1.0, draw(scheme.travels(layout, phase), rng)) for _ in range(7)]
+            for rule in (Median(), Krum(1), Bulyan(1), RFA(), NormBound()):
+                try:
+                    rule.check(layout, phase)
+                except UpdateError as fault:
+                    found = str(fault)
+                else:
+                    found = f"finite: {rule.combine(current, parts, phase).finite}"
+                assert re.search("finite: True|multiply and move in one round|use scheme fedsb", found)
+                seen += 1
+    assert seen
 
 
 # coordinates ---------------------------------------------------------------------------------------------------------------
@@ -303,7 +344,7 @@ def test_fltrust_faults(layouts, draw):
         FLTrust().combine(current, parts, phase)
     with pytest.raises(UpdateError, match="root delta is zero"):
         FLTrust().combine_rooted(current, parts, phase, root.values.scaled(0.0))
-    with pytest.raises(UpdateError, match="root is of another layout"):
+    with pytest.raises(UpdateError, match="root is not finite or of another layout"):
         FLTrust().combine_rooted(current, parts, phase, current)
     against = [Part(1.0, root.values.scaled(-1.0))]
     with pytest.raises(CohortError, match="no part points the root's way"):
@@ -516,7 +557,7 @@ def test_rules_by_coordinate_are_refused_where_a_product_moves(layouts, draw, ru
 
 @pytest.mark.parametrize("rule", [Krum(), MultiKrum(), RFA(), NormBound(), FLTrust()], ids=str)
 def test_three_moving_factors_are_refused(layouts, rule):
-    with pytest.raises(UpdateError, match=f"{rule.kind}: phase 'all' moves .* use scheme fedsb"):
+    with pytest.raises(UpdateError, match=f"{rule.kind}: phase 'all' moves .*'A', 'B', 'R'.* use scheme fedsb"):
         rule.check(layouts["core"], Phase("all", layouts["core"].roles))
     rule.check(layouts["core"], CORE)
 

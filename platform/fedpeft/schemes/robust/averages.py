@@ -40,7 +40,7 @@ class RFA:
         return 3
 
     def check(self, layout: Layout, phase: Phase) -> None:
-        """Refuse three factors at once."""
+        """Refuse two of three factors at once."""
         check_metric(self.kind, layout, phase)
 
     def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
@@ -98,7 +98,7 @@ class NormBound:
         return 1 if self.bound else 3
 
     def check(self, layout: Layout, phase: Phase) -> None:
-        """Refuse three factors at once."""
+        """Refuse two of three factors at once."""
         check_metric(self.kind, layout, phase)
 
     def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
@@ -137,7 +137,7 @@ class FLTrust:
         return 1
 
     def check(self, layout: Layout, phase: Phase) -> None:
-        """Refuse three factors at once."""
+        """Refuse two of three factors at once."""
         check_metric(self.kind, layout, phase)
 
     def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
@@ -152,10 +152,10 @@ class FLTrust:
             UpdateError: ``root`` is zero or of another layout; or as `CombineRule.combine`.
         """
         admit(self, current, parts, phase)
-        if root.layout != parts[0].values.layout:
-            raise UpdateError("fltrust: the root is of another layout than the parts; train it in the same phase")
+        if root.layout != parts[0].values.layout or not root.finite:
+            raise UpdateError("fltrust: the root is not finite or of another layout than the parts; train it in the same phase")
         measure, values = metric(current, phase), [part.values for part in parts]
-        trust = trusts(gram(measure, [root, *values], np.float64))
+        trust = trusts(gram(measure, [*values, root], np.float64))
         if not trust.any():
             raise CohortError("fltrust: no part points the root's way; look at the coordinator's rows, or drop the round")
         length = sqrt(growth(measure, [root])[0].sum())
@@ -164,9 +164,9 @@ class FLTrust:
 
 
 def trusts(table: Matrix) -> Shares:
-    """``max(0, cos)`` of parts 1.. to part 0, the root, from their inner products. Raises `UpdateError` when the root is zero."""
+    """``max(0, cos)`` of all parts but the last to the last, the root, by inner products. Raises `UpdateError` when the root is zero."""
     lengths = np.sqrt(np.diagonal(table))
-    if not lengths[0] > 0.0:
+    if not lengths[-1] > 0.0:
         raise UpdateError("fltrust: the root delta is zero; train it with a learning rate above 0")
-    cosines = table[0, 1:] / (lengths[0] * np.where(lengths[1:] > 0.0, lengths[1:], 1.0))
+    cosines = table[-1, :-1] / (lengths[-1] * np.where(lengths[:-1] > 0.0, lengths[:-1], 1.0))
     return np.asarray(np.maximum(cosines, 0.0))

@@ -4,7 +4,7 @@ LoRA's factors are fixed only up to ``(B R, R^-1 A)``, so parts are measured by 
 
 - both factors travel: the Frobenius norm of ``(B + dB)(A + dA) - B A``, a product of rank 2r that stays in factors;
 - one factor travels: ``||dB||_A = ||dB A||``. With ``A A' = L L'`` that is the Euclidean norm of ``dB L``;
-- the core of LoRA-XS travels: ``||B dR A||`` in the same way from both sides;
+- one of LoRA-XS's three travels, ``||B dR A||`` for its core: in the same way, from both sides;
 - every other role: the Euclidean norm. (A bottleneck's halves have a nonlinearity between them and no product; a factor whose
   partner each site keeps to itself has no product that the coordinator could know; several B on one A, and convolutions, do not pair.)
 """
@@ -25,6 +25,7 @@ from fedpeft.schemes.base import Phase
 from fedpeft.schemes.robust.moving import Table, growth_of_changes, inner_changes
 from fedpeft.tensors import Layout, Tensors
 
+CORE = frozenset("ABR")
 FACTORS = (("B", "A"), ("B2", "A2"))
 COLUMNS = 1 << 14
 """Columns of one block: fifty parts of it stay in the third-level cache."""
@@ -67,11 +68,12 @@ class Metric:
 
 
 def check_metric(kind: str, layout: Layout, phase: Phase) -> None:
-    """Raise `UpdateError` where three factors would have to be measured at once."""
-    if "R" in layout.roles and layout.roles & phase.roles & {"A", "B"}:
+    """Raise `UpdateError` where two of three factors that multiply would have to be measured at once."""
+    moved = sorted(layout.roles & phase.roles & CORE)
+    if layout.roles >= CORE and len(moved) > 1:
         raise UpdateError(
-            f"{kind}: phase {phase.name!r} moves {sorted(layout.roles & phase.roles)} of a product of three factors, and none is measured; "
-            "use scheme fedsb, which moves the core alone"
+            f"{kind}: phase {phase.name!r} moves {moved} of LoRA-XS's three factors at once, and such a product is not measured; "
+            "use scheme fedsb, which moves one at a time"
         )
 
 
@@ -79,8 +81,8 @@ def metric(current: Tensors, phase: Phase) -> Metric:
     """The metric of ``phase`` at ``current``; factors that do not pair one to one as matrices are measured as they are."""
     layout, named = current.layout, current.named()
     moved = layout.roles & phase.roles
-    if {"R", "A", "B"} <= layout.roles and "R" in moved:
-        return Metric((), tuple(_cores(layout, named)), moved - {"R"}, named)
+    if layout.roles >= CORE:
+        return Metric((), tuple(_cores(layout, named, moved)), moved - CORE, named)
     plain, moving = moved, list[Pair]()
     lifts = list[Lift]()
     for roles in FACTORS:
@@ -180,12 +182,19 @@ def _lift(pair: Pair, named: Named, left_moves: bool) -> Lift:
     return Lift(pair.a, left=_root(named[pair.b].T).T)
 
 
-def _cores(layout: Layout, named: Named) -> Iterator[Lift]:
+def _cores(layout: Layout, named: Named, moved: frozenset[str]) -> Iterator[Lift]:
+    """The one of B, R and A that moves, between what stands left and right of it."""
     for outer, inner in zip(factors.pairs(layout, ("B", "R")), factors.pairs(layout, ("R", "A")), strict=True):
-        yield Lift(inner.b, _root(named[outer.b].T).T, _root(named[inner.a]))
+        b, r, a = (named[name].astype(np.float64) for name in (outer.b, inner.b, inner.a))
+        if "B" in moved:
+            yield Lift(outer.b, right=_root(r @ a))
+        if "R" in moved:
+            yield Lift(inner.b, _root(b.T).T, _root(a))
+        if "A" in moved:
+            yield Lift(inner.a, left=_root((b @ r).T).T)
 
 
-def _root(a: NDArray[np.float32]) -> Matrix:
+def _root(a: Table) -> Matrix:
     """``L`` (r, r) with ``L L' = a a'``, for ``a`` of any rank."""
     wide = a.astype(np.float64)
     values, vectors = np.linalg.eigh(wide @ wide.T)

@@ -37,7 +37,7 @@ class Krum:
         return 2 * self.f + 3
 
     def check(self, layout: Layout, phase: Phase) -> None:
-        """Refuse three factors at once."""
+        """Refuse two of three factors at once."""
         check_metric(self.kind, layout, phase)
 
     def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
@@ -62,7 +62,7 @@ class MultiKrum:
         return max(2 * self.f + 3, self.m + self.f + 2)
 
     def check(self, layout: Layout, phase: Phase) -> None:
-        """Refuse three factors at once."""
+        """Refuse two of three factors at once."""
         check_metric(self.kind, layout, phase)
 
     def combine(self, current: Tensors, parts: Sequence[Part], phase: Phase) -> Tensors:
