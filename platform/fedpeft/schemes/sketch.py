@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -94,10 +95,13 @@ class Sketch:
         return seen | {"recovered": used} if seen else {}
 
     def _sketch(self, seed: str, pair: Pair, x: Product) -> tuple[Matrix, Matrix]:
-        """(x Ω, Ψ x)."""
-        omega = signs(f"omega {seed} {pair.a}", (x.a.shape[1], self.width))
-        psi = signs(f"psi {seed} {pair.b}", (self.width, x.b.shape[0]))
+        """(x Ω, Ψ x), about as large as the entries of x, so that what the grid takes of the deltas it takes of these."""
+        omega = signs(f"omega {seed} {pair.a}", (x.a.shape[1], self.width)) / sqrt(x.a.shape[1])
+        psi = self._psi(seed, pair, len(x.b))
         return x.b @ (x.a @ omega), (psi @ x.b) @ x.a
+
+    def _psi(self, seed: str, pair: Pair, height: int) -> Matrix:
+        return signs(f"psi {seed} {pair.b}", (self.width, height)) / sqrt(height)
 
     def _recovered(self, current: Tensors, mean: Tensors, phase: Phase) -> dict[Pair, Product]:
         """The cross terms that the probes confirm."""
@@ -109,7 +113,7 @@ class Sketch:
         for pair in matrices(current.layout):
             moved = _product(named, pair)
             y, z = self._sketch(seed, pair, moved)
-            psi = signs(f"psi {seed} {pair.b}", (self.width, len(moved.b)))
+            psi = self._psi(seed, pair, len(moved.b))
             cross = recover(named[f"sketch/y/{pair.b}"] - y, named[f"sketch/z/{pair.a}"] - z, psi)
             probe = drift.Probe.of(seed, pair, (len(moved.b), moved.a.shape[1]), self.probes)
             seen = named[f"probe/{pair.b}"].astype(np.float64) - probe(moved)
