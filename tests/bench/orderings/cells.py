@@ -51,9 +51,10 @@ def write(path: Path, value: Any) -> None:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """The job without what is left open."""
+    """The job; a head's learning rate only where it is another than the common one."""
     facts = asdict(job)
-    facts["local"] = {name: value for name, value in facts["local"].items() if value is not None}
+    if facts["local"]["head"] in (None, job.local.lr):
+        del facts["local"]["head"]
     return facts
 
 
