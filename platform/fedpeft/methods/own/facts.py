@@ -107,7 +107,7 @@ OWN_SPECS: dict[str, MethodSpec] = {
         mergeable=True,
         learning_rate=1e-3,
         privacy="good",
-        note="the coordinator places the positions from data; until then they are those of the largest weights",
+        note="start = fisher places the positions from samples; without it they are those of the largest weights",
     ),
     "sparse-lottery": MethodSpec(
         family="selective",
@@ -119,7 +119,7 @@ OWN_SPECS: dict[str, MethodSpec] = {
         mergeable=True,
         learning_rate=1e-3,
         privacy="good",
-        note="the coordinator places the positions from data; until then they are those of the largest weights",
+        note="start = lottery places the positions from samples; without it they are those of the largest weights",
     ),
     "lst": MethodSpec(
         family="adapter",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
 from fedpeft.methods.values import PREFIX
-from fedpeft.tensors import Entry, Tensors
+from fedpeft.tensors import Entry, Layout, Tensors
 
 TAIL = ".sparse.index"
 
@@ -36,6 +36,11 @@ def place(tensors: Tensors, scores: Mapping[str, NDArray[np.floating]]) -> Tenso
     return Tensors.from_named(tensors.layout, named)
 
 
+def modules(layout: Layout) -> tuple[str, ...]:
+    """Names of the weights whose positions ``layout`` holds."""
+    return tuple(_module(entry) for entry in layout.entries if entry.role == "index")
+
+
 def count(size: int, density: float) -> int:
     """How many positions ``density`` means in a weight of ``size`` values: at least one."""
     return max(1, round(density * size))
@@ -51,10 +56,14 @@ def spread(seed: int, k: int, size: int) -> NDArray[np.int64]:
 
 
 def _highest(entry: Entry, scores: Mapping[str, NDArray[np.floating]]) -> NDArray[np.int64]:
-    module, k = entry.name.removeprefix(PREFIX).removesuffix(TAIL), entry.shape[1]
+    module, k = _module(entry), entry.shape[1]
     found = scores.get(module)
     if found is None or found.ndim != 2 or found.size < k or not np.isfinite(found).all():
         have = "none" if found is None else f"{list(found.shape)}, finite: {bool(np.isfinite(found).all())}"
         raise AdapterError(f"sparse: {module} needs finite scores (out, in), has {have}; compute them for the adapter's own targets")
     flat = np.sort(np.argpartition(found, found.size - k, axis=None)[found.size - k :])
     return np.stack(np.divmod(flat, found.shape[1]))
+
+
+def _module(entry: Entry) -> str:
+    return entry.name.removeprefix(PREFIX).removesuffix(TAIL)

@@ -65,9 +65,8 @@ class SparseMagnitude:
 class SparseFisher:
     """Deltas at the ``density`` of each target weight whose squared gradients are largest (FISH mask, arXiv 2111.09839).
 
-    The coordinator sets the positions before the first round: `scores.squared_gradients` on rows that it may see (or the sum of
-    what sites found), then `positions.place`. Until then they are those of the largest weights. The paper ranks the entries of all
-    weights together; here every weight has its own share, so that shapes do not depend on data.
+    The start ``fisher`` sets the positions, from rows that the coordinator may see; without it they are those of the largest weights.
+    The paper ranks the entries of all weights together; here every weight has its own share, so that shapes do not depend on data.
     """
 
     kind: ClassVar[str] = "sparse-fisher"
@@ -88,8 +87,8 @@ class SparseFisher:
 class SparseLottery:
     """Deltas at the ``density`` of each target weight that a first training moves most (LT-SFT, arXiv 2110.07560).
 
-    The coordinator sets the positions before the first round: `scores.largest_changes` on rows that it may see, then
-    `positions.place`. Until then they are those of the largest weights. Every weight has its own share, as in `SparseFisher`.
+    The start ``lottery`` sets the positions, from rows that the coordinator may see; without it they are those of the largest
+    weights. Every weight has its own share, as in `SparseFisher`.
     """
 
     kind: ClassVar[str] = "sparse-lottery"
