@@ -40,6 +40,8 @@ def put_on(model: nn.Module, head: HeadSpec, kind: str, row: Row, arguments: dic
         tuned = _tuned(model, row.peft, arguments)
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as fault:
         end(model)
+        if next(model.parameters()).device.type == "meta":
+            raise AdapterError(f"{kind}: peft reads the base's weights to put it on; use load_base, not meta_base") from fault
         raise AdapterError(
             f"{kind}: peft cannot put it on {type(model).__name__}: {fault}; choose other settings or targets, or use lora"
         ) from fault
@@ -82,6 +84,9 @@ def _tuned(model: nn.Module, kind: str, arguments: dict[str, Any]) -> Any:
     from peft.utils import PeftType
 
     peft_type = PeftType(kind)
+    for name, flag in (("Linear4bit", "is_loaded_in_4bit"), ("Linear8bitLt", "is_loaded_in_8bit")):
+        if any(type(module).__name__ == name for module in model.modules()):
+            object.__setattr__(model, flag, True)  # peft asks the model, not its layers; a shell of a loaded trunk has no such mark
     with seeded():
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**arguments)
         return PEFT_TYPE_TO_TUNER_MAPPING[peft_type](model, {ADAPTER: config}, ADAPTER)

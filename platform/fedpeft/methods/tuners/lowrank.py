@@ -80,7 +80,7 @@ LOW_RANK: dict[str, Row] = {
     ),
     "glora": Row(
         peft="GLORA",
-        roles={"Xu": "A", "Xd": "B", "X": "shift"},
+        roles={f"glora_{support}.{part}": role for support in "ABCDE" for part, role in (("Xu", "A"), ("Xd", "B"), ("X", "shift"))},
         settings={"r": RANK},
         reads=True,
         start={"A": FAN_IN, "B": ZERO, "shift": ZERO},

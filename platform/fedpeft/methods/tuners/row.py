@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Start:
-    """How round-0 values of a role are drawn from a numpy generator; ``size`` is a value, a bound or a deviation."""
+    """How round-0 values of a role are drawn from a numpy generator; ``size`` is a value, a bound, a deviation or an axis."""
 
     how: Literal["constant", "uniform", "normal", "fan-in"]
     size: float = 0.0
@@ -42,13 +43,14 @@ class Start:
         if self.how == "constant":
             return np.full(entry.shape, self.size, np.float32)
         if self.how == "fan-in":
-            return values.uniform_fan_in(entry, rng)
+            bound = 1.0 / sqrt(entry.shape[int(self.size)])
+            return rng.uniform(-bound, bound, entry.shape).astype(np.float32)
         if self.how == "uniform":
             return rng.uniform(-self.size, self.size, entry.shape).astype(np.float32)
         return values.normal(entry, rng, self.size)
 
 
-ZERO, ONE, FAN_IN = Start("constant"), Start("constant", 1.0), Start("fan-in")
+ZERO, ONE, FAN_IN = Start("constant"), Start("constant", 1.0), Start("fan-in", -1)
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,6 @@ STRUCTURED: dict[str, Row] = {
             tensors={"rows": "trained"},
             average="linear",
             mergeable=True,
-            mixed_batch=True,
             learning_rate=1e-3,
             privacy="good",
         ),

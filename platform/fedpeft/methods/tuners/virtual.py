@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpeft.errors import AdapterError
 from fedpeft.methods.attached import ADAPTER
 from fedpeft.methods.prompted import OTHERS, prompted, require_cache
+from fedpeft.methods.tuners.live import seeded
 from fedpeft.methods.tuners.row import Row
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def _in_context(inner: Any, arguments: dict[str, Any], width: int) -> None:
 
     config = _config("CPT", arguments | {"task_type": "CAUSAL_LM"})
     config.token_dim = width
-    encoder = CPTEmbedding(config, inner.word_embeddings)
+    with seeded():
+        encoder = CPTEmbedding(config, inner.word_embeddings)
     encoder.forward = partial(_projected, encoder)
     inner.prompt_encoder[ADAPTER] = encoder.to(inner.word_embeddings.weight.device)
 
