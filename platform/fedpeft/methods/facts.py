@@ -10,7 +10,7 @@ CORE_SPECS: dict[str, MethodSpec] = {
         acts_on="linear weights",
         summary="a trained product of rank r beside frozen linear layers, y = W x + B A x; rsLoRA and DoRA are switches",
         paper="Hu et al. 2021, arXiv 2106.09685",
-        tensors={"A": "trained", "B": "trained", "M": "trained", "A2": "trained", "B2": "trained"},
+        tensors={"A": "trained", "B": "trained", "M": "trained", "A2": "trained", "B2": "trained", "held": "given"},
         average="bilinear",
         exact_with=("alternating", "ffa", "flexlora", "fedex", "flora"),
         mergeable=True,

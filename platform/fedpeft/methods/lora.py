@@ -37,7 +37,8 @@ class Lora:
 
     ``targets`` are roles (attention, mlp, all), name suffixes (q_proj) or regular expressions; ``dropout`` is the share of
     the low-rank branch's inputs set to 0 in training. ``extra`` is the rank of a second product B2 A2 beside the first, zero at
-    start: a scheme folds into it what averaging would lose, or keeps it private to each site.
+    start: a scheme folds into it what averaging would lose, or keeps it private to each site. With ``held`` no round moves it (role
+    ``held``): it takes back what a start such as PiSSA puts into the first, so that the base need not be rewritten.
     """
 
     kind: ClassVar[str] = "lora"
@@ -49,6 +50,7 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     extra: Annotated[int, Field(ge=0)] = 0
+    held: bool = False
 
     @property
     def scale(self) -> float:
@@ -91,21 +93,22 @@ class Lora:
         return model
 
     def entries(self, model: nn.Module) -> Entries:
-        """Roles A, B, M (DoRA), A2 and B2 (``extra``) and head."""
+        """Roles A, B, M (DoRA), A2 and B2 (``extra``), or held for both, and head."""
         from fedpeft.methods.attached import attached_to, head_entries, injected
 
         own = {f"{values.PREFIX}{name}": parameter for name, parameter in attached_to(model).own.items()}
         found: Entries = {}
         for key, parameter in (injected(model) | own).items():
             name = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-            found[name] = (next(role for tail, role in ROLES.items() if name.endswith(tail)), parameter)
+            role = next(role for tail, role in ROLES.items() if name.endswith(tail))
+            found[name] = ("held" if self.held and role in ("A2", "B2") else role, parameter)
         return found | head_entries(model)
 
     def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:
-        """A and A2 as peft draws A, B and B2 zero, head fresh; magnitudes come from the base."""
+        """A and A2 as peft draws A, B and B2 zero, as all that is held, head fresh; magnitudes come from the base."""
         if entry.role in ("A", "A2"):
             return values.uniform_fan_in(entry, rng)
-        if entry.role in ("B", "B2"):
+        if entry.role in ("B", "B2", "held"):
             return values.zeros(entry)
         return values.head(entry, rng, config) if entry.role == "head" else None
 

@@ -44,8 +44,9 @@ CHAINS = (
 MULTIPLY: tuple[frozenset[str], ...] = tuple(frozenset(pair) for chain in CHAINS for pair in combinations(chain.split(), 2))
 """Roles that enter the model as a product of one another; when both of a pair move, their product has cross terms."""
 
-FROZEN = frozenset({"index", "expert"})
-"""Roles that are part of an adapter from its first round on and that no round moves: positions of a sparse delta, others' experts."""
+FROZEN = frozenset({"index", "expert", "held"})
+"""Roles that are part of an adapter from its first round on and that no round moves: positions of a sparse delta, other adapters'
+experts, the pair that takes a start back."""
 
 
 @dataclass(frozen=True)
