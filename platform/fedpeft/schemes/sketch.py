@@ -31,8 +31,9 @@ class Sketch:
 
     With dB_i, dA_i a site's deltas, C = Σ p_i dB_i dA_i - dB dA. Sites add Y_i = dB_i (dA_i Ω) and Z_i = (Ψ dB_i) dA_i to their deltas,
     for public random signs Ω (n, ``width``) and Ψ (``width``, m) that change every round. From the means the coordinator has C Ω and
-    Ψ C, and C = C Ω (Ψ C Ω)⁺ Ψ C up to rounding when ``width`` is at least the rank of C, which is at most (sites - 1) r. For few
-    sites, then: exactness costs ``width`` / r times the bytes of the factors. ``probes`` further columns check each module's result.
+    Ψ C, and C = C Ω (Ψ C Ω)⁺ Ψ C when ``width`` is at least the rank of C, which is at most (sites - 1) r; take a third more, or the
+    inverse magnifies rounding. For few sites, then: exactness costs ``width`` / r times the bytes of the factors. ``probes`` columns
+    check each module's result.
 
     With ``method.extra`` the cross term is folded into the second pair, which only the coordinator moves and which keeps its best
     part when full; without it B̄ Ā + C is cut back to rank r. Not for use with central noise: the inverse multiplies it.
