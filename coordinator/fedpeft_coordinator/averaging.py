@@ -1,4 +1,4 @@
-"""From what was gathered to the mean that moves an adapter: the sum, the scheme's own gathering, or a robust rule."""
+"""From the updates of a task to the mean that moves its adapter: the sum, the scheme's own gathering, or a robust rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpeft.update import Update
 from fedpeft_coordinator.planning import phase_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import TaskRound
-from fedpeft_coordinator.updates import Gathered, up_layout
+from fedpeft_coordinator.updates import TaskUpdates, up_layout
 
 
 def mean_layout(setup: Setup, row: TaskRound) -> Layout:
@@ -22,14 +22,14 @@ def mean_layout(setup: Setup, row: TaskRound) -> Layout:
     return up_layout(setup, row)
 
 
-def average(setup: Setup, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
+def average(setup: Setup, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
     """The mean that `Scheme.advance` takes.
 
     Raises:
         UpdateError: the rule cannot work with what came: too few parts, or of another layout.
     """
     try:
-        mean = _mean(setup, row, current, gathered)
+        mean = _mean(setup, row, current, updates)
     except CohortError as fault:
         raise UpdateError(str(fault)) from None
     if mean.layout != mean_layout(setup, row):
@@ -44,19 +44,19 @@ def drift(setup: Setup, row: TaskRound, current: Tensors, mean: Tensors) -> dict
     return {name: float(value) for name, value in found.items()}
 
 
-def _mean(setup: Setup, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
+def _mean(setup: Setup, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
     scheme, phase, rule = setup.scheme, phase_of(row), setup.combine
     if isinstance(scheme, Gathers):
-        return scheme.gather(current, list(gathered.parts.values()), phase)
+        return scheme.gather(current, list(updates.parts.values()), phase)
     if isinstance(rule, Buckets):
-        return rule.combine_sums(current, joined(gathered.sums, rule.size), phase)
+        return rule.combine_sums(current, joined(updates.sums, rule.size), phase)
     if rule is not None:
-        return _robust(rule, setup.limits.root, row, current, gathered)
-    return gathered.total.mean()
+        return _robust(rule, setup.limits.root, row, current, updates)
+    return updates.total.mean()
 
 
-def _robust(rule: CombineRule, root: str, row: TaskRound, current: Tensors, gathered: Gathered) -> Tensors:
-    parts, phase = gathered.parts, phase_of(row)
+def _robust(rule: CombineRule, root: str, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
+    parts, phase = updates.parts, phase_of(row)
     if not isinstance(rule, Rooted):
         return rule.combine(current, list(parts.values()), phase)
     if root not in parts:

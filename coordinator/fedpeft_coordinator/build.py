@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
-from fedpeft.errors import BaseError, ConfigError
+from fedpeft.errors import BaseError, ConfigError, DataError
 from fedpeft.tensors import Tensors
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
@@ -18,6 +19,7 @@ from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
+    from fedpeft.adapters.starts import Samples
     from fedpeft.bases import Base
     from fedpeft.registry import Registry
 
@@ -82,6 +84,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         identity=base.fingerprint.identity,
         facts=facts(config, base.fingerprint.identity, tables),
         combine=config.combine,
+        renew=renewed,
     )
     return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
 
@@ -114,14 +117,35 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
     }
     if config.combine is not None:
         found["combine"] = describe(config.combine)
+    if config.start is not None:
+        found["start"] = describe(config.start.how)
     return dict(json.loads(json.dumps(found)))
+
+
+def renewed(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts that an earlier version wrote, with the defaults of settings that it did not know; unknown kinds stay as they are."""
+    from fedpeft.methods import METHODS
+    from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS
+    from fedpeft.schemes.robust import COMBINES
+    from fedpeft.tasks import TASKS
+
+    kinds: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "scheme": SCHEMES, "server": SERVER_OPTIMIZERS, "combine": COMBINES}
+    found = {key: _full(table, known[key]) for key, table in kinds.items() if key in known}
+    return {**known, **found, "tasks": {name: _full(TASKS, table) for name, table in known.get("tasks", {}).items()}}
+
+
+def _full(kinds: Mapping[str, type[Any]], table: Any) -> Any:
+    try:
+        return json.loads(json.dumps(describe(build_plugin(dict(kinds), table, "journal"))))
+    except ValueError:
+        return table
 
 
 def _base(config: FederationConfig) -> Base:
     from fedpeft.bases import load_base, meta_base
 
     spec = replace(config.base.spec, quantization="none")
-    base = load_base(spec, "cpu") if config.method.needs_weights else meta_base(spec)
+    base = load_base(spec, "cpu") if config.method.needs_weights or config.start is not None else meta_base(spec)
     found, pinned = base.fingerprint.identity, config.base.fingerprint
     if pinned is not None and pinned != found:
         raise BaseError(f"base {config.base.model}: identity is {found}, base.fingerprint pins {pinned}; get those weights, or pin anew")
@@ -141,8 +165,6 @@ def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
 
 
 def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
-    from fedpeft.adapters import initial
-
     task, seed = config.tasks[spec.task].task, derive(config.seed, 0, spec.task)
     return TaskSetup(
         name=spec.task,
@@ -150,7 +172,31 @@ def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
         task_json=json.dumps(describe(task)),
         spec_json=json.dumps(spec.to_json()),
         settings_json=json.dumps(asdict(config.settings(spec.task)), sort_keys=True),
-        initial=cache(lambda: initial(base, spec, seed).tensors),
+        initial=cache(lambda: _round_zero(config, base, spec, seed)),
         seed=seed,
         scores=task.scores,
     )
+
+
+def _round_zero(config: FederationConfig, base: Base, spec: AdapterSpec, seed: int) -> Tensors:
+    """The tensors that every site starts from. Raises `AdapterError` or `DataError` where the start does not fit."""
+    from fedpeft.adapters import initial
+
+    if config.start is None:
+        return initial(base, spec, seed).tensors
+    from fedpeft.adapters.starts import make_start
+
+    return make_start(config.start.how, base, spec, seed, _samples(config, base, spec.task)).tensors
+
+
+def _samples(config: FederationConfig, base: Base, name: str) -> Samples | None:
+    if config.start is None or config.start.data is None:
+        return None
+    from fedpeft.adapters.starts import Samples
+    from fedpeft.tasks import read_rows
+
+    task, source = config.tasks[name].task, config.start.data
+    rows = [row for row in read_rows(source) if row.get("task", name) == name]
+    if not rows:
+        raise DataError(f"start.data: {source.label} holds no row of task {name!r}; its column `task` must name the federation's tasks")
+    return Samples(task, task.encode(rows, base))

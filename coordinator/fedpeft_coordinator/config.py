@@ -15,7 +15,9 @@ from fedpeft.bases import BaseSpec, Quantization
 from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS
+from fedpeft.tasks import Source
 from fedpeft.training.settings import TrainSettings
+from fedpeft_coordinator.rules import RULES
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -36,6 +38,17 @@ def _combine(value: Any) -> Any:
     from fedpeft.schemes.robust import COMBINES
 
     return None if value in (None, "sum", {"kind": "sum"}) else config.build(COMBINES, value, "combine")
+
+
+def _start(value: Any) -> Any:
+    from fedpeft.adapters.starts import STARTS
+
+    table = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(table, Mapping) or "how" in table:
+        return table
+    data = table.get("data")
+    how = config.build(STARTS, {key: setting for key, setting in table.items() if key != "data"}, "start")
+    return {"how": how, "data": {"path": data} if isinstance(data, str) else data}
 
 
 def _server(value: Any) -> Any:
@@ -64,6 +77,16 @@ class TaskEntry(Section):
 
     task: Annotated[Any, BeforeValidator(_task_table)]
     training: dict[str, Any] = Field(default_factory=dict)
+
+
+class Start(Section):
+    """Where the adapters of round 0 come from (`fedpeft.adapters.starts`).
+
+    ``data`` are rows that the coordinator may see; where they have a column ``task``, each task gets its own.
+    """
+
+    how: Any
+    data: Source | None = None
 
 
 class Cohort(Section):
@@ -147,6 +170,7 @@ class FederationConfig(Section):
     scheme: Annotated[Any, BeforeValidator(_scheme)] = Field(default="alternating", validate_default=True)
     server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
     combine: Annotated[Any, BeforeValidator(_combine)] = None
+    start: Annotated[Start | None, BeforeValidator(_start)] = None
     training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
     wire: Wire = Wire()
@@ -205,71 +229,6 @@ def _settings(table: dict[str, Any]) -> TrainSettings:
         raise ValueError(str(fault)) from None
 
 
-def _cohort_rule(federation: FederationConfig) -> None:
-    cohort = federation.cohort
-    if cohort.wait_for_sites is not None and cohort.wait_for_sites < cohort.min_sites:
-        raise ValueError(
-            f"cohort.wait_for_sites = {cohort.wait_for_sites} is below cohort.min_sites = {cohort.min_sites}: "
-            "the first round could never reach its quorum; raise the former or lower the latter"
-        )
-
-
-def _training_rule(federation: FederationConfig) -> None:
-    for name in federation.tasks:
-        settings = federation.settings(name)
-        if settings.warmup >= settings.steps > 0 and settings.warmup > 0:
-            raise ValueError(
-                f"training.warmup = {settings.warmup} and training.steps = {settings.steps} (task {name}): the learning rate would never "
-                "be reached; make warmup smaller than steps"
-            )
-
-
-def _checkpoint_rule(federation: FederationConfig) -> None:
-    kind = type(federation.method).kind
-    checkpointed = [name for name in federation.tasks if federation.settings(name).checkpoint_activations]
-    if checkpointed and kind.startswith("prefix"):
-        raise ValueError(
-            f"method.kind = {kind!r} and training.checkpoint_activations = true (tasks {checkpointed}): prefixes live in the attention "
-            "cache, which activation checkpointing recomputes without; switch one of them off"
-        )
-
-
-def _gathers_rule(federation: FederationConfig) -> None:
-    from fedpeft.schemes import Gathers
-
-    rule, scheme = federation.combine, federation.scheme.kind
-    if rule is not None and isinstance(federation.scheme, Gathers):
-        raise ValueError(
-            f"combine.kind = {rule.kind!r} and scheme.kind = {scheme!r}: the scheme makes its own of the "
-            "sites' parts; set combine = 'sum', or a scheme that works from the mean, such as alternating"
-        )
-
-
-def _least_rule(federation: FederationConfig) -> None:
-    rule, least = federation.combine, federation.cohort.min_sites
-    if rule is not None and rule.least > least:
-        raise ValueError(
-            f"combine.kind = {rule.kind!r} needs {rule.least} sites in a round and cohort.min_sites = {least}: smaller rounds would be "
-            f"lost; set cohort.min_sites to {rule.least} or more"
-        )
-
-
-def _root_rule(federation: FederationConfig) -> None:
-    from fedpeft.schemes.robust import Rooted
-
-    root, rooted = federation.cohort.root, isinstance(federation.combine, Rooted)
-    if rooted and (root is None or federation.cohort.min_sites < 2):
-        raise ValueError(
-            f"combine.kind = {federation.combine.kind!r} needs cohort.root, the site with clean rows that the others are measured by, and "
-            f"cohort.min_sites of at least 2; they are {root!r} and {federation.cohort.min_sites}"
-        )
-    if root is not None and not rooted:
-        raise ValueError(f"cohort.root = {root!r} has no use without combine.kind = 'fltrust'; set both or neither")
-
-
-RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule)
-
-
 def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None) -> FederationConfig:
     """Read a federation.toml; relative paths in it are relative to the file.
 
@@ -279,7 +238,10 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     path = Path(path)
     federation = config.load(path, FederationConfig, overrides)
     folder = path.resolve().parent
-    link = federation.link
+    link, start = federation.link, federation.start
+    if start is not None and start.data is not None and start.data.path is not None:
+        rooted = start.data.model_copy(update={"path": str(folder / Path(start.data.path).expanduser())})
+        start = start.model_copy(update={"data": rooted})
     tls = None if link.tls is None else Tls(**{name: folder / file.expanduser() for name, file in link.tls})
     for name, file in tls or ():
         if not file.is_file():
@@ -287,6 +249,7 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),
+            "start": start,
             "registry": None if federation.registry is None else folder / federation.registry.expanduser(),
             "link": link.model_copy(update={"tls": tls, "node_keys": folder / link.node_keys.expanduser()}),
         }

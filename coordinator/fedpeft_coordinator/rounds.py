@@ -50,7 +50,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         notes = self.journal.notes()
-        _same(notes.get("facts", self.setup.facts), self.setup.facts)
+        _same(self.setup.renew(notes.get("facts", self.setup.facts)), self.setup.facts)
         self.run_id = str(notes.get("run", uuid.uuid4().hex))
         if "run" not in notes:
             self.journal.note("run", self.run_id)
@@ -109,6 +109,8 @@ class Coordinator:
 
     def _plan(self, number: int, attempt: int) -> Round:
         if not self.history:
+            for task in self.setup.tasks.values():
+                self._load(task, "")  # what cannot start is said before anybody waits
             expected = self.setup.limits.wait_for_sites
             self.roster.wait(
                 lambda: len(self.roster.present) >= expected, lambda: f"{len(self.roster.present)} of {expected} sites said hello"
@@ -149,14 +151,14 @@ class Coordinator:
 
     def _combine(self, plan: TaskRound, updates: Updates, drops: Drops) -> TaskRound:
         """The task's mean, or the task untouched when too few sites contributed."""
-        gathered, lost = updates.tasks[plan.task], drops.get(plan.task, {})
-        total = gathered.total
+        mine, lost = updates.tasks[plan.task], drops.get(plan.task, {})
+        total = mine.total
         if total.count < self.setup.limits.min_sites:
             few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
             return replace(planning.skipped(plan, few), drops=lost)
         current = self._load(self.setup.tasks[plan.task], plan.before)
         try:
-            mean = averaging.average(self.setup, plan, current, gathered)
+            mean = averaging.average(self.setup, plan, current, mine)
         except UpdateError as fault:
             return replace(planning.skipped(plan, str(fault)), drops=lost)
         digest = self.store.put_tensors(mean)

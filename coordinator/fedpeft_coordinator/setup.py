@@ -48,7 +48,7 @@ class Setup:
     """Everything that rounds need and that does not change while they run.
 
     ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum. ``facts`` is what may not
-    change between two starts on one state folder; the journal remembers it.
+    change between two starts on one state folder; the journal remembers it, and ``renew`` brings what it remembers up to date.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Setup:
     identity: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     combine: CombineRule | None = None
+    renew: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     @property
     def keeps_parts(self) -> bool:

@@ -22,7 +22,7 @@ def up_layout(setup: Setup, row: TaskRound) -> Layout:
     return setup.scheme.travels(setup.tasks[row.task].layout, phase_of(row))
 
 
-class Gathered:
+class TaskUpdates:
     """The updates of one task: one vector of codes whatever the number of sites, or one per group of sites.
 
     Where the scheme or the combine rule needs them, every site's part as well: memory then grows with the cohort.
@@ -58,15 +58,15 @@ class Gathered:
 
 
 class Updates:
-    """What was gathered of every task of a round."""
+    """The updates of every task of a round."""
 
     def __init__(self, plan: Round, setup: Setup) -> None:
-        self.tasks = {name: Gathered(setup, plan.tasks[name]) for name in plan.asked}
+        self.tasks = {name: TaskUpdates(setup, plan.tasks[name]) for name in plan.asked}
 
     def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
         """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
-        gathered = self.tasks[result.task]
-        gathered.add(site, decode(result, envelope, gathered.layout, gathered.grid))
+        task = self.tasks[result.task]
+        task.add(site, decode(result, envelope, task.layout, task.grid))
 
 
 def _groups(setup: Setup, row: TaskRound) -> list[tuple[str, ...]]:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from fedpeft import config
+from fedpeft.adapters import AdapterSpec, initial
+from fedpeft.adapters.starts import Samples, make_start
 from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.errors import AdapterError
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_client.config import load_site
 from fedpeft_client.worker import Worker
@@ -83,3 +86,32 @@ def test_everything_restarted_between_steps_ends_at_the_same_bits(tmp_path: Path
         while stop not in [(past.number, past.step) for past in coordinator.history]:
             coordinator.step()
     assert wild.open().run()[-1].tasks["kinds"].after == rows[-1].after
+
+
+HELD = {"kind": "lora", "r": 4, "extra": 4, "held": True}
+
+
+def test_a_start_is_computed_once_and_shipped_as_round_zero(tmp_path: Path, base: Base) -> None:
+    proxy = [{"text": f"the {('cat', 'hammer')[i % 2]} {i}", "label": TASK["labels"][i % 2], "task": "kinds"} for i in range(8)]
+    (tmp_path / "proxy.jsonl").write_text("\n".join(map(json.dumps, [*proxy, {**proxy[0], "task": "another"}])))
+    eva = {"kind": "eva", "data": str(tmp_path / "proxy.jsonl")}
+    federations = [Federation(tmp_path, base, start=start, method=HELD, rounds=1) for start in ("pissa", eva)]
+    for ours in federations:
+        task = build(ours.config)[0].tasks["kinds"]
+        spec = AdapterSpec.from_json(json.loads(task.spec_json))
+        source = None if ours.config.start.data is None else Samples(ours.config.tasks["kinds"].task, _encoded(ours, proxy))
+        assert task.initial().digest == make_start(ours.config.start.how, base, spec, task.seed, source).tensors.digest
+        assert task.initial().digest != initial(base, spec, task.seed).tensors.digest
+    row = federations[0].open().run()[0].tasks["kinds"]
+    assert row.before == build(federations[0].config)[0].tasks["kinds"].initial().digest
+    assert (row.outcome, "held" in row.roles) == ("updated", False)
+
+
+def _encoded(ours: Federation, rows: list[dict[str, Any]]) -> Any:
+    return ours.config.tasks["kinds"].task.encode(rows, ours.base)
+
+
+def test_a_start_that_does_not_fit_is_said_before_anybody_waits(tmp_path: Path, base: Base) -> None:
+    ours = Federation(tmp_path, base, start="pissa", cohort={"wait_for_sites": 9})
+    with pytest.raises(AdapterError, match=r"start pissa: .*set method\.extra = 8 and method\.held = true"):
+        ours.open().run()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from fedpeft import config
+from fedpeft.config import describe
 from fedpeft.errors import ConfigError
 from fedpeft.tensors import Entry, Layout
+from fedpeft_coordinator.build import facts, renewed
 from fedpeft_coordinator.config import FederationConfig, load_federation
 from fedpeft_coordinator.fitting import check_fit
 
@@ -67,6 +70,9 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "least": ({"combine": {"kind": "krum", "f": 2}}, r"combine\.kind = 'krum' needs 7 sites .* cohort\.min_sites = 1.*to 7 or more"),
     "root": ({"combine": "fltrust", "cohort": {"min_sites": 2}}, r"combine\.kind = 'fltrust' needs cohort\.root"),
     "idle root": ({"cohort": {"root": "a"}}, r"cohort\.root = 'a' has no use without combine\.kind = 'fltrust'"),
+    "no samples": ({"start": "eva"}, r"start\.kind = 'eva' needs start\.data"),
+    "idle samples": ({"start": {"kind": "pissa", "data": "x.jsonl"}}, r"start\.kind = 'pissa' and start\.data: .*leave start\.data out"),
+    "unknown start": ({"start": "svd"}, r"start: unknown kind 'svd'"),
     "momentum": ({"training": {"momentum": 0.9}}, r"training\.momentum = 0\.9 and training\.optimizer = 'adamw'"),
     "learning rate": ({"training": {"lr": -1}}, r"lr"),
 }
@@ -109,6 +115,26 @@ def test_what_fits_passes(changes: dict[str, object]) -> None:
     check_fit(load(**{"cohort": {"min_sites": 3}, **changes}), LORA)
 
 
+def test_a_start_in_all_its_forms(tmp_path: Path) -> None:
+    assert load(start="pissa").start.how.kind == "pissa"
+    assert load(start={"kind": "corda", "mode": "preserve", "data": {"path": "x.jsonl", "limit": 9}}).start.data.limit == 9
+    file = tmp_path / "f.toml"
+    file.write_text('name = "f"\nstart = { kind = "eva", data = "rows.jsonl" }\n[tasks.t]\nkind = "classification"\nlabels = ["a", "b"]\n')
+    assert load_federation(file).start.data.path == str(tmp_path / "rows.jsonl")
+
+
+def test_facts_of_an_earlier_version_get_the_defaults_it_did_not_know() -> None:
+    now = facts(load(), "base", {"t": describe(load().tasks["t"].task)})
+    before = json.loads(json.dumps(now))
+    del before["method"]["extra"], before["method"]["dropout"], before["server"]["lr"], before["tasks"]["t"]["text"]
+    assert before != now
+    assert renewed(before) == now
+    before["method"]["r"] = 3
+    assert renewed(before) != now
+    before["method"]["kind"] = "gone"
+    assert renewed(before)["method"]["kind"] == "gone"
+
+
 def test_every_fault_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load(rounds=0, seed=-1, cohort={"deadline": 0})
@@ -123,6 +149,4 @@ def test_missing_certificates_are_named(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_json() -> None:
-    import json
-
     assert "cohort" in json.dumps(FederationConfig.model_json_schema())

@@ -1,0 +1,83 @@
+"""Combinations of settings that cannot hold: each is refused when the file is read, naming both settings and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedpeft.schemes import Gathers
+from fedpeft.schemes.robust import Rooted
+
+if TYPE_CHECKING:
+    from fedpeft_coordinator.config import FederationConfig
+
+
+def _cohort_rule(federation: FederationConfig) -> None:
+    cohort = federation.cohort
+    if cohort.wait_for_sites is not None and cohort.wait_for_sites < cohort.min_sites:
+        raise ValueError(
+            f"cohort.wait_for_sites = {cohort.wait_for_sites} is below cohort.min_sites = {cohort.min_sites}: "
+            "the first round could never reach its quorum; raise the former or lower the latter"
+        )
+
+
+def _training_rule(federation: FederationConfig) -> None:
+    for name in federation.tasks:
+        settings = federation.settings(name)
+        if settings.warmup >= settings.steps > 0 and settings.warmup > 0:
+            raise ValueError(
+                f"training.warmup = {settings.warmup} and training.steps = {settings.steps} (task {name}): the learning rate would never "
+                "be reached; make warmup smaller than steps"
+            )
+
+
+def _checkpoint_rule(federation: FederationConfig) -> None:
+    kind = type(federation.method).kind
+    checkpointed = [name for name in federation.tasks if federation.settings(name).checkpoint_activations]
+    if checkpointed and kind.startswith("prefix"):
+        raise ValueError(
+            f"method.kind = {kind!r} and training.checkpoint_activations = true (tasks {checkpointed}): prefixes live in the attention "
+            "cache, which activation checkpointing recomputes without; switch one of them off"
+        )
+
+
+def _gathers_rule(federation: FederationConfig) -> None:
+    rule, scheme = federation.combine, federation.scheme.kind
+    if rule is not None and isinstance(federation.scheme, Gathers):
+        raise ValueError(
+            f"combine.kind = {rule.kind!r} and scheme.kind = {scheme!r}: the scheme makes its own of the "
+            "sites' parts; set combine = 'sum', or a scheme that works from the mean, such as alternating"
+        )
+
+
+def _least_rule(federation: FederationConfig) -> None:
+    rule, least = federation.combine, federation.cohort.min_sites
+    if rule is not None and rule.least > least:
+        raise ValueError(
+            f"combine.kind = {rule.kind!r} needs {rule.least} sites in a round and cohort.min_sites = {least}: smaller rounds would be "
+            f"lost; set cohort.min_sites to {rule.least} or more"
+        )
+
+
+def _root_rule(federation: FederationConfig) -> None:
+    root, rooted = federation.cohort.root, isinstance(federation.combine, Rooted)
+    if rooted and (root is None or federation.cohort.min_sites < 2):
+        raise ValueError(
+            f"combine.kind = {federation.combine.kind!r} needs cohort.root, the site with clean rows that the others are measured by, and "
+            f"cohort.min_sites of at least 2; they are {root!r} and {federation.cohort.min_sites}"
+        )
+    if root is not None and not rooted:
+        raise ValueError(f"cohort.root = {root!r} has no use without combine.kind = 'fltrust'; set both or neither")
+
+
+def _start_rule(federation: FederationConfig) -> None:
+    start = federation.start
+    if start is not None and start.how.needs_samples and start.data is None:
+        raise ValueError(
+            f"start.kind = {start.how.kind!r} needs start.data, rows that the coordinator may see: a path or a source, such as "
+            '{ kind = "eva", data = "proxy.jsonl" }; without such rows take pissa or olora'
+        )
+    if start is not None and start.data is not None and not start.how.needs_samples:
+        raise ValueError(f"start.kind = {start.how.kind!r} and start.data: this start looks at weights alone; leave start.data out")
+
+
+RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule)
