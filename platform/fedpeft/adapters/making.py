@@ -58,9 +58,10 @@ def check_base(base: Base, spec: AdapterSpec) -> None:
 def require_base(method: Method, base: Base) -> None:
     """Refuse a quantization on which ``method`` fails or silently becomes another. Raises `AdapterError`."""
     from fedpeft.methods import SPECS
+    from fedpeft.methods.blends import spec_of
 
     if method.kind in SPECS:
-        check_quantization(method.kind, SPECS[method.kind], base.spec.quantization)
+        check_quantization(method.kind, spec_of(method), base.spec.quantization)
 
 
 def layout_of(method: Method, model: nn.Module) -> Layout:

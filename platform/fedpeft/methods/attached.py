@@ -99,7 +99,7 @@ def inject(model: nn.Module, config: Any, attached: Attached) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except (ValueError, TypeError) as fault:
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as fault:
         eject(model)
         end(model)
         raise AdapterError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fedpeft.errors import AdapterError
-from fedpeft.methods.attached import MARK, Attached, attached_to
+from fedpeft.methods.attached import MARK, Attached, attached_to, end
 
 if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
@@ -52,6 +52,8 @@ def lay_all(parts: Sequence[Method], model: nn.Module, head: HeadSpec) -> nn.Mod
         for part in parts:
             _lay(whole, part, model, head)
     except BaseException:
+        if hasattr(model, MARK):
+            end(model)  # of the part that failed
         _lift(whole)
         raise
     live = whole.layers[-1].live
