@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no cell after so many")
     parser.add_argument("--seeds", type=int, help="so many of the experiment's seeds")
     parser.add_argument("--ranks", type=int, nargs="*", help="only these ranks")
+    parser.add_argument("--without", nargs="*", default=[], help="leave these arms out")
     parser.add_argument("--quick", action="store_true", help="everything once in under two minutes; shows that it runs, no ordering")
     return parser.parse_args()
 
@@ -58,7 +59,8 @@ def shaped(experiment: Experiment, chosen: argparse.Namespace) -> Experiment:
     """The experiment as the command line cuts it."""
     found = quick(experiment) if chosen.quick else experiment
     ranks = tuple(rank for rank in found.ranks if not chosen.ranks or rank in chosen.ranks)
-    return replace(found, ranks=ranks, seeds=found.seeds[: chosen.seeds])
+    arms = {name: arm for name, arm in found.arms.items() if name not in chosen.without}
+    return replace(found, arms=arms, ranks=ranks, seeds=found.seeds[: chosen.seeds])
 
 
 def report(experiment: Experiment, outcome: Outcome) -> dict[str, object]:
