@@ -1,8 +1,9 @@
 """What a site keeps of a task for itself, by the task's own round: its private tensors and its SCAFFOLD control.
 
-A round starts from what was kept before it, however often its plan is sent: `Personal.at` of the round before, never the
-youngest. What a round made is written before its answer, so a worker that dies in between does the round again from the
-same values and gives the same answer.
+A round goes on from the last one whose contribution the coordinator counted, which the plan names: an answer that was late or
+refused, or a round that was planned again, leaves no trace in what the site keeps, as it left none in the federation. What a
+round made is written before its answer, so a worker that dies in between does the round again from the same values and
+gives the same answer.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Own:
 
 @dataclass(frozen=True)
 class Personal:
-    """What is kept of every task of a run, in ``store``: its last two rounds. A run is named by federation and run id."""
+    """What is kept of every task of a run, in ``store``: two rounds. A run is named by federation and run id."""
 
     store: Store
 
@@ -65,12 +66,13 @@ class Personal:
         rounds = {done: own for done, own in self._read(run, task).items() if done <= number}
         return rounds[max(rounds)] if rounds else Own()
 
-    def keep(self, run: tuple[str, str], task: str, number: int, own: Own) -> None:
-        """Remember ``own`` as after round ``number``, beside the round before it. Raises `StorageError`."""
+    def keep(self, run: tuple[str, str], task: str, rounds: tuple[int, int], own: Own) -> None:
+        """Remember ``own`` as after the second of ``rounds``, beside what was after the first. Raises `StorageError`."""
         if not own.values:
             return
-        rounds = {done: past for done, past in self._read(run, task).items() if done < number}
-        kept = {**{done: rounds[done] for done in sorted(rounds)[-1:]}, number: own}
+        since, number = rounds
+        before = {done: past for done, past in self._read(run, task).items() if done <= since}
+        kept = {**{done: before[done] for done in sorted(before)[-1:]}, number: own}
         blob = save({f"{done}/{name}": values for done, one in kept.items() for name, values in one.values.items()})
         self.store.put(_key(run, task), blob)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
     from fedpeft.tasks import Task
 
-VOLATILE = ("previous_digest", "down_roles", "cohort")
-"""Fields of a plan that may differ when it is sent again although the same work is meant."""
+VOLATILE = ("previous_digest", "down_roles", "cohort", "counted_round")
+"""Fields of a plan that may differ when it is sent again although the same work is meant; `Own.digest` stands for the last."""
 FLAT_HEADER_BYTES = 80
 
 

@@ -168,7 +168,7 @@ class Worker:
         start = plan.start(work, envelope, self.adapters)
         self._hold(task.task, task.adapter_digest)
         run, trains = (asked.federation, asked.run), envelope.kind == "train"
-        own = self.personal.at(run, task.task, work.round - 1 if trains else work.round)
+        own = self.personal.at(run, task.task, task.counted_round)
         begin = own.patch(start, work.phase)
         key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task) + own.digest)
         kept = self.answers.get(key)
@@ -190,7 +190,7 @@ class Worker:
     def _train(self, work: Work, begin: Begin, run: tuple[str, str], key: str) -> Answer:
         checkpoint = scratch(self.site.state / "checkpoints", key, self.keep)
         update, seconds, own = rounds.train(work, begin, self._bench, checkpoint)
-        self.personal.keep(run, work.plan.task, work.round, own)
+        self.personal.keep(run, work.plan.task, (work.plan.counted_round, work.round), own)
         return answers.of_update(work.plan.task, update, seconds, work.plan.adapter_digest)
 
     def _evaluate(self, work: Work, start: Tensors) -> Answer:

@@ -97,6 +97,12 @@ def skipped(plan: TaskRound, reason: str) -> TaskRound:
     return replace(plan, outcome="skipped", reason=reason)
 
 
+def counted(task: str, site: str, history: Sequence[Round]) -> int:
+    """The task's own number of the last round that moved it with a contribution of ``site``; 0 when there is none."""
+    rows = (past.tasks[task] for past in reversed(history) if task in past.tasks)
+    return next((row.number for row in rows if row.after and site in row.cohort and site not in row.drops), 0)
+
+
 def changed_since(task: str, have: str, history: Sequence[Round], current: str) -> frozenset[str] | None:
     """Roles that moved since the task's adapter was ``have``; None when ``have`` is no adapter of this federation's past."""
     if have == current:

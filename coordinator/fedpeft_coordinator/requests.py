@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Centroid, RoundPlan, TaskPlan
-from fedpeft_coordinator.planning import Load, changed_since, grid_of, phase_of
+from fedpeft_coordinator.planning import Load, changed_since, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
@@ -32,18 +32,19 @@ class Writer:
 
     def train(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
         """The request to train ``tasks`` of ``plan``; ``whole`` sends the adapters complete, whatever the site has."""
-        return self._request("train", plan, {name: plan.tasks[name].before for name in tasks}, {} if whole else site.have)
+        return self._request("train", plan, {name: plan.tasks[name].before for name in tasks}, _holding(site, whole))
 
     def evaluate(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
         """The request to score ``tasks`` as they are after ``plan``."""
-        return self._request("evaluate", plan, {name: plan.tasks[name].current for name in tasks}, {} if whole else site.have)
+        return self._request("evaluate", plan, {name: plan.tasks[name].current for name in tasks}, _holding(site, whole))
 
-    def _request(self, kind: str, plan: Round, digests: Mapping[str, str], have: Mapping[str, str]) -> Envelope:
+    def _request(self, kind: str, plan: Round, digests: Mapping[str, str], site: Site) -> Envelope:
         message = RoundPlan(federation=self.setup.name, run=self.run, round=plan.number)
         arrays = {}
         for name, digest in sorted(digests.items()):
             task = self._task(kind, plan.tasks[name], digest)
-            arrays[name] = self._down(task, have.get(name, ""))
+            task.counted_round = counted(name, site.name, self.history)
+            arrays[name] = self._down(task, site.have.get(name, ""))
             if kind == "train":
                 arrays |= self._control(task, plan.tasks[name])
             message.tasks.append(task)
@@ -108,6 +109,11 @@ class Writer:
             part: Tensors = whole.pick(roles) if roles else whole
             self._packed[key] = flat.pack(part.layout.fingerprint, part.flat)
         return self._packed[key]
+
+
+def _holding(site: Site, whole: bool) -> Site:
+    """``site``, taken to hold nothing where the adapters go down ``whole``."""
+    return replace(site, have={}) if whole else site
 
 
 def smallest(task: TaskSetup) -> str:

@@ -109,6 +109,7 @@ class Plans:
             "grid_reach": 2.0,
             "cohort": 3,
             "task_round": number,
+            "counted_round": number - 1,
         }
         return TaskPlan(**{**fields, **changes})
 

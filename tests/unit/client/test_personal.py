@@ -64,7 +64,8 @@ def test_private_roles_stay_are_kept_and_are_trained_on(site: SiteConfig, make_w
 def test_the_site_scores_with_its_own_tensors(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
     worker = make_worker(site)
     after = moved(plans, worker.handle(plans.message(plans.of(settings={"lr": 0.05}, **PRIVATE))))
-    message = plans.message(plans.of(adapter_digest=after.digest, **PRIVATE), kind="evaluate", arrays={"kinds": after})
+    scored = plans.of(adapter_digest=after.digest, counted_round=1, **PRIVATE)
+    message = plans.message(scored, kind="evaluate", arrays={"kinds": after})
     fresh = make_worker(site.model_copy(update={"state": site.state.parent / "new"}))
     mine, common = (result_of(plans, one.handle(message)).counters for one in (worker, fresh))
     assert mine["adapter.examples"].values == common["adapter.examples"].values
@@ -76,7 +77,8 @@ def test_nothing_private_is_on_the_wire(site: SiteConfig, make_worker: MakeWorke
     first = worker.handle(plans.message(plans.of(**PRIVATE)))
     after = moved(plans, first)
     replies = [first, worker.handle(second(plans, after))]
-    replies.append(worker.handle(plans.message(plans.of(adapter_digest=after.digest, **PRIVATE), kind="evaluate", arrays={"kinds": after})))
+    scored = plans.of(adapter_digest=after.digest, counted_round=2, **PRIVATE)
+    replies.append(worker.handle(plans.message(scored, kind="evaluate", arrays={"kinds": after})))
     wire = b"".join(reply.body + b"".join(reply.arrays.values()) for reply in replies)
     weight = result_of(plans, first).weight
     for number in (1, 2):
@@ -166,6 +168,18 @@ def test_a_round_that_is_planned_again_starts_from_before_it(site: SiteConfig, m
     assert twice.handle(again).arrays == once.handle(again).arrays
 
 
+def test_an_answer_that_did_not_count_leaves_no_trace(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
+    """Round 1 counted, round 2 did not (late, say): round 3 goes on from round 1, as at a site that was never asked in round 2."""
+    asked, spared = make_worker(site), make_worker(site.model_copy(update={"state": site.state.parent / "spared"}))
+    after = moved(plans, asked.handle(plans.message(plans.of(**PRIVATE))))
+    spared.handle(plans.message(plans.of(**PRIVATE)))
+    asked.handle(second(plans, after))
+    third = plans.of(number=3, counted_round=1, adapter_digest=after.digest, **PRIVATE)
+    message = plans.message(third, arrays={"kinds": after}, number=3)
+    assert asked.handle(message).arrays == spared.handle(message).arrays
+    assert plans.results(asked.handle(message))["kinds"].status == OK
+
+
 def test_another_run_starts_anew(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
     worker = make_worker(site)
     worker.handle(plans.message(plans.of(**PRIVATE)))
@@ -250,15 +264,15 @@ def own(value: float) -> Own:
 
 def test_personal_keeps_two_rounds_and_answers_for_any(tmp_path) -> None:
     personal = Personal(Store(tmp_path, 4))
-    for number in (1, 2, 5):
-        personal.keep(RUN, "t", number, own(number))
+    for since, number in ((0, 1), (1, 2), (2, 5)):
+        personal.keep(RUN, "t", (since, number), own(number))
     assert [personal.at(RUN, "t", number).digest for number in (1, 2, 4, 5, 9)] == [
         Own().digest, own(2).digest, own(2).digest, own(5).digest, own(5).digest,
     ]  # fmt: skip
-    personal.keep(RUN, "t", 5, own(7))
-    assert personal.at(RUN, "t", 5).digest == own(7).digest
-    assert personal.at(RUN, "t", 4).digest == own(2).digest
-    personal.keep(RUN, "t", 3, own(3))
+    personal.keep(RUN, "t", (2, 6), own(7))  # round 5 did not count
+    assert personal.at(RUN, "t", 6).digest == own(7).digest
+    assert personal.at(RUN, "t", 5).digest == own(2).digest
+    personal.keep(RUN, "t", (2, 3), own(3))
     assert personal.at(RUN, "t", 9).digest == own(3).digest
 
 

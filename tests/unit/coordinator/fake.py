@@ -102,8 +102,8 @@ class Site:
         return result
 
     def _kept(self, task: TaskPlan) -> Own:
-        """What was kept before this round of the task, however often the round is asked for."""
-        before = [number for name, number in self.own if name == task.task and number < task.task_round]
+        """What was kept after the last round that counted, however often this one is asked for."""
+        before = [number for name, number in self.own if name == task.task and number <= task.counted_round]
         return self.own[task.task, max(before)] if before else Own()
 
     def _context(self, envelope: Envelope, task: TaskPlan) -> SiteContext:

@@ -17,6 +17,7 @@ from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Update
 from fedpeft.wire import flat
+from fedpeft.wire.v1.federation_pb2 import RoundPlan
 from fedpeft_coordinator.averaging import joined
 
 HEAD = Entry("head", "classifier.weight", (3, 4))
@@ -52,12 +53,11 @@ def test_every_scheme_runs_and_moves_what_it_says(fake: ModuleType, tmp_path: Pa
     coordinator = ours.open()
     rounds = coordinator.run()
     assert [row.tasks["area"].outcome for row in rounds] == ["updated"] * 3, rounds[-1].tasks["area"].reason
-    for row in (past.tasks["area"] for past in rounds):
-        before, after = (coordinator.tensors("area", digest) for digest in (row.before, row.after)) if row.number == 3 else (None, None)
-        if before is not None:
-            assert after.finite
-            still = before.layout.roles - row.moves
-            assert np.array_equal(before.pick(still).flat, after.pick(still).flat)
+    row = rounds[-1].tasks["area"]
+    before, after = (coordinator.tensors("area", digest) for digest in (row.before, row.after))
+    assert after.finite
+    still = before.layout.roles - row.moves
+    assert np.array_equal(before.pick(still).flat, after.pick(still).flat)
     assert ours.final()["area"] != fake.start("area", ours.setup.tasks["area"].layout).digest
 
 
@@ -132,6 +132,27 @@ def test_scaffold_corrects_towards_the_common_goal(fake: ModuleType, tmp_path: P
         np.testing.assert_allclose(first[f"control.{role}"], mean, atol=1e-6)
     sent = [envelope for site in ours.sites.values() for envelope in site.asked]
     assert all(("area#control" in envelope.arrays) == (envelope.kind == "train") for envelope in sent)
+
+
+def test_controls_go_on_from_what_counted(fake: ModuleType, tmp_path: Path) -> None:
+    """A site whose answer is refused keeps the control that the coordinator knows of: c stays the mean of the sites' controls."""
+    holdings = {name: {"area": 30} for name in ("north", "south")}
+    ours = federation(fake, tmp_path, {"kind": "scaffold"}, rounds=3, holdings=holdings)
+    coordinator = ours.open()
+    ours.sites["south"].twist = lambda result, _arrays: _heavy(result) if len(coordinator.history) == 2 else None
+    rounds = coordinator.run()
+    assert [list(row.tasks["area"].drops) for row in rounds] == [[], ["south"], []]
+    plans = [task for e in ours.sites["south"].asked if e.kind == "train" for task in e.open(RoundPlan).tasks]
+    assert [plan.counted_round for plan in plans] == [0, 1, 1]
+    known = coordinator.store.arrays(rounds[-1].tasks["area"].state)  # before round 3: c moved by both, then by north alone
+    north, south = (ours.sites[name].own for name in ("north", "south"))
+    change = north["area", 2].values["control/B"] - north["area", 1].values["control/B"]
+    first = (north["area", 1].values["control/B"] + south["area", 1].values["control/B"]) / 2
+    np.testing.assert_allclose(known["control.B"], first + change, atol=1e-5)
+
+
+def _heavy(result: Any) -> None:
+    result.weight = 1000.0
 
 
 def test_a_site_of_small_rank_moves_its_slots_alone(fake: ModuleType, tmp_path: Path) -> None:
