@@ -392,8 +392,9 @@ def test_parts_that_cannot_be_one_adapter_are_refused(parts, reason):
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ([{"kind": "lora", "alpha": 8}, "core"], r"lora and core both hold .*lora_"),
-        (["prefix", "prompt"], r"both hold prompt_embeddings|both wrap"),
+        ([{"kind": "lora", "alpha": 8}, "core"], r"core holds .*lora_A.weight, which an earlier part holds"),
+        (["core", {"kind": "lora", "alpha": 8}], r"lora holds .*lora_"),
+        (["prefix", "prompt"], "prefix and prompt both wrap the whole model"),
         (["lora", {"kind": "reft", "r": 64}], "exceeds the hidden width"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fedpeft.errors import AdapterError
-from fedpeft.methods.attached import MARK, Attached, attached_to, end
+from fedpeft.methods.attached import MARK, Attached, attached_to
+from fedpeft.methods.tuners.tree import Tree
 
 if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
@@ -46,15 +47,14 @@ def lay_all(parts: Sequence[Method], model: nn.Module, head: HeadSpec) -> nn.Mod
     """
     if hasattr(model, MARK):
         raise AdapterError(f"compose: {attached_to(model).kind} is still attached to this {type(model).__name__}; detach it first")
-    _check_names(parts, model, head)
-    whole = Layers("compose", {})
+    whole, tree = Layers("compose", {}), Tree.of(model)
     try:
         for part in parts:
             _lay(whole, part, model, head)
     except BaseException:
         if hasattr(model, MARK):
-            end(model)  # of the part that failed
-        _lift(whole)
+            object.__delattr__(model, MARK)
+        tree.restore()  # parts that overwrote one another cannot be trusted to undo what they did
         raise
     live = whole.layers[-1].live
     whole.outer = list({id(module): module for module in (model, live)}.values())
@@ -83,19 +83,6 @@ def _layers(model: nn.Module) -> Layers:
     return mark
 
 
-def _check_names(parts: Sequence[Method], model: nn.Module, head: HeadSpec) -> None:
-    """Refuse two parts whose tensors have one name, before either is there: the second would overwrite the first."""
-    taken: dict[str, str] = {}
-    for part in parts:
-        live = part.attach(model, head)
-        names = [name for name, (role, _) in part.entries(live).items() if role != "head"]
-        part.detach(live)
-        twice = [name for name in names if name in taken]
-        if twice:
-            raise AdapterError(f"compose: {taken[twice[0]]} and {part.kind} both hold {twice[0]}; choose other targets, or one of them")
-        taken |= dict.fromkeys(names, part.kind)
-
-
 def _lay(whole: Layers, part: Method, model: nn.Module, head: HeadSpec) -> None:
     if whole.layers and whole.layers[-1].live is not model:
         raise AdapterError(f"compose: {whole.layers[-1].part.kind} and {part.kind} both wrap the whole model; use one soft prompt")
@@ -103,6 +90,7 @@ def _lay(whole: Layers, part: Method, model: nn.Module, head: HeadSpec) -> None:
         warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")  # on purpose
         live = part.attach(model, head)
     entries = part.entries(live)
+    _check_names(whole, part, entries)
     trains = [parameter for _, parameter in entries.values() if parameter.requires_grad]
     known = {id(parameter) for _, parameter in whole.found.values()}
     whole.layers.append(Layer(part, live, _take_marks(live, model)))
@@ -112,6 +100,12 @@ def _lay(whole: Layers, part: Method, model: nn.Module, head: HeadSpec) -> None:
     whole.trains |= {id(parameter) for parameter in trains}
     if hasattr(model, "peft_config"):
         del model.peft_config  # or peft takes the next part for a second adapter of this one
+
+
+def _check_names(whole: Layers, part: Method, entries: Entries) -> None:
+    for name, (role, _) in entries.items():
+        if role != "head" and name in whole.found:
+            raise AdapterError(f"compose: {part.kind} holds {name}, which an earlier part holds; choose other targets, or one of the parts")
 
 
 def _take_marks(live: nn.Module, model: nn.Module) -> Marks:
