@@ -11,7 +11,8 @@
     ├── LinkError                8  the other side cannot be reached, or speaks another version
     ├── StorageError             9  no space, no permission, or a torn file
     ├── CohortError             10  too few sites answered to go on
-    └── UpdateError             11  an update is not finite, out of range or of another layout
+    ├── UpdateError             11  an update is not finite, out of range or of another layout
+    └── PrivacyError            12  masking, noise or the privacy budget cannot be kept as promised
 
 A message names the thing, the value seen, what is allowed and the next step, in one line. Exit code 2 is the
 command line's own (unknown option), 130 an interrupt, 70 a defect of fedpeft (with the traceback in the log).
@@ -82,7 +83,24 @@ class UpdateError(FedpeftError):
     exit_code = 11
 
 
+class PrivacyError(FedpeftError):
+    """Masking, noise or the privacy budget cannot be kept as promised; nothing is released."""
+
+    exit_code = 12
+
+
 EXIT_CODES: dict[str, int] = {
     kind.__name__: kind.exit_code
-    for kind in (ConfigError, DataError, BaseError, AdapterError, PolicyError, LinkError, StorageError, CohortError, UpdateError)
+    for kind in (
+        ConfigError,
+        DataError,
+        BaseError,
+        AdapterError,
+        PolicyError,
+        LinkError,
+        StorageError,
+        CohortError,
+        UpdateError,
+        PrivacyError,
+    )
 }

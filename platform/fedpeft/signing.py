@@ -109,6 +109,17 @@ class Keys:
         write_atomic(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
 
 
+def verified(data: bytes, signature: bytes, key: str, purpose: str) -> bool:
+    """Whether the owner of the public ``key`` (hex of 32 bytes) signed ``data`` for ``purpose``; never raises."""
+    try:
+        table = json.loads(signature)
+        mark = bytes.fromhex(table["signature"])
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(mark, f"fedpeft {purpose}\n".encode() + data)
+    except (InvalidSignature, ValueError, KeyError, TypeError, UnicodeDecodeError):
+        return False
+    return bool(table.get("key") == key)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -1,0 +1,268 @@
+"""The sum under masks is the plain sum, whoever vanishes when; whatever is tampered with is named and nothing is released."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedpeft.errors import PrivacyError
+from fedpeft.privacy.secagg import Box, Instance, Member, keystream, neighbours, shamir, shape
+
+STEPS = ("bundle", "deal", "mask", "agree", "reveal")
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def vectors_of(play, size=257, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(-(2**31), 2**31, size, np.int64).astype(np.int32) for name in play.members}
+
+
+def plain(vectors, names):
+    total = np.zeros(len(next(iter(vectors.values()))), np.uint32)
+    for name in names:
+        total += vectors[name].view(np.uint32)
+    return total.view(np.int32)
+
+
+@QUICK
+@given(
+    count=st.integers(3, 24),
+    drops=st.lists(st.tuples(st.integers(0, 23), st.sampled_from(STEPS)), max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_sum_under_masks_is_the_plain_sum_or_nothing(play, count, drops, seed):
+    names = [f"site{number:03d}" for number in range(count)]
+    lost = {names[place]: step for place, step in drops if place < count}
+    run = play(count, lost)
+    vectors = vectors_of(run, seed=seed)
+    tolerated = count - run.instance.shape.quorum
+    if len(lost) <= min(tolerated, count - run.instance.shape.threshold - 1, count - 3):
+        assert np.array_equal(run.run(vectors), plain(vectors, run.collector.survivors))
+        assert set(run.collector.survivors) == {name for name in names if lost.get(name) not in ("bundle", "deal", "mask")}
+    else:
+        try:
+            total = run.run(vectors)
+        except PrivacyError:
+            return
+        assert np.array_equal(total, plain(vectors, run.collector.survivors))
+
+
+@pytest.mark.parametrize("count", [130])
+def test_a_sparse_graph_with_a_tenth_vanished(play, count):
+    run = play(count)
+    assert not run.instance.shape.complete
+    run.lost = {f"site{number:03d}": STEPS[number % 5] for number in range(0, count, 10)}
+    vectors = vectors_of(run, 64)
+    assert np.array_equal(run.run(vectors), plain(vectors, run.collector.survivors))
+
+
+def test_one_vector_looks_uniform_to_the_coordinator(play):
+    """Byte counts of a masked constant vector: chi-square over 256 bins within five deviations of its mean."""
+    run = play(5)
+    run.keyed()
+    run.dealt()
+    member = run.members["site000"]
+    masked = member.mask(np.full(1 << 18, 7, np.int32), run.collector.boxes_for("site000"), run.collector.dealers)
+    counts = np.bincount(masked.view(np.uint8), minlength=256)
+    expected = masked.nbytes / 256
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(statistic - 255) < 5 * np.sqrt(2 * 255)
+    bits = np.unpackbits(masked.view(np.uint8)).reshape(-1, 32).mean(axis=0)
+    assert np.abs(bits - 0.5).max() < 5 * 0.5 / np.sqrt(1 << 18)
+
+
+def test_fewer_than_three_are_refused_and_too_many_drops_open_nothing(play):
+    with pytest.raises(PrivacyError, match="below 3"):
+        _ = Instance("r", ("a", "b")).shape
+    run = play(6, {f"site00{number}": "mask" for number in range(3)})
+    with pytest.raises(PrivacyError, match="nothing is opened"):
+        run.run(vectors_of(run))
+
+
+def test_every_machine_goes_on_after_a_restart_at_every_step(play):
+    run = play(4, {"site003": "mask"})
+    vectors = vectors_of(run)
+    for step in (run.keyed, run.dealt, lambda: run.masked(vectors), run.agreed, run.revealed):
+        step()
+        run.members = {name: Member.from_bytes(member.to_bytes()) for name, member in run.members.items()}
+    assert np.array_equal(run.collector.result(), plain(vectors, run.collector.survivors))
+
+
+def test_dealing_again_deals_shares_of_one_polynomial(play):
+    run = play(4)
+    run.keyed()
+    first, second = (run.members["site000"].deal(run.collector.bundles_for("site000"), run.pins) for _ in range(2))
+    opened = []
+    for boxes in (first, second):
+        twin = Member.from_bytes(run.members["site001"].to_bytes())
+        twin.deal(run.collector.bundles_for("site001"), run.pins)
+        twin.boxes = {box.sender: box.payload for box in boxes if box.recipient == "site001"}
+        opened.append(twin._open("site000"))
+    assert opened[0] == opened[1]
+
+
+def test_one_mask_hides_one_vector_only(play):
+    run = play(3)
+    run.keyed()
+    run.dealt()
+    member, boxes = run.members["site000"], run.collector.boxes_for("site000")
+    one = np.arange(10, dtype=np.int32)
+    assert np.array_equal(member.mask(one, boxes, run.collector.dealers), member.mask(one, boxes, run.collector.dealers))
+    with pytest.raises(PrivacyError, match="another vector"):
+        member.mask(one + 1, boxes, run.collector.dealers)
+
+
+def test_a_site_signs_one_set_of_survivors_for_ever(play):
+    run = play(4, {"site003": "mask"})
+    run.keyed()
+    run.dealt()
+    run.masked(vectors_of(run))
+    member, keys = run.members["site000"], run.keys["site000"]
+    member.agree(("site000", "site001", "site002"), keys)
+    member.agree(("site002", "site001", "site000"), keys)
+    with pytest.raises(PrivacyError, match="another set"):
+        member.agree(("site000", "site001", "site002", "site003"), keys)
+    with pytest.raises(PrivacyError, match="not among them"):
+        run.members["site001"].agree(("site000", "site002", "site003"), run.keys["site001"])
+
+
+def test_nobody_opens_both_secrets_of_one_site(play):
+    """The coordinator tells half of the sites that site000 survived and the other half that it did not: neither half reveals."""
+    run = play(6)
+    run.keyed()
+    run.dealt()
+    run.masked(vectors_of(run))
+    everyone = tuple(run.members)
+    views = {name: everyone if number % 2 else everyone[1:] for number, name in enumerate(everyone[1:])}
+    marks = {name: run.members[name].agree(view, run.keys[name]) for name, view in views.items()}
+    for name in views:
+        mine = {other: mark for other, mark in marks.items() if views[other] == views[name]}
+        with pytest.raises(PrivacyError, match="signatures on the survivors"):
+            run.members[name].reveal(mine, run.pins)
+        with pytest.raises(PrivacyError, match="does not hold"):
+            run.members[name].reveal(marks, run.pins)
+
+
+def tampered_key(run):
+    bundle = run.collector.bundles["site001"]
+    run.collector.bundles["site001"] = dataclasses.replace(bundle, mask_key=bytes(32))
+
+
+def invented_site(run):
+    bundle = run.collector.bundles["site001"]
+    forged = dataclasses.replace(bundle, signature=run.keys["site002"].sign(bundle.signed(run.instance)))
+    run.collector.bundles["site001"] = forged
+
+
+@pytest.mark.parametrize("attack", [tampered_key, invented_site])
+def test_keys_that_a_site_did_not_sign_are_refused(attack, play):
+    run = play(4)
+    run.keyed()
+    attack(run)
+    with pytest.raises(PrivacyError, match="'site001' cannot be believed: its signature does not hold"):
+        run.dealt()
+
+
+def test_an_unknown_site_is_refused(play):
+    run = play(4)
+    run.keyed()
+    with pytest.raises(PrivacyError, match="public key is not known"):
+        run.members["site000"].deal(run.collector.bundles_for("site000"), {})
+
+
+def test_a_bundle_of_another_instance_is_refused(play):
+    run = play(4)
+    run.keyed()
+    other = Instance("run/2/0/task/train", run.instance.members)
+    with pytest.raises(PrivacyError, match="does not hold"):
+        Member(other, "site000").deal(run.collector.bundles_for("site000"), run.pins)
+
+
+@pytest.mark.parametrize("place", [0, 13, 40])
+def test_a_changed_ciphertext_is_found_before_anything_leaves(place, play):
+    run = play(4)
+    run.keyed()
+    run.dealt()
+    box = run.collector.boxes["site001"]["site000"]
+    payload = bytearray(box.payload)
+    payload[place] ^= 1
+    run.collector.boxes["site001"]["site000"] = Box("site001", "site000", bytes(payload))
+    with pytest.raises(PrivacyError, match="changed on the way"):
+        run.masked(vectors_of(run))
+
+
+@pytest.mark.parametrize("kind", ["seeds", "keys"])
+def test_a_changed_share_is_found_and_nothing_is_released(kind, play):
+    run = play(5, {"site004": "mask", "site003": "reveal"})
+    vectors = vectors_of(run)
+    run.keyed()
+    run.dealt()
+    run.masked(vectors)
+    run.agreed()
+    run.revealed()
+    victim = "site003" if kind == "seeds" else "site004"
+    reveal = run.collector.reveals["site000"]
+    shares = {**getattr(reveal, kind)}
+    shares[victim] = bytes([shares[victim][0] ^ 1, *shares[victim][1:]])
+    run.collector.reveals["site000"] = dataclasses.replace(reveal, **{kind: shares})
+    with pytest.raises(PrivacyError, match="tampered with"):
+        run.collector.result()
+
+
+def test_a_torn_state_is_named(play):
+    run = play(3)
+    with pytest.raises(PrivacyError, match="torn"):
+        Member.from_bytes(run.members["site000"].to_bytes()[:-9])
+
+
+@QUICK
+@given(secret=st.binary(min_size=32, max_size=32), count=st.integers(2, 12), data=st.data())
+def test_any_threshold_of_shares_opens_and_fewer_do_not(secret, count, data):
+    secret = secret[:-1] + bytes([secret[-1] & 0x7F])
+    threshold = data.draw(st.integers(2, count))
+    shares = shamir.split(secret, threshold, count, b"entropy")
+    chosen = data.draw(st.permutations(range(count)))
+    picked = {place + 1: shares[place] for place in chosen[:threshold]}
+    assert shamir.combine(picked, threshold) == secret
+    few = dict(list(picked.items())[:-1])
+    with pytest.raises(PrivacyError, match="are needed"):
+        shamir.combine(few, threshold)
+    with suppress(PrivacyError):
+        assert shamir.combine(few | {count + 1: bytes(32)}, threshold) != secret
+
+
+def test_shares_are_checked_against_one_another():
+    shares = dict(enumerate(shamir.split(bytes(32), 3, 5, b"e"), 1))
+    shares[5] = bytes([shares[5][0] ^ 1]) + shares[5][1:]
+    with pytest.raises(PrivacyError, match="one polynomial"):
+        shamir.combine(shares, 3)
+
+
+@pytest.mark.parametrize("sites", [3, 4, 5, 10, 50, 100, 300])
+def test_two_quorums_share_an_honest_member_and_drops_are_survived(sites):
+    found = shape(sites)
+    whole = sites if found.complete else found.degree + 1
+    assert 2 * found.quorum > whole + (int(0.1 * sites) if found.complete else 0)
+    assert found.quorum <= sites - int(0.2 * sites)
+    graph = neighbours([str(site) for site in range(sites)], found.degree, b"seed")
+    assert all(len(near) == found.degree and name not in near for name, near in graph.items())
+    assert all(name in graph[other] for name, near in graph.items() for other in near)
+
+
+def test_the_degree_grows_slowly():
+    degrees = {sites: shape(sites).degree for sites in (200, 1000, 5000)}
+    assert degrees[1000] < 2.5 * degrees[200]
+    assert degrees[5000] < 2 * degrees[1000]
+
+
+def test_masks_cancel_and_streams_do_not_repeat():
+    one, two = keystream(b"k" * 16, 200_000), keystream(b"l" * 16, 200_000)
+    assert not np.array_equal(one, two)
+    assert len(np.unique(one[:1000])) > 990
+    assert np.array_equal(one[:65536], keystream(b"k" * 16, 65536))
+    assert not np.array_equal(one[:65536], one[65536 : 2 * 65536])
