@@ -39,6 +39,9 @@ CHAINS = (
     "keys values gate",
     "query key value",
     "prompt row column",
+    "prompt rows cols",
+    "prompt encoder encoder",
+    "prompt gate",
     "down up norm prompt",
 )
 MULTIPLY: tuple[frozenset[str], ...] = tuple(frozenset(pair) for chain in CHAINS for pair in combinations(chain.split(), 2))

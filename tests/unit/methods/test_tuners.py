@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from fedpeft.adapters.making import layout_of, require_base
 from fedpeft.config import build
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.methods import METHODS, SPECS
 from fedpeft.methods.attached import ADAPTER
 from fedpeft.methods.tuners import REFUSED, ROWS, TUNERS
 from fedpeft.methods.tuners.tree import Tree
+from fedpeft.schemes import SCHEMES
 from fedpeft.tensors import Entry, Layout
 
 SMALL = {"trainable-tokens": {"tokens": [5, 9]}, "adamss": {"r": 8}}
@@ -71,6 +72,26 @@ def test_stock_peft_loads_what_we_save_or_refuses_it(kind, make, head_of, rows, 
     with torch.no_grad():
         want, got = theirs(**rows).logits, live.eval()(**rows).logits
     assert torch.allclose(got, want[:, -got.shape[1] :], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(TUNERS))
+def test_schemes_call_exact_what_the_facts_call_exact(kind, make, head_of):
+    method, spec = method_of(kind), SPECS[kind]
+    layout = layout_of(method, method.attach(make("llama"), head_of("llama")))
+    exact = {name for name in ("alternating", "ffa", "cartesian") if takes(SCHEMES[name](), layout) and SCHEMES[name]().exact(layout)}
+    if spec.average == "linear":
+        assert SCHEMES["fedavg"]().exact(layout)
+    elif spec.average != "prompt":  # a prompt is no product, and its outputs are no linear function of it
+        assert not SCHEMES["fedavg"]().exact(layout)
+        assert exact == set(spec.exact_with)
+
+
+def takes(scheme, layout):
+    try:
+        scheme.check(layout)
+    except UpdateError:
+        return False
+    return True
 
 
 def peft_pair(kind, make):

@@ -20,7 +20,6 @@ REFUSED: dict[str, str] = {
     "bd-lora": "its blocks exist for one way of serving and it is a plain LoRA on a quantized base; use lora",
     "qa-lora": "it is a plain LoRA on every base but GPTQ, which is not offered; use lora",
     "alora": "it needs the positions of invocation tokens in every call, which training does not give; use lora",
-    "velora": "it trains what lora trains and only compresses activations; use lora with checkpoint_activations = true",
 }
 """What peft has and is not offered here, by name, with the reason and what to use."""
 

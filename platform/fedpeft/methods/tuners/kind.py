@@ -81,7 +81,7 @@ class Tuner:
             end(model)
 
     def _arguments(self) -> dict[str, Any]:
-        plain = {item.name: getattr(self, name) for name, item in self.row.settings.items()}
+        plain = {part: getattr(self, name) for name, item in self.row.settings.items() for part in item.name.split(",")}
         named = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
         return {**named, **self.row.fixed, **({"target_modules": list(self._targets)} if self._targets else {})}
 

@@ -24,7 +24,10 @@ FROZEN = "frozen"
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of the method's TOML table: its type with bounds, its default, and what peft's config calls it."""
+    """One key of the method's TOML table: its type with bounds, its default, and what peft's config calls it.
+
+    A ``name`` with commas sets several of peft's alike.
+    """
 
     type: Any
     default: Any
