@@ -12,11 +12,12 @@ CORE_SPECS: dict[str, MethodSpec] = {
         paper="Hu et al. 2021, arXiv 2106.09685",
         tensors={"A": "trained", "B": "trained", "M": "trained", "A2": "trained", "B2": "trained", "held": "given"},
         average="bilinear",
-        exact_with=("alternating", "ffa", "flexlora", "fedex", "flora"),
+        exact_with=("alternating", "ffa", "fedsvd", "slots", "feddpa"),
         mergeable=True,
         mixed_batch=True,
         learning_rate=1e-3,
         privacy="one factor frozen",
+        note="flexlora, fedex and flora are exact up to the rank that they cut to, and say what it lost",
     ),
     "core": MethodSpec(
         family="reparameterized",

@@ -27,7 +27,8 @@ def arrow(product: tuple[Factor, Factor]) -> Values:
     length = float(np.linalg.norm(vector))
     if length == 0.0:
         raise AdapterError("arrow: the adapter's product is zero, so it stretches no direction; route after its first round")
-    return vector / np.float32(length * np.sign(vector[np.argmax(np.abs(vector))]))
+    unit: Values = vector / np.float32(length * np.sign(vector[np.argmax(np.abs(vector))]))
+    return unit
 
 
 def spectrum(product: tuple[Factor, Factor]) -> Values:
@@ -41,7 +42,8 @@ def spectrum(product: tuple[Factor, Factor]) -> Values:
 
 def arrow_scores(prototypes: Values, x: Values) -> Values:
     """``|v_e . x|``: prototypes (E, n), x (N, n) -> (N, E)."""
-    return np.abs(x @ prototypes.T)
+    scores: Values = np.abs(x @ prototypes.T)
+    return scores
 
 
 def spectrum_scores(spectra: Sequence[Values], x: Values) -> Values:
@@ -74,9 +76,11 @@ def mix(experts: Sequence[Product], weights: Values, x: Values) -> Values:
     """
     ranks = [expert.a.shape[0] for expert in experts]
     inner = x @ np.concatenate([expert.a for expert in experts]).T
-    return (inner * np.repeat(weights, ranks, axis=1)) @ np.concatenate([expert.b for expert in experts], axis=1).T
+    mixed: Values = (inner * np.repeat(weights, ranks, axis=1)) @ np.concatenate([expert.b for expert in experts], axis=1).T
+    return mixed
 
 
 def _standard(rows: Values) -> Values:
     centred = rows - rows.mean(axis=1, keepdims=True)
-    return centred / np.maximum(centred.std(axis=1, keepdims=True), np.float32(1e-12))
+    standard: Values = centred / np.maximum(centred.std(axis=1, keepdims=True), np.float32(1e-12))
+    return standard
