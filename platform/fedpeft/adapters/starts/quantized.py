@@ -23,7 +23,8 @@ class LoftQ:
     """B A = the best approximation of W - Q(W) of rank r, Q being what the sites' bases went through.
 
     The paper goes on to quantize W - B A and repeats; here every site holds Q(W) already, so its first step is all of it. Compute it
-    on a dense base; a site whose base is not quantized so would start off by the error that others are rid of.
+    on a dense base; a site whose base is not quantized so would start off by the error that others are rid of. Q is exact for a site
+    that loads float32; one that loads bf16 and then quantizes (CUDA) differs by that rounding.
     """
 
     kind: ClassVar[str] = "loftq"
