@@ -165,5 +165,4 @@ def merged(specs: dict[str, MethodSpec]) -> MethodSpec:
         identity=all(fact.identity for fact in facts),
         learning_rate=min(fact.learning_rate for fact in facts),
         privacy=max((fact.privacy for fact in facts), key=("good", "one factor frozen", "heuristic").index),
-        note='facts of the hybrid; method = ["prefix", "parallel"] is the short form',
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedpeft.methods.blends.compose import merged
 from fedpeft.methods.facts import CORE_SPECS
 from fedpeft.methods.spec import MethodSpec
 
 BLEND_SPECS: dict[str, MethodSpec] = {
-    "compose": merged({kind: CORE_SPECS[kind] for kind in ("lora", "bottleneck")}),
+    "compose": replace(
+        merged({kind: CORE_SPECS[kind] for kind in ("lora", "bottleneck")}),
+        summary="any methods at once: MAM is prefix + parallel, RoSA is lora + sparse-magnitude",
+        note='facts are those of the default parts, lora + bottleneck; method = ["prefix", "parallel"] is the short form',
+    ),
     "unipelt": MethodSpec(
         family="hybrid",
         acts_on="attention and outputs of the MLP",
