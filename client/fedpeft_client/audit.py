@@ -15,7 +15,10 @@ LIMIT_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Departure:
-    """What one answer carried away: values and bytes per role, names of counters, weight, digest of the answer."""
+    """What one answer carried away: values and bytes per role, names of counters, weight, digest of the answer.
+
+    ``masked`` names the masked sum that values, weight and counters went into, and the step; empty: they left in the clear.
+    """
 
     federation: str
     round: int
@@ -27,6 +30,7 @@ class Departure:
     weight: float = 0.0
     digest: str = ""
     repeated: bool = False
+    masked: str = ""
 
 
 def record(path: Path, departure: Departure) -> None:

@@ -27,6 +27,16 @@ def join(site: Site) -> None:
     run(site, _Display())
 
 
+@app.command()
+def identity(site: Site) -> None:
+    """Print this site's name and public key, a line for [peers] of the other sites' files."""
+    from fedpeft_client.config import load_site
+    from fedpeft_client.secure import Secure
+
+    settings = load_site(site)
+    print(f'{settings.name} = "{Secure(settings.name, settings.state).keys.public()}"')
+
+
 @app.command("dry-run")
 def dry_run(
     site: Site,

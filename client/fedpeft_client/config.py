@@ -32,6 +32,7 @@ def _address(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Address = Annotated[str, AfterValidator(_address)]
 
 
@@ -78,7 +79,11 @@ class Policy(Section):
 
 
 class SiteConfig(Section):
-    """One site of a federation."""
+    """One site of a federation.
+
+    ``peers`` are the public keys of all its sites (`fedpeft client identity` prints one); without them keys are believed as they are
+    first seen.
+    """
 
     name: Name
     coordinator: Address = "127.0.0.1:8000"
@@ -91,6 +96,7 @@ class SiteConfig(Section):
     tls: Tls = Tls()
     auth: Auth = Auth()
     policy: Policy = Policy()
+    peers: dict[Name, PublicKey] = Field(default_factory=dict)
     data: dict[str, Source] = Field(min_length=1)
 
     @model_validator(mode="after")

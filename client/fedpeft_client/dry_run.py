@@ -19,11 +19,11 @@ from fedpeft.routing import BINS
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
+from fedpeft.update import TRAIN_COUNTERS
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.plan import FLAT_HEADER_BYTES, rank_of
 from fedpeft_client.policy import Ask
-from fedpeft_client.rounds import TRAIN_COUNTERS
 from fedpeft_client.shelf import Shelf
 
 if TYPE_CHECKING:

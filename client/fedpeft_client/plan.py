@@ -18,18 +18,19 @@ from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
 from fedpeft.wire.envelope import control_key
+from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Own
 from fedpeft_client.policy import Ask
+from fedpeft_client.secure import fewest
 from fedpeft_client.store import Store
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
+    from fedpeft.privacy.secagg import Instance
     from fedpeft.tasks import Task
 
-VOLATILE = ("previous_digest", "down_roles", "cohort", "counted_round")
-"""Fields of a plan that may differ when it is sent again although the same work is meant; `Own.digest` stands for the last."""
 FLAT_HEADER_BYTES = 80
 
 
@@ -98,7 +99,7 @@ def _checked(work: Work) -> Work:
             f"plan of task {plan.task!r}: roles {sorted(plan.roles)} in the task's round {work.round}, "
             f"scheme {scheme.kind} trains {sorted(roles)} there; do both sides run one version?"
         )
-    if plan.secure_aggregation and not scheme.sum_only:
+    if (plan.secure_aggregation or plan.HasField("masking")) and not scheme.sum_only:
         raise UpdateError(
             f"plan of task {plan.task!r}: promises secure aggregation, which shows the coordinator nothing but sums, and scheme "
             f"{scheme.kind} needs every site's part; the coordinator cannot keep that promise"
@@ -115,8 +116,11 @@ def rank_of(scheme: Scheme, method: object, limit: int) -> int:
     return min(rank, limit) if isinstance(scheme, Masks) else rank
 
 
-def ask(work: Work, identity: str, site: SiteConfig) -> Ask:
-    """What the site's policy must judge; ``identity`` is the site's base, which may also be named in the policy."""
+def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None = None) -> Ask:
+    """What the site's policy must judge; ``identity`` is the site's base, which may also be named in the policy.
+
+    ``instance`` is the masked sum that the answer goes into: what the plan says of itself counts for nothing.
+    """
     plan = work.plan
     return Ask(
         task=plan.task,
@@ -124,9 +128,9 @@ def ask(work: Work, identity: str, site: SiteConfig) -> Ask:
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
         upload_bytes=4 * work.up.size + FLAT_HEADER_BYTES,
-        cohort=plan.cohort,
+        cohort=plan.cohort if instance is None else fewest(instance),
         steps=work.settings.steps * work.settings.accumulate,
-        secure_aggregation=plan.secure_aggregation,
+        secure_aggregation=instance is not None,
         epsilon=plan.epsilon or None,
     )
 
@@ -182,7 +186,7 @@ def answer_key(site: SiteConfig, kind: str, round_plan: RoundPlan, work: Work, d
     """SHA-256 over all that determines the answer; a plan sent again after a crash on either side has the same key."""
     plan = TaskPlan()
     plan.CopyFrom(work.plan)
-    for name in VOLATILE:
+    for name in OWN_FIELDS:  # `Own.digest` stands for counted_round
         plan.ClearField(name)
     head = json.dumps([kind, site.name, round_plan.federation, round_plan.round, data_digest]).encode()
     return hashlib.sha256(head + b"\0" + plan.SerializeToString(deterministic=True)).hexdigest()

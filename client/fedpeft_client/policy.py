@@ -11,7 +11,10 @@ from fedpeft_client.config import SiteConfig
 
 @dataclass(frozen=True)
 class Ask:
-    """What one task of a plan asks: ``base`` are identity and model name; ``epsilon`` None means not accounted."""
+    """What one task of a plan asks: ``base`` are identity and model name; ``epsilon`` None means not accounted.
+
+    ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened.
+    """
 
     task: str
     base: tuple[str, ...]

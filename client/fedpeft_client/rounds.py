@@ -25,9 +25,6 @@ from fedpeft_client.shelf import Shelf
 if TYPE_CHECKING:
     from fedpeft.bases import Base
 
-TRAIN_COUNTERS = {"train.loss": 2, "train.examples": 1, "train.seen": 1, "train.tokens": 1}
-"""What travels beside trained tensors, and how many values each has."""
-
 
 class WrongBase(BaseError):  # noqa: N818 - it says what happened, as its base does
     """The plan is for another base than the site's."""

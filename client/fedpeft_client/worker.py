@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft import bases
-from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError
+from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError, PrivacyError
 from fedpeft.files import write_atomic
 from fedpeft.tensors import Tensors
-from fedpeft.update import Counters
+from fedpeft.update import Counters, Grid
 from fedpeft.wire import Envelope
-from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
+from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft_client import answers, audit, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Personal
 from fedpeft_client.plan import MissingVersion, Work
 from fedpeft_client.rounds import Begin, Bench, WrongBase
+from fedpeft_client.secure import NOTHING, Secure
 from fedpeft_client.shelf import Shelf, Split
 from fedpeft_client.store import Store, scratch, sweep
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base
+    from fedpeft.privacy.secagg import Instance
 
 KEPT_PER_TASK = 8
 """How many adapters, answers and half-done rounds stay on disk for each task: the youngest of each kind."""
+ASKED = ("train", "evaluate", "secure")
 SPLITS: dict[str, tuple[Split, ...]] = {"train": ("train",), "evaluate": ("train", "test")}
 log = logging.getLogger("fedpeft.worker")
 
@@ -75,6 +78,7 @@ class Worker:
         self.adapters = Store(self.site.state / "adapters", self.keep)
         self.answers = Store(self.site.state / "answers", self.keep)
         self.personal = Personal(Store(self.site.state / "personal", self.keep))
+        self.secure = Secure(self.site.name, self.site.state, self.site.peers, self.site.policy.min_cohort)
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
 
@@ -104,9 +108,9 @@ class Worker:
         """
         if envelope.kind == "hello":
             return self._hello(envelope.open(Hello))
-        if envelope.kind not in ("train", "evaluate"):
+        if envelope.kind not in ASKED:
             raise LinkError(
-                f"message of kind {envelope.kind!r}: a site answers 'hello', 'train' and 'evaluate'; do both sides run one version?"
+                f"message of kind {envelope.kind!r}: a site answers 'hello', {', '.join(map(repr, ASKED))}; do both sides run one version?"
             )
         return self._round(envelope, envelope.open(RoundPlan))
 
@@ -152,17 +156,19 @@ class Worker:
         """Answer one task; whatever goes wrong is its named failure and nobody else's."""
         try:
             done = self._answer(envelope, asked, task)
-            self._record(envelope.kind, asked, done)
+            self._record(envelope.kind, asked, task, done)
         except Exception as fault:  # noqa: BLE001 - the edge between tasks: one task's fault must not take the others down
             done = Done(_failure(task.task, fault))
             self.broken = self.broken or type(fault).__name__ == "AcceleratorError"
             with suppress(FedpeftError):
-                self._record(envelope.kind, asked, done)
+                self._record(envelope.kind, asked, task, done)
         return done.answer
 
     def _answer(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
-        work = plan.read(asked, task)
-        policy.check(plan.ask(work, self.base.fingerprint.identity, self.site), self.site)
+        if envelope.kind == "secure":
+            return Done(Answer(self.secure.answer(asked, task)))
+        work, instance = plan.read(asked, task), self.secure.instance(asked, task, envelope.kind)
+        policy.check(plan.ask(work, self.base.fingerprint.identity, self.site, instance), self.site)
         rounds.check_base(work, self.base)
         self.progress(task.task, 0)
         start = plan.start(work, envelope, self.adapters)
@@ -173,14 +179,24 @@ class Worker:
         key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task) + own.digest)
         kept = self.answers.get(key)
         if kept is not None:
-            return Done(Answer.from_bytes(kept), work, repeated=True)
+            return Done(self._leaving(asked, work, instance, Answer.from_bytes(kept)), work, repeated=True)
         if trains:
             answer = self._train(work, Begin(begin, plan.context(work, envelope, self.site, own), own), run, key)
         else:
             answer = self._evaluate(work, begin)
         self.answers.put(key, answer.to_bytes())
         shutil.rmtree(self.site.state / "checkpoints" / key, ignore_errors=True)
-        return Done(answer, work)
+        return Done(self._leaving(asked, work, instance, answer), work)
+
+    def _leaving(self, asked: RoundPlan, work: Work, instance: Instance | None, answer: Answer) -> Answer:
+        """``answer`` as it leaves: in the clear, as keys alone, or under the masks of ``instance``."""
+        if instance is None:
+            return answer
+        if work.plan.masking.step == Masking.STEP_KEYS:
+            return self.secure.keyed(asked, work.plan, answer)
+        if answer.array:
+            return self.secure.masked(asked, work.plan, answer, work.up, work.grid)
+        return self.secure.masked(asked, work.plan, answer, NOTHING, Grid(len(instance.members)))
 
     def _local(self, kind: str, task: str) -> str:
         """What of this site, beside the plan, determines an answer."""
@@ -212,7 +228,7 @@ class Worker:
             self.held[task] = digest
             write_atomic(self.site.state / "held.json", json.dumps(self.held, sort_keys=True).encode())
 
-    def _record(self, kind: str, asked: RoundPlan, done: Done) -> None:
+    def _record(self, kind: str, asked: RoundPlan, task: TaskPlan, done: Done) -> None:
         result = done.answer.result
         status = TaskResult.Status.Name(result.status).removeprefix("STATUS_").lower()
         left = audit.Departure(
@@ -226,6 +242,7 @@ class Worker:
             weight=result.weight,
             digest=done.answer.digest,
             repeated=done.repeated,
+            masked=_masked(task),
         )
         audit.record(self.site.state / "audit.jsonl", left)
 
@@ -235,7 +252,7 @@ def _failure(task: str, fault: Exception) -> Answer:
     log.error("task %s: %s: %s", task, type(fault).__name__, fault, exc_info=None if isinstance(fault, FedpeftError) else fault)
     if isinstance(fault, MissingVersion):
         return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
-    if isinstance(fault, PolicyError | WrongBase):
+    if isinstance(fault, PolicyError | PrivacyError | WrongBase):
         return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
     return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))
 
@@ -252,6 +269,12 @@ def _reason(task: str, fault: Exception) -> str:
     if isinstance(fault, OSError):
         return f"StorageError: {fault.strerror}; free space or set `state` in site.toml to another disk"
     return f"{name}: a defect of fedpeft in task {task!r}; the site's worker.log has the traceback"
+
+
+def _masked(task: TaskPlan) -> str:
+    """The step and the masked sum of an answer to ``task``."""
+    step = Masking.Step.Name(task.masking.step).removeprefix("STEP_").lower() if task.masking.step in Masking.Step.values() else "unknown"
+    return f"{step} {task.masking.name}" if task.HasField("masking") else ""
 
 
 def _free_memory() -> None:

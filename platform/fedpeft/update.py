@@ -26,6 +26,8 @@ COUNTER_STEP = 2.0**-20
 COUNTER_LIMIT = 2.0**32
 """Largest counter of one site; sums are exact in float64, hence the same in any order, as long as they stay below 2^33."""
 WEIGHT_STEP = 2.0**-20
+TRAIN_COUNTERS = {"train.loss": 2, "train.examples": 1, "train.seen": 1, "train.tokens": 1}
+"""What travels beside trained tensors, and how many values each has."""
 BLOCK = 1 << 17
 """Values per block: checks and sums of one block stay in the second-level cache."""
 

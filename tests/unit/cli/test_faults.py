@@ -135,6 +135,7 @@ FLAGS = {
     "adapters show": ["--registry"],
     "adapters verify": ["--registry"],
     "client dry-run": ["--json", "--plan", "--round", "--set"],
+    "client identity": [],
     "client join": [],
     "coordinator status": ["--json"],
     "coordinator up": ["--set"],

@@ -313,7 +313,7 @@ def test_what_left_is_in_the_audit_log(site: SiteConfig, make_worker: MakeWorker
 
 def test_other_messages_are_refused(site: SiteConfig, make_worker: MakeWorker) -> None:
     worker = make_worker(site)
-    with pytest.raises(LinkError, match="answers 'hello', 'train' and 'evaluate'"):
+    with pytest.raises(LinkError, match="answers 'hello', 'train', 'evaluate', 'secure'"):
         worker.handle(Envelope("reply", b""))
     with pytest.raises(UpdateError, match="malformed"):
         worker.handle(Envelope("train", b"\xff\xff"))

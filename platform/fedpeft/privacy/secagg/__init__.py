@@ -7,7 +7,7 @@ from fedpeft.privacy.secagg.collector import Collector
 from fedpeft.privacy.secagg.graph import LEAST, Shape, neighbours, shape
 from fedpeft.privacy.secagg.masks import Codes, apply_masks, keystream
 from fedpeft.privacy.secagg.member import PURPOSE, Member, Pins
-from fedpeft.privacy.secagg.messages import Box, Bundle, Instance, Reveal
+from fedpeft.privacy.secagg.messages import Box, Bundle, Instance, Reveal, agreed
 
 __all__ = [
     "LEAST",
@@ -21,6 +21,7 @@ __all__ = [
     "Pins",
     "Reveal",
     "Shape",
+    "agreed",
     "apply_masks",
     "keystream",
     "neighbours",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -112,6 +113,25 @@ class Collector:
         total = self.total.copy()
         apply_masks(total, added, taken)
         return total
+
+    def to_bytes(self) -> bytes:
+        """What is needed to open the sum once all vectors are in, but for the sum itself; nothing of it is secret."""
+        bundles = {name: [part.hex() for part in (one.mask_key, one.box_key, one.seed_check)] for name, one in self.bundles.items()}
+        dealt = {name: sorted(boxes) for name, boxes in self.boxes.items()}
+        row = {"instance": asdict(self.instance), "bundles": bundles, "dealt": dealt, "delivered": self.delivered}
+        return json.dumps(row, sort_keys=True).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes, total: Codes) -> Collector:
+        """Inverse of `to_bytes`, with the sum of the masked vectors. Raises `PrivacyError` when it is torn."""
+        try:
+            row = json.loads(data)
+            instance = Instance(**{**row["instance"], "members": tuple(row["instance"]["members"])})
+            bundles = {name: Bundle(name, *map(bytes.fromhex, parts)) for name, parts in row["bundles"].items()}
+            boxes = {name: {other: Box(name, other, b"") for other in others} for name, others in row["dealt"].items()}
+            return Collector(instance, bundles, boxes, total, list(row["delivered"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise PrivacyError(f"secure aggregation: the sum's state is torn ({type(fault).__name__}); nothing is opened") from None
 
     def _seed(self, site: str) -> bytes:
         if site in self.reveals:

@@ -24,13 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedpeft/wire/v1/federation.proto\x12\x0f\x66\x65\x64peft.wire.v1\";\n\x05Hello\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05tasks\x18\x03 \x03(\t\"\xbc\x01\n\x0c\x43\x61pabilities\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12*\n\x08holdings\x18\x03 \x03(\x0b\x32\x18.fedpeft.wire.v1.Holding\x12\x15\n\rbase_identity\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nbase_loads\x18\x07 \x01(\r\x12\x10\n\x08instance\x18\x08 \x01(\t\"^\n\x07Holding\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x16\n\x0etrain_examples\x18\x02 \x01(\x04\x12\x15\n\rtest_examples\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"e\n\tRoundPlan\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12(\n\x05tasks\x18\x04 \x03(\x0b\x32\x19.fedpeft.wire.v1.TaskPlan\"\xdd\x03\n\x08TaskPlan\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x11\n\ttask_json\x18\x02 \x01(\t\x12\x11\n\tspec_json\x18\x03 \x01(\t\x12\x13\n\x0bscheme_json\x18\x04 \x01(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\r\n\x05roles\x18\x06 \x03(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x07 \x01(\t\x12\x17\n\x0fprevious_digest\x18\x08 \x01(\t\x12\x12\n\ndown_roles\x18\t \x03(\t\x12\x15\n\rsettings_json\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\nweight_cap\x18\x0c \x01(\x04\x12\x12\n\ngrid_sites\x18\r \x01(\r\x12\x12\n\ngrid_reach\x18\x0e \x01(\x01\x12\x0e\n\x06\x63ohort\x18\x0f \x01(\r\x12\x1a\n\x12secure_aggregation\x18\x10 \x01(\x08\x12\x0f\n\x07\x65psilon\x18\x11 \x01(\x01\x12\x16\n\x0ewant_embedding\x18\x12 \x01(\x08\x12,\n\tcentroids\x18\x13 \x03(\x0b\x32\x19.fedpeft.wire.v1.Centroid\x12\x12\n\ntask_round\x18\x14 \x01(\r\x12\x16\n\x0e\x63ontrol_digest\x18\x15 \x01(\t\x12\x15\n\rcounted_round\x18\x16 \x01(\r\"(\n\x08\x43\x65ntroid\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x8a\x01\n\nRoundReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12,\n\x07results\x18\x04 \x03(\x0b\x32\x1b.fedpeft.wire.v1.TaskResult\x12\x12\n\nbase_loads\x18\x05 \x01(\r\x12\x10\n\x08instance\x18\x06 \x01(\t\"\xb4\x03\n\nTaskResult\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".fedpeft.wire.v1.TaskResult.Status\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12;\n\x08\x63ounters\x18\x05 \x03(\x0b\x32).fedpeft.wire.v1.TaskResult.CountersEntry\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x15\n\rtrain_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\t\x1aH\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedpeft.wire.v1.Values:\x02\x38\x01\"r\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x12\n\x0eSTATUS_REFUSED\x10\x02\x12\x11\n\rSTATUS_FAILED\x10\x03\x12\x1a\n\x16STATUS_MISSING_VERSION\x10\x04\"\x18\n\x06Values\x12\x0e\n\x06values\x18\x01 \x03(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedpeft/wire/v1/federation.proto\x12\x0f\x66\x65\x64peft.wire.v1\";\n\x05Hello\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05tasks\x18\x03 \x03(\t\"\xbc\x01\n\x0c\x43\x61pabilities\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12*\n\x08holdings\x18\x03 \x03(\x0b\x32\x18.fedpeft.wire.v1.Holding\x12\x15\n\rbase_identity\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nbase_loads\x18\x07 \x01(\r\x12\x10\n\x08instance\x18\x08 \x01(\t\"^\n\x07Holding\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x16\n\x0etrain_examples\x18\x02 \x01(\x04\x12\x15\n\rtest_examples\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"e\n\tRoundPlan\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12(\n\x05tasks\x18\x04 \x03(\x0b\x32\x19.fedpeft.wire.v1.TaskPlan\"\x88\x04\n\x08TaskPlan\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x11\n\ttask_json\x18\x02 \x01(\t\x12\x11\n\tspec_json\x18\x03 \x01(\t\x12\x13\n\x0bscheme_json\x18\x04 \x01(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\r\n\x05roles\x18\x06 \x03(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x07 \x01(\t\x12\x17\n\x0fprevious_digest\x18\x08 \x01(\t\x12\x12\n\ndown_roles\x18\t \x03(\t\x12\x15\n\rsettings_json\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\nweight_cap\x18\x0c \x01(\x04\x12\x12\n\ngrid_sites\x18\r \x01(\r\x12\x12\n\ngrid_reach\x18\x0e \x01(\x01\x12\x0e\n\x06\x63ohort\x18\x0f \x01(\r\x12\x1a\n\x12secure_aggregation\x18\x10 \x01(\x08\x12\x0f\n\x07\x65psilon\x18\x11 \x01(\x01\x12\x16\n\x0ewant_embedding\x18\x12 \x01(\x08\x12,\n\tcentroids\x18\x13 \x03(\x0b\x32\x19.fedpeft.wire.v1.Centroid\x12\x12\n\ntask_round\x18\x14 \x01(\r\x12\x16\n\x0e\x63ontrol_digest\x18\x15 \x01(\t\x12\x15\n\rcounted_round\x18\x16 \x01(\r\x12)\n\x07masking\x18\x17 \x01(\x0b\x32\x18.fedpeft.wire.v1.Masking\"\xb0\x04\n\x07Masking\x12+\n\x04step\x18\x01 \x01(\x0e\x32\x1d.fedpeft.wire.v1.Masking.Step\x12\x0c\n\x04name\x18\x02 \x01(\t\x12+\n\x08instance\x18\x03 \x01(\x0b\x32\x19.fedpeft.wire.v1.Instance\x12(\n\x07\x62undles\x18\x04 \x03(\x0b\x32\x17.fedpeft.wire.v1.Bundle\x12\x0f\n\x07\x64\x65\x61lers\x18\x05 \x03(\t\x12#\n\x05\x62oxes\x18\x06 \x03(\x0b\x32\x14.fedpeft.wire.v1.Box\x12\x11\n\tsurvivors\x18\x07 \x03(\t\x12<\n\nsignatures\x18\x08 \x03(\x0b\x32(.fedpeft.wire.v1.Masking.SignaturesEntry\x12\x38\n\x08\x63ounters\x18\t \x03(\x0b\x32&.fedpeft.wire.v1.Masking.CountersEntry\x1a\x31\n\x0fSignaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"n\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\r\n\tSTEP_KEYS\x10\x01\x12\x0f\n\x0bSTEP_SHARES\x10\x02\x12\x0f\n\x0bSTEP_VECTOR\x10\x03\x12\x0e\n\nSTEP_AGREE\x10\x04\x12\x0f\n\x0bSTEP_REVEAL\x10\x05\"]\n\x08Instance\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12\x11\n\tcolluding\x18\x03 \x01(\x01\x12\x10\n\x08\x64ropping\x18\x04 \x01(\x01\x12\r\n\x05least\x18\x05 \x01(\r\"`\n\x06\x42undle\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x0f\n\x07\x62ox_key\x18\x03 \x01(\x0c\x12\x12\n\nseed_check\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"9\n\x03\x42ox\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x11\n\trecipient\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"\xd5\x01\n\x06Reveal\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x31\n\x05seeds\x18\x02 \x03(\x0b\x32\".fedpeft.wire.v1.Reveal.SeedsEntry\x12/\n\x04keys\x18\x03 \x03(\x0b\x32!.fedpeft.wire.v1.Reveal.KeysEntry\x1a,\n\nSeedsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a+\n\tKeysEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xfc\x01\n\x06Masked\x12\'\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x17.fedpeft.wire.v1.Bundle\x12\x37\n\x08\x63ounters\x18\x02 \x03(\x0b\x32%.fedpeft.wire.v1.Masked.CountersEntry\x12#\n\x05\x62oxes\x18\x03 \x03(\x0b\x32\x14.fedpeft.wire.v1.Box\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\'\n\x06reveal\x18\x05 \x01(\x0b\x32\x17.fedpeft.wire.v1.Reveal\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"(\n\x08\x43\x65ntroid\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x8a\x01\n\nRoundReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12,\n\x07results\x18\x04 \x03(\x0b\x32\x1b.fedpeft.wire.v1.TaskResult\x12\x12\n\nbase_loads\x18\x05 \x01(\r\x12\x10\n\x08instance\x18\x06 \x01(\t\"\xdd\x03\n\nTaskResult\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".fedpeft.wire.v1.TaskResult.Status\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12;\n\x08\x63ounters\x18\x05 \x03(\x0b\x32).fedpeft.wire.v1.TaskResult.CountersEntry\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x15\n\rtrain_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\t\x12\'\n\x06masked\x18\t \x01(\x0b\x32\x17.fedpeft.wire.v1.Masked\x1aH\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedpeft.wire.v1.Values:\x02\x38\x01\"r\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x12\n\x0eSTATUS_REFUSED\x10\x02\x12\x11\n\rSTATUS_FAILED\x10\x03\x12\x1a\n\x16STATUS_MISSING_VERSION\x10\x04\"\x18\n\x06Values\x12\x0e\n\x06values\x18\x01 \x03(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedpeft.wire.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MASKING_SIGNATURESENTRY']._loaded_options = None
+  _globals['_MASKING_SIGNATURESENTRY']._serialized_options = b'8\001'
+  _globals['_MASKING_COUNTERSENTRY']._loaded_options = None
+  _globals['_MASKING_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_REVEAL_SEEDSENTRY']._loaded_options = None
+  _globals['_REVEAL_SEEDSENTRY']._serialized_options = b'8\001'
+  _globals['_REVEAL_KEYSENTRY']._loaded_options = None
+  _globals['_REVEAL_KEYSENTRY']._serialized_options = b'8\001'
+  _globals['_MASKED_COUNTERSENTRY']._loaded_options = None
+  _globals['_MASKED_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_TASKRESULT_COUNTERSENTRY']._loaded_options = None
   _globals['_TASKRESULT_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_HELLO']._serialized_start=53
@@ -42,17 +52,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDPLAN']._serialized_start=401
   _globals['_ROUNDPLAN']._serialized_end=502
   _globals['_TASKPLAN']._serialized_start=505
-  _globals['_TASKPLAN']._serialized_end=982
-  _globals['_CENTROID']._serialized_start=984
-  _globals['_CENTROID']._serialized_end=1024
-  _globals['_ROUNDREPLY']._serialized_start=1027
-  _globals['_ROUNDREPLY']._serialized_end=1165
-  _globals['_TASKRESULT']._serialized_start=1168
-  _globals['_TASKRESULT']._serialized_end=1604
-  _globals['_TASKRESULT_COUNTERSENTRY']._serialized_start=1416
-  _globals['_TASKRESULT_COUNTERSENTRY']._serialized_end=1488
-  _globals['_TASKRESULT_STATUS']._serialized_start=1490
-  _globals['_TASKRESULT_STATUS']._serialized_end=1604
-  _globals['_VALUES']._serialized_start=1606
-  _globals['_VALUES']._serialized_end=1630
+  _globals['_TASKPLAN']._serialized_end=1025
+  _globals['_MASKING']._serialized_start=1028
+  _globals['_MASKING']._serialized_end=1588
+  _globals['_MASKING_SIGNATURESENTRY']._serialized_start=1378
+  _globals['_MASKING_SIGNATURESENTRY']._serialized_end=1427
+  _globals['_MASKING_COUNTERSENTRY']._serialized_start=1429
+  _globals['_MASKING_COUNTERSENTRY']._serialized_end=1476
+  _globals['_MASKING_STEP']._serialized_start=1478
+  _globals['_MASKING_STEP']._serialized_end=1588
+  _globals['_INSTANCE']._serialized_start=1590
+  _globals['_INSTANCE']._serialized_end=1683
+  _globals['_BUNDLE']._serialized_start=1685
+  _globals['_BUNDLE']._serialized_end=1781
+  _globals['_BOX']._serialized_start=1783
+  _globals['_BOX']._serialized_end=1840
+  _globals['_REVEAL']._serialized_start=1843
+  _globals['_REVEAL']._serialized_end=2056
+  _globals['_REVEAL_SEEDSENTRY']._serialized_start=1967
+  _globals['_REVEAL_SEEDSENTRY']._serialized_end=2011
+  _globals['_REVEAL_KEYSENTRY']._serialized_start=2013
+  _globals['_REVEAL_KEYSENTRY']._serialized_end=2056
+  _globals['_MASKED']._serialized_start=2059
+  _globals['_MASKED']._serialized_end=2311
+  _globals['_MASKED_COUNTERSENTRY']._serialized_start=1429
+  _globals['_MASKED_COUNTERSENTRY']._serialized_end=1476
+  _globals['_CENTROID']._serialized_start=2313
+  _globals['_CENTROID']._serialized_end=2353
+  _globals['_ROUNDREPLY']._serialized_start=2356
+  _globals['_ROUNDREPLY']._serialized_end=2494
+  _globals['_TASKRESULT']._serialized_start=2497
+  _globals['_TASKRESULT']._serialized_end=2974
+  _globals['_TASKRESULT_COUNTERSENTRY']._serialized_start=2786
+  _globals['_TASKRESULT_COUNTERSENTRY']._serialized_end=2858
+  _globals['_TASKRESULT_STATUS']._serialized_start=2860
+  _globals['_TASKRESULT_STATUS']._serialized_end=2974
+  _globals['_VALUES']._serialized_start=2976
+  _globals['_VALUES']._serialized_end=3000
 # @@protoc_insertion_point(module_scope)

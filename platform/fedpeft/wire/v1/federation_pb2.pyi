@@ -62,7 +62,7 @@ class RoundPlan(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
-    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids", "task_round", "control_digest", "counted_round")
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TASK_JSON_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class TaskPlan(_message.Message):
     TASK_ROUND_FIELD_NUMBER: _ClassVar[int]
     CONTROL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     COUNTED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    MASKING_FIELD_NUMBER: _ClassVar[int]
     task: str
     task_json: str
     spec_json: str
@@ -107,7 +108,141 @@ class TaskPlan(_message.Message):
     task_round: int
     control_digest: str
     counted_round: int
-    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ...) -> None: ...
+    masking: Masking
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ...) -> None: ...
+
+class Masking(_message.Message):
+    __slots__ = ("step", "name", "instance", "bundles", "dealers", "boxes", "survivors", "signatures", "counters")
+    class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STEP_UNSPECIFIED: _ClassVar[Masking.Step]
+        STEP_KEYS: _ClassVar[Masking.Step]
+        STEP_SHARES: _ClassVar[Masking.Step]
+        STEP_VECTOR: _ClassVar[Masking.Step]
+        STEP_AGREE: _ClassVar[Masking.Step]
+        STEP_REVEAL: _ClassVar[Masking.Step]
+    STEP_UNSPECIFIED: Masking.Step
+    STEP_KEYS: Masking.Step
+    STEP_SHARES: Masking.Step
+    STEP_VECTOR: Masking.Step
+    STEP_AGREE: Masking.Step
+    STEP_REVEAL: Masking.Step
+    class SignaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    DEALERS_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    step: Masking.Step
+    name: str
+    instance: Instance
+    bundles: _containers.RepeatedCompositeFieldContainer[Bundle]
+    dealers: _containers.RepeatedScalarFieldContainer[str]
+    boxes: _containers.RepeatedCompositeFieldContainer[Box]
+    survivors: _containers.RepeatedScalarFieldContainer[str]
+    signatures: _containers.ScalarMap[str, bytes]
+    counters: _containers.ScalarMap[str, int]
+    def __init__(self, step: _Optional[_Union[Masking.Step, str]] = ..., name: _Optional[str] = ..., instance: _Optional[_Union[Instance, _Mapping]] = ..., bundles: _Optional[_Iterable[_Union[Bundle, _Mapping]]] = ..., dealers: _Optional[_Iterable[str]] = ..., boxes: _Optional[_Iterable[_Union[Box, _Mapping]]] = ..., survivors: _Optional[_Iterable[str]] = ..., signatures: _Optional[_Mapping[str, bytes]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class Instance(_message.Message):
+    __slots__ = ("name", "members", "colluding", "dropping", "least")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    COLLUDING_FIELD_NUMBER: _ClassVar[int]
+    DROPPING_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    members: _containers.RepeatedScalarFieldContainer[str]
+    colluding: float
+    dropping: float
+    least: int
+    def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., colluding: _Optional[float] = ..., dropping: _Optional[float] = ..., least: _Optional[int] = ...) -> None: ...
+
+class Bundle(_message.Message):
+    __slots__ = ("site", "mask_key", "box_key", "seed_check", "signature")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    MASK_KEY_FIELD_NUMBER: _ClassVar[int]
+    BOX_KEY_FIELD_NUMBER: _ClassVar[int]
+    SEED_CHECK_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    mask_key: bytes
+    box_key: bytes
+    seed_check: bytes
+    signature: bytes
+    def __init__(self, site: _Optional[str] = ..., mask_key: _Optional[bytes] = ..., box_key: _Optional[bytes] = ..., seed_check: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Box(_message.Message):
+    __slots__ = ("sender", "recipient", "payload")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECIPIENT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    sender: str
+    recipient: str
+    payload: bytes
+    def __init__(self, sender: _Optional[str] = ..., recipient: _Optional[str] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Reveal(_message.Message):
+    __slots__ = ("seed", "seeds", "keys")
+    class SeedsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    seeds: _containers.ScalarMap[str, bytes]
+    keys: _containers.ScalarMap[str, bytes]
+    def __init__(self, seed: _Optional[bytes] = ..., seeds: _Optional[_Mapping[str, bytes]] = ..., keys: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Masked(_message.Message):
+    __slots__ = ("bundle", "counters", "boxes", "signature", "reveal")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    REVEAL_FIELD_NUMBER: _ClassVar[int]
+    bundle: Bundle
+    counters: _containers.ScalarMap[str, int]
+    boxes: _containers.RepeatedCompositeFieldContainer[Box]
+    signature: bytes
+    reveal: Reveal
+    def __init__(self, bundle: _Optional[_Union[Bundle, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., boxes: _Optional[_Iterable[_Union[Box, _Mapping]]] = ..., signature: _Optional[bytes] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ...) -> None: ...
 
 class Centroid(_message.Message):
     __slots__ = ("task", "values")
@@ -134,7 +269,7 @@ class RoundReply(_message.Message):
     def __init__(self, site: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[TaskResult, _Mapping]]] = ..., base_loads: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class TaskResult(_message.Message):
-    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest")
+    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest", "masked")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[TaskResult.Status]
@@ -162,6 +297,7 @@ class TaskResult(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FIELD_NUMBER: _ClassVar[int]
     task: str
     status: TaskResult.Status
     reason: str
@@ -170,7 +306,8 @@ class TaskResult(_message.Message):
     layout_fingerprint: str
     train_seconds: float
     adapter_digest: str
-    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
+    masked: Masked
+    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("values",)
