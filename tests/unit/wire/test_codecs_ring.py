@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
+from fedpeft.privacy import packing
+from fedpeft.privacy.secagg.masks import KEY_SIZE, apply_masks
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire.codecs import Plain, Ring, send_narrow
-from fedpeft.wire.codecs.ring import pack, packed_size, settle, unpack
+from fedpeft.wire.codecs.ring import pack, pack_vector, packed_size, settle, settle_vector, unpack, unpack_vector
 
 few = settings(max_examples=20)
 rings = st.builds(Ring, st.integers(2, 16), st.sampled_from([8, 16, 64]), st.floats(0.5, 8))
@@ -154,3 +156,32 @@ def test_bytes_of_the_ring():
     assert Ring(4).most(1_000_000, 128) == 1_375_000
     assert Plain().width(5) == 32
     assert Plain().most(10, 5) == 40
+
+
+@given(sites=st.integers(2, 6), size=st.integers(1, 60), seed=st.integers(0, 99), bits=st.integers(2, 12))
+@few
+def test_whole_vectors_under_keystreams_give_the_plain_sum_of_narrow_updates(sites, size, seed, bits):
+    """Weight and counters keep 32 bits beside narrow values, as in a masked round; pairs of keystreams cancel."""
+    ring, grid = Ring(bits, 16), Grid(sites)
+    schema = packing.Schema(layout_of(size), grid, {"loss": 2})
+    shifts, width = ring.shifts(delta_of(size, seed).flat, grid), ring.width(sites)
+    updates = [Update.encode(delta_of(size, seed + 1 + site), 0.5, {"loss": (-1.5, 2.0**31)}, grid) for site in range(sites)]
+    plain = send_narrow(ring, updates[0], shifts, 0)[0]
+    for site, update in enumerate(updates[1:], start=1):
+        plain = plain + send_narrow(ring, update, shifts, site)[0]
+    total = np.zeros(schema.size, np.int32)
+    for site, update in enumerate(updates):
+        vector = packing.pack(update, schema)
+        vector[:size] = ring.narrow(vector[:size], shifts, site)
+        ahead, behind = site.to_bytes(KEY_SIZE, "big"), ((site - 1) % sites).to_bytes(KEY_SIZE, "big")
+        apply_masks(vector, [ahead], [behind])
+        data = pack_vector(vector, size, width)
+        assert len(data) == packed_size(size, width) + 4 * (schema.size - size)
+        total += unpack_vector(data, size, schema.size - size, width)
+    total = settle_vector(total, size, width)
+    total[:size] = ring.widen(total[:size], shifts)
+    summed = packing.unpack(total, schema, sites)
+    assert (summed.codes == plain.codes).all()
+    assert (summed.weight, summed.counters) == (plain.weight, plain.counters)
+    with pytest.raises(UpdateError, match="bits take"):
+        unpack_vector(data[:-1], size, schema.size - size, width)

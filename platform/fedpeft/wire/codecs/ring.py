@@ -132,6 +132,22 @@ def settle(total: Codes, width: int) -> Codes:
     return (total << np.int32(WORD - width)) >> np.int32(WORD - width)
 
 
+def pack_vector(codes: Codes, size: int, width: int) -> bytes:
+    """A vector whose first ``size`` values are of the ring and whose rest (weight, counters) needs all 32 bits."""
+    return pack(codes[:size], width) + pack(codes[size:], WORD)
+
+
+def unpack_vector(data: bytes | memoryview, size: int, rest: int, width: int) -> Codes:
+    """Inverse of `pack_vector` in the sense of `unpack`: int32 (size + rest,). Raises `UpdateError` when ``data`` is of another size."""
+    view, cut = memoryview(data).cast("B"), packed_size(size, width)
+    return np.concatenate([unpack(view[:cut], width, size), unpack(view[cut:], WORD, rest)])
+
+
+def settle_vector(total: Codes, size: int, width: int) -> Codes:
+    """`settle` on the first ``size`` values of a sum, the rest as it is."""
+    return np.concatenate([settle(total[:size], width), total[size:]])
+
+
 def _words(count: int, seed: int) -> NDArray[np.int64]:
     """Uniform 32-bit words of ``seed``."""
     return rounding.words(2 * count, seed).view("<u4").astype(np.int64)
