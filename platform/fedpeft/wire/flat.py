@@ -17,15 +17,15 @@ from fedpeft.errors import UpdateError
 MAGIC = b"FPv1"
 HEAD = struct.Struct("<4s4sQ32s")
 DIGEST = 32
-TYPES: dict[bytes, np.dtype[Any]] = {b"<i4\0": np.dtype("<i4"), b"<f4\0": np.dtype("<f4")}
+TYPES: dict[bytes, np.dtype[Any]] = {tag.encode().ljust(4, b"\0"): np.dtype(tag) for tag in ("<i4", "<f4", "|u1")}
 MAX_VALUES = 1 << 33
 
 
 def pack(fingerprint: str, array: NDArray[Any]) -> bytes:
-    """Serialise a 1-D int32 or float32 ``array`` whose layout has the hex SHA-256 ``fingerprint``."""
+    """Serialise a 1-D int32, float32 or uint8 (a codec's message) ``array`` whose layout has the hex SHA-256 ``fingerprint``."""
     tag = array.dtype.newbyteorder("<").str.encode().ljust(4, b"\0")
     if tag not in TYPES or array.ndim != 1:
-        raise UpdateError(f"wire: {array.dtype}{list(array.shape)} cannot travel; only 1-D int32 and float32 do")
+        raise UpdateError(f"wire: {array.dtype}{list(array.shape)} cannot travel; only 1-D int32, float32 and uint8 do")
     values = np.ascontiguousarray(array, TYPES[tag]).data
     head = HEAD.pack(MAGIC, tag, array.size, bytes.fromhex(fingerprint))
     return b"".join((head, _digest(head, values), values))

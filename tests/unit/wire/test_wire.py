@@ -16,7 +16,7 @@ from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1 import federation_pb2 as pb
 
 FINGERPRINT = hashlib.sha256(b"layout").hexdigest()
-arrays = st.sampled_from([np.int32, np.float32]).flatmap(lambda kind: hnp.arrays(kind, st.integers(0, 200)))
+arrays = st.sampled_from([np.int32, np.float32, np.uint8]).flatmap(lambda kind: hnp.arrays(kind, st.integers(0, 200)))
 
 
 @given(arrays)
