@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, inspection, methods, schemes
+    from fedpeft.cli import adapters, answers, audit, inspection, methods, schemes
 
     app = typer.Typer(
         name="fedpeft",
@@ -65,6 +65,7 @@ def tree() -> typer.Typer:
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(methods.app, name="methods")
     app.add_typer(schemes.app, name="schemes")
+    app.add_typer(audit.app, name="audit")
     for entry in sorted(entry_points(group="fedpeft.commands"), key=lambda entry: entry.name):
         try:
             app.add_typer(entry.load(), name=entry.name)
