@@ -15,6 +15,8 @@ from fedpeft.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+NOT_TOML = (tomllib.TOMLDecodeError, ValueError, RecursionError)
+"""A number of thousands of digits is a plain ValueError, a nest of thousands of brackets ends the stack."""
 
 
 class Section(BaseModel):
@@ -45,7 +47,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; give the path of a TOML file (deploy/configs has examples)") from None
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(f"{path}: cannot be read: {fault}") from None
-    except tomllib.TOMLDecodeError as fault:
+    except NOT_TOML as fault:
         raise ConfigError(f"{path}: not valid TOML: {fault}") from None
 
 
@@ -73,7 +75,7 @@ def build(table: Mapping[str, type[T]], value: Any, noun: str) -> T:
         value = {"kind": "compose", "parts": value}
     if not isinstance(value, Mapping) or "kind" not in value:
         raise ValueError(f"{noun}: needs a table with kind = one of {sorted(table)}")
-    if value["kind"] not in table:
+    if not isinstance(value["kind"], str) or value["kind"] not in table:
         raise ValueError(f"{noun}: unknown kind {value['kind']!r}; known kinds are {sorted(table)}")
     chosen = table[value["kind"]]
     settings = {key: item for key, item in value.items() if key != "kind"}
@@ -112,7 +114,7 @@ def _override(table: dict[str, Any], key: str, text: str) -> None:
             raise ConfigError(f"--set {key}={text}: {parent} is not a table of the file; name a key such as base.model")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except NOT_TOML:
         table[last] = text
 
 
