@@ -1,0 +1,373 @@
+"""Client-level noise: bounded vectors, the right noise in the right place, one event for all that travels."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedpeft.privacy.mechanism as mechanism_module
+from fedpeft.errors import ConfigError, PrivacyError
+from fedpeft.privacy.accounting import Event, epsilon
+from fedpeft.privacy.clipping import bounded, clipped, moved
+from fedpeft.privacy.mechanism import SIDE, Bounded, Mechanism, protect, release
+from fedpeft.privacy.noise import SecureNoise
+from fedpeft.privacy.packing import Schema, pack, unpack
+from fedpeft.privacy.selftest import check_moved, self_test
+from fedpeft.privacy.settings import (
+    PRIVACY,
+    Central,
+    Cohort,
+    Distributed,
+    check_phase,
+    make_privacy,
+    noise_for,
+    of_adapter,
+    of_evaluation,
+    steps_noise,
+)
+from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.update import Update
+
+NOISE = SecureNoise()
+LAYOUT = Layout.of([Entry("B", "q.lora_B", (40, 4)), Entry("head", "score.weight", (3, 40))])
+COUNTERS = {"train.loss": Bounded(2, 50.0), "train.seen": Bounded(1, 1000.0)}
+SEEN = {"train.loss": (10.0, 20.0), "train.seen": (500.0,), "train.tokens": (1e9,)}
+
+
+def delta(size: float, seed: int = 0, layout: Layout = LAYOUT) -> Tensors:
+    flat = np.random.default_rng(seed).normal(size=layout.size)
+    return Tensors(layout, (flat * size / max(np.linalg.norm(flat), 1e-30)).astype(np.float32))
+
+
+def total(mechanism: Mechanism, sites: int, size: float = 1.0, layout: Layout = LAYOUT) -> Update:
+    updates = [protect(delta(size, site, layout), SEEN, mechanism, NOISE) for site in range(sites)]
+    return sum(updates[1:], start=updates[0])
+
+
+MODES = [
+    {},
+    {"side": 0.1, "counters": COUNTERS},
+    {"side": 0.1, "adaptive": True},
+    {"side": 0.3, "counters": COUNTERS, "adaptive": True},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=20, deadline=None)
+@given(size=st.sampled_from([0.0, 1e-6, 0.5, 1.0, 1e3, 1e18]), clip=st.floats(1e-3, 1e3), sites=st.integers(1, 2000))
+def test_no_packed_vector_is_longer_than_the_sensitivity(mode, size, clip, sites):
+    one = Mechanism(1.0, clip, sites, **mode)
+    update = protect(delta(size), {name: (1e30,) * item.length for name, item in COUNTERS.items()}, one, NOISE)
+    length = np.sqrt(float((update.codes.astype(object) ** 2).sum())) * update.grid.step
+    assert length <= one.sensitivity
+    assert update.weight == 1.0
+    assert not update.counters
+    if size > clip and not mode:
+        assert length == pytest.approx(clip, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_removing_a_site_moves_the_sum_by_the_sensitivity_at_most(mode):
+    one = Mechanism(1.0, 0.7, 8, **mode)
+    updates = [protect(delta(5.0, site), SEEN, one, NOISE).codes.astype(np.int64) for site in range(8)]
+    whole = sum(updates)
+    for update in updates:
+        assert np.linalg.norm((whole - (whole - update)) * one.grid.step) <= one.sensitivity
+
+
+@pytest.mark.parametrize("shares", [0, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_sum_carries_the_noise_that_was_promised(shares, mode):
+    one = Mechanism(2.0, 0.5, 6, shares, **mode)
+    residues = []
+    for _ in range(60):
+        found = release(total(one, 6, 0.1), one, NOISE)
+        clean = np.mean([delta(0.1, site).flat for site in range(6)], axis=0)
+        residues.append((found.mean.flat - clean) * 6)
+    promised = one.deviation * (sqrt(6 / shares) if shares else 1.0)
+    assert np.std(residues) == pytest.approx(promised, rel=7 / sqrt(2 * 60 * LAYOUT.size))
+
+
+def test_the_least_survivors_carry_the_whole_noise():
+    one = Mechanism(2.0, 0.5, 6, 4)
+    residues = [release(total(one, 4, 0.0), one, NOISE).mean.flat * 4 for _ in range(60)]
+    assert np.std(residues) == pytest.approx(one.deviation, rel=7 / sqrt(2 * 60 * LAYOUT.size))
+    with pytest.raises(PrivacyError, match="3 sites"):
+        release(total(one, 3, 0.0), one, NOISE)
+
+
+def test_counters_and_bit_are_read_back_within_their_noise():
+    one = Mechanism(1e-3, 1.0, 4, side=0.3, counters=COUNTERS, adaptive=True)
+    updates = [protect(delta(size, 1), SEEN, one, NOISE) for size in (0.2, 0.5, 0.9, 5.0)]
+    found = release(sum(updates[1:], start=updates[0]), one, NOISE)
+    assert found.counters["train.loss"] == pytest.approx((40.0, 80.0), abs=7 * 1e-3 * one.sensitivity / one.unit * 50)
+    assert found.counters["train.seen"] == pytest.approx((2000.0,), abs=7 * 1e-3 * one.sensitivity / one.unit * 1000)
+    assert "train.tokens" not in found.counters
+    assert found.inside == pytest.approx(0.75, abs=0.01)
+
+
+def test_evaluation_travels_without_a_delta():
+    chosen = Central(8.0, counters={"train.loss": 50.0}, evaluation=2.0)
+    one = of_evaluation(chosen, 1e-3, Cohort(4, 3), {"train.loss": 2, "other": 1})
+    empty = Layout(())
+    found = release(total(one, 4, 0.0, empty), one, NOISE)
+    assert found.mean.flat.size == 0
+    assert found.counters["train.loss"] == pytest.approx((40.0, 80.0), abs=2.0)
+    assert one.event(2) == Event(2e-3)
+    assert of_evaluation(Central(8.0), 1.0, Cohort(4, 3), {"train.loss": 2}) is None
+
+
+def test_one_vector_is_one_event_whatever_travels_in_it():
+    for mode in MODES:
+        assert Mechanism(1.5, 1.0, 8, **mode).event(280) == Event(1.5)
+        spread = Mechanism(1.5, 1.0, 8, 5, **mode).event(280)
+        assert spread.concentrated
+        assert spread.noise == pytest.approx(1.5, rel=1e-12)
+    assert Mechanism(1.5, 1.0, 8, rate=0.25).event(280) == Event(1.5, 0.25)
+
+
+@pytest.mark.parametrize("shares", [0, 2])
+def test_the_packed_vector_survives_packing_and_masks(shares):
+    one = Mechanism(1.0, 1.0, 3, shares, side=0.1, counters=COUNTERS)
+    updates = [protect(delta(1.0, site), SEEN, one, NOISE) for site in range(3)]
+    schema = Schema(one.layout(LAYOUT), one.grid, {})
+    with np.errstate(over="ignore"):
+        summed = unpack(sum(pack(update, schema) for update in updates), schema, 3)
+    assert np.array_equal(summed.codes, sum(updates[1:], start=updates[0]).codes)
+    release(summed, one, NOISE)
+
+
+def test_noise_lies_on_the_grid_and_is_new_every_time():
+    one = Mechanism(1.0, 1.0, 3)
+    plain = total(one, 3)
+    first, second = (release(plain, one, NOISE).mean.flat.astype(np.float64) * 3 for _ in range(2))
+    assert (first != second).mean() > 0.99
+    spread = Mechanism(1.0, 1.0, 3, 3)
+    assert (protect(delta(1.0), {}, spread, NOISE).codes != protect(delta(1.0), {}, spread, NOISE).codes).mean() > 0.99
+
+
+def test_sampling_divides_by_the_cohort_that_is_expected():
+    one = Mechanism(1e-6, 1.0, 10, rate=0.5)
+    found = release(total(one, 2, 0.5), one, NOISE).mean.flat
+    clean = sum(delta(0.5, site).flat for site in range(2)) / 5
+    assert found == pytest.approx(clean, abs=1e-4)
+    nobody = Update.zero(one.layout(LAYOUT), one.grid)
+    assert np.abs(release(nobody, one, NOISE).mean.flat).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda t: dataclasses.replace(t, weight=2.5), "weights"),
+        (lambda t: dataclasses.replace(t, counters={"x": (1.0,)}), "counters"),
+        (lambda t: dataclasses.replace(t, count=9, weight=9.0), "9 sites"),
+        (lambda t: dataclasses.replace(t, grid=dataclasses.replace(t.grid, reach=7.0)), "grid"),
+        (lambda t: dataclasses.replace(t, layout=LAYOUT), "counters"),
+    ],
+)
+def test_a_sum_that_is_not_the_mechanisms_is_not_released(spoil, word):
+    one = Mechanism(1.0, 1.0, 3, side=0.1, adaptive=True)
+    with pytest.raises(PrivacyError, match=word):
+        release(spoil(total(one, 3)), one, NOISE)
+
+
+def test_only_secure_noise_protects_and_releases():
+    one = Mechanism(1.0, 1.0, 3)
+    with pytest.raises(PrivacyError, match="SecureNoise"):
+        protect(delta(1.0), {}, one, np.random.default_rng(0))
+    with pytest.raises(PrivacyError, match="SecureNoise"):
+        release(total(one, 3), one, np.random.default_rng(0))
+
+
+def test_a_diverged_site_or_a_missing_counter_is_refused():
+    one = Mechanism(1.0, 1.0, 3, side=0.1, counters=COUNTERS)
+    bad = delta(1.0)
+    bad.flat[3] = np.nan
+    with pytest.raises(PrivacyError, match="not finite"):
+        protect(bad, SEEN, one, NOISE)
+    with pytest.raises(PrivacyError, match=r"train\.seen"):
+        protect(delta(1.0), {"train.loss": (1.0, 1.0)}, one, NOISE)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"noise": 0.0},
+        {"clip": 0.0},
+        {"noise": float("inf")},
+        {"shares": 4},
+        {"side": 0.1},
+        {"side": 1.5, "adaptive": True},
+        {"adaptive": True},
+        {"rate": 0.5, "shares": 2},
+        {"sites": 0},
+    ],
+)
+def test_impossible_mechanisms_are_refused(numbers):
+    with pytest.raises(PrivacyError, match="privacy"):
+        Mechanism(**({"noise": 1.0, "clip": 1.0, "sites": 3} | numbers))
+
+
+def test_mechanisms_survive_json():
+    one = Mechanism(1.5, 0.7, 9, 5, 0.1, COUNTERS, True)
+    assert Mechanism.from_json(one.to_json()) == one
+    with pytest.raises(PrivacyError, match="cannot be read"):
+        Mechanism.from_json({"noise": 1})
+
+
+def test_side_roles_sort_behind_every_role_of_an_adapter():
+    one = Mechanism(1.0, 1.0, 3, side=0.1, counters=COUNTERS, adaptive=True)
+    entries = one.layout(LAYOUT).entries
+    assert [entry.role for entry in entries][-3:] == [SIDE] * 3
+    assert entries[: len(LAYOUT.entries)] == LAYOUT.entries
+
+
+# clipping
+
+
+def test_clipping_scales_down_and_never_up():
+    values = delta(3.0).flat
+    assert np.linalg.norm(clipped(values, 1.0)) == pytest.approx(1.0)
+    assert np.array_equal(clipped(values, 5.0), values.astype(np.float64))
+    assert not clipped(np.zeros(4), 1.0).any()
+    assert np.linalg.norm(clipped(np.full(10, 3e38, np.float32), 1.0)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rounding", [np.ceil, np.rint, lambda v: np.rint(v / 16) * 16])
+def test_coarse_rounding_stays_within_the_bound(rounding):
+    values = np.random.default_rng(0).normal(size=5000)
+    made = bounded(values * 400 / np.linalg.norm(values), 400.0, rounding)
+    assert np.linalg.norm(made) <= 400.0
+
+
+def test_a_codec_that_cannot_be_bounded_is_refused():
+    with pytest.raises(PrivacyError, match="finer codec"):
+        bounded(np.ones(10), 1.0, lambda values: np.full(10, 5.0))
+
+
+@pytest.mark.parametrize("start", [1e-3, 50.0])
+@pytest.mark.parametrize("quantile", [0.3, 0.5, 0.8])
+def test_adaptive_clipping_finds_the_quantile_from_both_sides(start, quantile):
+    norms = np.random.default_rng(1).lognormal(size=4000)
+    clip, path = start, []
+    for _ in range(400):
+        clip = moved(clip, float((norms <= clip).mean()) + float(NOISE.gaussian(1, 0.02)[0]), quantile, 0.2, start)
+        path.append(clip)
+    assert np.mean(path[-50:]) == pytest.approx(np.quantile(norms, quantile), rel=0.1)
+
+
+def test_the_norm_moves_the_right_way():
+    assert moved(1.0, 0.0, 0.5, 0.2, 1.0) > 1.0 > moved(1.0, 1.0, 0.5, 0.2, 1.0)
+    assert moved(1.0, 0.5, 0.5, 0.2, 1.0) == 1.0
+    assert moved(1.0, -99.0, 0.5, 0.2, 1.0) == moved(1.0, 0.0, 0.5, 0.2, 1.0)
+
+
+def test_adaptive_clipping_works_through_the_noised_sum():
+    clip = 8.0
+    for _ in range(60):
+        one = Mechanism(0.5, clip, 20, 15, side=0.2, adaptive=True)
+        updates = [protect(delta(0.1 * (site + 1), site), {}, one, NOISE) for site in range(20)]
+        clip = moved(clip, release(sum(updates[1:], start=updates[0]), one, NOISE).inside, 0.5, 0.2, 8.0)
+    assert 0.7 < clip < 1.5
+
+
+# settings
+
+
+def test_budgets_become_noise_and_mechanisms():
+    for kind, shares in ((Central, 0), (Distributed, 6)):
+        chosen = kind(4.0, counters={"train.loss": 50.0}, quantile=0.5, evaluation=3.0)
+        noise = noise_for(chosen, 20)
+        one = of_adapter(chosen, noise, Cohort(9, 6), {"train.loss": 2}, 0.4)
+        assert (one.shares, one.clip, one.adaptive, set(one.counters)) == (shares, 0.4, True, {"train.loss"})
+        two = of_evaluation(chosen, noise, Cohort(9, 6), {"train.loss": 2})
+        spent = epsilon([one.event(100).times(20), two.event(2).times(20)], chosen.delta)
+        assert 0.99 * 4.0 < spent <= 4.0
+
+
+def test_colluding_sites_do_not_count_as_noise():
+    assert of_adapter(Distributed(1.0, colluding=0.2), 1.0, Cohort(10, 8), {}, 1.0).shares == 6
+    with pytest.raises(PrivacyError, match="colluding"):
+        of_adapter(Distributed(1.0, colluding=0.8), 1.0, Cohort(10, 8), {}, 1.0)
+
+
+def test_example_level_budgets_use_sampling():
+    from fedpeft.privacy.settings import Example
+
+    noise = steps_noise(Example(2.0), 0.01, 500)
+    assert epsilon([Event(noise, 0.01, 500)], 1e-5) <= 2.0 < epsilon([Event(noise)], 1e-5) * 5
+
+
+def test_tables_become_settings():
+    assert make_privacy("none") == PRIVACY["none"]()
+    chosen = make_privacy({"kind": "central", "epsilon": 8, "counters": {"train.loss": 50}, "rate": 0.5})
+    assert chosen == Central(8.0, counters={"train.loss": 50.0}, rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("table", "word"),
+    [
+        ({"kind": "central"}, "epsilon"),
+        ({"kind": "central", "epsilon": 0}, "epsilon"),
+        ({"kind": "distributed", "epsilon": 1, "rate": 0.5}, "rate"),
+        ({"kind": "central", "epsilon": 1, "seed": 3}, "seed"),
+        ({"kind": "central", "epsilon": 1, "clip": float("inf")}, "clip"),
+        ({"kind": "laplace"}, "central"),
+    ],
+)
+def test_wrong_tables_name_what_is_allowed(table, word):
+    with pytest.raises(ConfigError, match=word):
+        make_privacy(table)
+
+
+def test_seeds_cannot_be_configured():
+    for kind in PRIVACY.values():
+        assert not any(word in item.name for item in dataclasses.fields(kind) for word in ("seed", "source", "generator", "random"))
+
+
+def test_two_moving_factors_and_noise_clash():
+    check_phase(Central(1.0), True, "alternating")
+    check_phase(PRIVACY["none"](), False, "fedavg")
+    with pytest.raises(PrivacyError, match="fedavg"):
+        check_phase(Distributed(1.0), False, "fedavg")
+
+
+# self-test
+
+
+@pytest.mark.parametrize("shares", [0, 3, 9])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sound_mechanism_passes_its_self_test(shares, mode):
+    found = self_test(Mechanism(1.0, 0.3, 12, shares, **mode), LAYOUT, NOISE)
+    assert 0.7 < found.noise < 1.3
+    assert found.values >= 280
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_missing_or_misscaled_noise_fails_the_self_test(monkeypatch, factor):
+    honest = SecureNoise.rounded
+    monkeypatch.setattr(SecureNoise, "rounded", lambda self, size, sigma: np.rint(honest(self, size, sigma) * factor).astype(np.int64))
+    with pytest.raises(PrivacyError, match="self-test"):
+        self_test(Mechanism(1.0, 0.3, 6), LAYOUT, NOISE)
+
+
+def test_missing_clipping_fails_the_self_test(monkeypatch):
+    monkeypatch.setattr(mechanism_module, "clipped", lambda values, bound: values.astype(np.float64) * 0.01)
+    with pytest.raises(PrivacyError, match="self-test"):
+        self_test(Mechanism(0.01, 0.3, 6), LAYOUT, NOISE)
+
+
+def test_tensors_that_stood_still_are_named():
+    before = delta(1.0)
+    after = Tensors(LAYOUT, before.flat.copy())
+    after.named()["q.lora_B"][:] += 1
+    check_moved(before, after, {"B"})
+    with pytest.raises(PrivacyError, match=r"score\.weight"):
+        check_moved(before, after, {"B", "head"})
+    with pytest.raises(PrivacyError, match="0 trained"):
+        check_moved(before, after, {"A"})
