@@ -6,6 +6,8 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedpeft.update import Counters, Update
 from fedpeft.wire import flat
 from fedpeft.wire.v1.federation_pb2 import TaskResult
@@ -39,8 +41,8 @@ class Answer:
         return Answer(TaskResult.FromString(head), blob[LENGTH.size + length :])
 
 
-def of_update(task: str, update: Update, seconds: float, adapter_digest: str) -> Answer:
-    """The answer to a training plan."""
+def of_update(task: str, update: Update, seconds: float, adapter_digest: str, message: bytes | None = None) -> Answer:
+    """The answer to a training plan; a codec's ``message`` travels in place of the update's codes."""
     result = TaskResult(
         task=task,
         status=TaskResult.STATUS_OK,
@@ -50,7 +52,8 @@ def of_update(task: str, update: Update, seconds: float, adapter_digest: str) ->
         adapter_digest=adapter_digest,
     )
     _put(result, update.counters)
-    return Answer(result, flat.pack(update.layout.fingerprint, update.codes))
+    values = update.codes if message is None else np.frombuffer(message, np.uint8)
+    return Answer(result, flat.pack(update.layout.fingerprint, values))
 
 
 def of_counters(task: str, counters: Counters, seconds: float, adapter_digest: str) -> Answer:

@@ -20,6 +20,7 @@ from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import TRAIN_COUNTERS
+from fedpeft.wire.codecs import CODECS, Codec
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.plan import FLAT_HEADER_BYTES, rank_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from fedpeft.bases import Base
     from fedpeft.tasks import Task
 
-FLOAT_BYTES, CODE_BYTES = 8, 4
+FLOAT_BYTES = 8
 EPSILON = "none: not accounted"
 
 
@@ -46,13 +47,14 @@ class Plain(BaseModel):
     scheme: Any = "alternating"
     training: dict[str, Any] = {}
     cohort: dict[str, Any] = {}
+    wire: dict[str, Any] = {}
     max_examples: int = 1_000_000
     tasks: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One tensor that leaves: int32 codes on the plan's grid."""
+    """One tensor that leaves, as int32 codes on the plan's grid or in the plan's codec; ``bytes`` at most."""
 
     name: str
     role: str
@@ -123,7 +125,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
     size = asked.upload_bytes + FLOAT_BYTES * sum(TRAIN_COUNTERS.values())
     private = tuple(sorted(phase.private & spec.layout.roles))
-    return Forecast(name, phase.name, examples, weight, _lines(up), counters, size, EPSILON, rules, refused, private)
+    return Forecast(name, phase.name, examples, weight, _lines(up, _codec(plain)), counters, size, EPSILON, rules, refused, private)
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -151,14 +153,23 @@ def _ask(plain: Plain, spec: AdapterSpec, up: Layout, settings: TrainSettings, r
         base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), identity))),
         method=type(spec.method).kind,
         rank=rank,
-        upload_bytes=CODE_BYTES * up.size + FLAT_HEADER_BYTES,
+        upload_bytes=_codec(plain).most(up.size, 1) + FLAT_HEADER_BYTES,
         cohort=int(plain.cohort.get("min_sites", 1)),
         steps=settings.steps * settings.accumulate,
     )
 
 
-def _lines(up: Layout) -> tuple[Line, ...]:
-    return tuple(Line(entry.name, entry.role, entry.shape, CODE_BYTES * entry.size) for entry in up.entries)
+def _codec(plain: Plain) -> Codec:
+    try:
+        codec: Codec = config.build(CODECS, plain.wire.get("codec", "none"), "wire.codec")
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    return codec
+
+
+def _lines(up: Layout, codec: Codec) -> tuple[Line, ...]:
+    each = codec.most(up.size, 1) / max(up.size, 1)
+    return tuple(Line(entry.name, entry.role, entry.shape, round(each * entry.size)) for entry in up.entries)
 
 
 def _router(base: Base) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a site keeps of a task for itself, by the task's own round: its private tensors and its SCAFFOLD control.
+"""What a site keeps of a task for itself, by the task's own round: private tensors, SCAFFOLD control, a codec's residual.
 
 A round goes on from the last one whose contribution the coordinator counted, which the plan names: an answer that was late or
 refused, or a round that was planned again, leaves no trace in what the site keeps, as it left none in the federation. What a
@@ -20,12 +20,12 @@ from fedpeft.schemes import Phase
 from fedpeft.tensors import Flat, Layout, Tensors
 from fedpeft_client.store import Store
 
-PRIVATE, CONTROL = "private/", "control/"
+PRIVATE, CONTROL, RESIDUAL = "private/", "control/", "residual/"
 
 
 @dataclass(frozen=True)
 class Own:
-    """Values by kind and role: ``private/ROLE`` tensors and the ``control/ROLE`` of gradients."""
+    """Values by kind and role: ``private/ROLE`` tensors, the ``control/ROLE`` of gradients, a codec's ``residual/ROLE``."""
 
     values: Mapping[str, Flat] = field(default_factory=dict)
 
@@ -45,6 +45,14 @@ class Own:
     def control(self, layout: Layout) -> Tensors:
         """The site's control of ``layout``: zeros where it has none yet."""
         return Tensors.zeros(layout).patch(self._tensors(layout.subset({r for r in layout.roles if CONTROL + r in self.values}), CONTROL))
+
+    def residual(self, layout: Layout) -> Tensors:
+        """What a codec kept back of ``layout``: zeros where nothing is kept."""
+        return Tensors.zeros(layout).patch(self._tensors(layout.subset({r for r in layout.roles if RESIDUAL + r in self.values}), RESIDUAL))
+
+    def with_residual(self, residual: Tensors) -> Own:
+        """With what a codec kept back of the roles that travelled."""
+        return Own({**self.values, **_named(residual, RESIDUAL)})
 
     def after(self, private: Tensors, control: Tensors | None) -> Own:
         """With what a round left behind: ``private`` of the private roles, ``control`` of the roles that moved."""

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +17,7 @@ from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
+from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Plain
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
@@ -40,7 +41,10 @@ class MissingVersion(AdapterError):  # noqa: N818 - it says what happened, as it
 
 @dataclass(frozen=True)
 class Work:
-    """One task of a round, read: everything but rows, base and start values. ``round`` is the task's own."""
+    """One task of a round, read: everything but rows, base and start values. ``round`` is the task's own.
+
+    ``codec`` None sends the grid's 32-bit codes.
+    """
 
     round: int
     plan: TaskPlan
@@ -49,6 +53,7 @@ class Work:
     scheme: Scheme
     phase: Phase
     settings: TrainSettings
+    codec: DeltaCodec | None = None
 
     @property
     def grid(self) -> Grid:
@@ -87,7 +92,25 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     except (ValueError, KeyError, TypeError) as fault:
         raise UpdateError(f"plan of task {plan.task!r} cannot be read: {fault}; do both sides run one version?") from None
     number = plan.task_round or round_plan.round
-    return _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings))
+    return _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings, _codec(plan)))
+
+
+def _codec(plan: TaskPlan) -> DeltaCodec | None:
+    """The codec of what travels up. Raises `UpdateError` when it cannot be read, or does not go with the rest of the plan."""
+    try:
+        codec: Codec = config.build(CODECS, json.loads(plan.codec_json), "codec") if plan.codec_json else Plain()
+    except ValueError as fault:
+        raise UpdateError(f"plan of task {plan.task!r}: {fault}; do both sides run one version?") from None
+    if isinstance(codec, Plain):
+        return None
+    if codec.masked:
+        raise UpdateError(f"plan of task {plan.task!r}: codec {codec.kind} needs the scales of the last mean, which plans do not carry")
+    if plan.secure_aggregation or plan.HasField("masking"):
+        raise UpdateError(
+            f"plan of task {plan.task!r}: codec {codec.kind} and secure aggregation: messages of scales of the site's own have no sum; "
+            "the coordinator must set codec none"
+        )
+    return cast(DeltaCodec, codec)
 
 
 def _checked(work: Work) -> Work:
@@ -127,7 +150,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         base=tuple(dict.fromkeys((work.spec.base_model, work.spec.base, identity))),
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
-        upload_bytes=4 * work.up.size + FLAT_HEADER_BYTES,
+        upload_bytes=(work.codec or Plain()).most(work.up.size, 1) + FLAT_HEADER_BYTES,
         cohort=plan.cohort if instance is None else fewest(instance),
         steps=work.settings.steps * work.settings.accumulate,
         secure_aggregation=instance is not None,

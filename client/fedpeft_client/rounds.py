@@ -16,10 +16,11 @@ from fedpeft.routing import histogram
 from fedpeft.schemes import Masks, SiteContext
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
-from fedpeft.update import Counters, Update, snap_counters
+from fedpeft.update import Counters, snap_counters
 from fedpeft.wire.v1.federation_pb2 import Centroid
 from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
+from fedpeft_client.sending import Sent, contribution
 from fedpeft_client.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Begin:
     own: Own
 
 
-def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Update, float, Own]:
+def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Sent, float, Own]:
     """Train and encode what the scheme contributes; with the seconds that training took, and what the site keeps for itself.
 
     Raises:
@@ -87,7 +88,9 @@ def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Upd
     raw = None if result.gradient is None else Tensors(work.trained, result.gradient).pick(work.phase.roles)
     delta = work.scheme.contribution(begin.tensors, after, work.phase, replace(begin.site, gradient=raw))
     own = begin.own.after(after.pick(work.phase.private), raw)
-    return Update.encode(delta, share(examples, work.plan.weight_cap), _counters(result, examples), work.grid), result.seconds, own
+    weighted = share(examples, work.plan.weight_cap), _counters(result, examples)
+    sent, own = contribution(work, delta, weighted, own, begin.site.name)
+    return sent, result.seconds, own
 
 
 def job_of(work: Work, site: SiteContext) -> TrainJob:

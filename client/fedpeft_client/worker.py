@@ -25,7 +25,7 @@ from fedpeft_client import answers, audit, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Personal
-from fedpeft_client.plan import MissingVersion, Work
+from fedpeft_client.plan import FLAT_HEADER_BYTES, MissingVersion, Work
 from fedpeft_client.rounds import Begin, Bench, WrongBase
 from fedpeft_client.secure import NOTHING, Secure
 from fedpeft_client.shelf import Shelf, Split
@@ -52,10 +52,13 @@ class Done:
 
     @property
     def tensors(self) -> dict[str, int]:
-        """Bytes of values by role."""
+        """Bytes of values by role; of a codec's message, each role's share by number of values."""
         if self.work is None or not self.answer.array:
             return {}
-        return {role: 4 * (span.stop - span.start) for role, span in self.work.up.role_spans.items()}
+        up, codec = self.work.up, self.work.codec
+        spans = {role: span.stop - span.start for role, span in up.role_spans.items()}
+        each = 4.0 if codec is None else (len(self.answer.array) - FLAT_HEADER_BYTES) / max(up.size, 1)
+        return {role: round(each * size) for role, size in spans.items()}
 
 
 @dataclass
@@ -205,9 +208,9 @@ class Worker:
 
     def _train(self, work: Work, begin: Begin, run: tuple[str, str], key: str) -> Answer:
         checkpoint = scratch(self.site.state / "checkpoints", key, self.keep)
-        update, seconds, own = rounds.train(work, begin, self._bench, checkpoint)
+        sent, seconds, own = rounds.train(work, begin, self._bench, checkpoint)
         self.personal.keep(run, work.plan.task, (work.plan.counted_round, work.round), own)
-        return answers.of_update(work.plan.task, update, seconds, work.plan.adapter_digest)
+        return answers.of_update(work.plan.task, sent.update, seconds, work.plan.adapter_digest, sent.message)
 
     def _evaluate(self, work: Work, start: Tensors) -> Answer:
         counters, seconds = rounds.evaluate(work, start, self._bench, lambda: self._base_alone(work))

@@ -1,0 +1,45 @@
+"""What of a task's delta leaves: the grid's 32-bit codes, or the bytes of the plan's codec with what it loses kept for the next round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.schemes import Gathers
+from fedpeft.tensors import Tensors
+from fedpeft.update import Counters, Update
+from fedpeft.wire.codecs import receive, seed_of, send
+from fedpeft_client.personal import Own
+from fedpeft_client.plan import Work
+
+
+@dataclass(frozen=True)
+class Sent:
+    """``update`` is what the coordinator will read; ``message`` is the codec's, None where the update's codes travel."""
+
+    update: Update
+    message: bytes | None = None
+
+
+def contribution(work: Work, delta: Tensors, weighted: tuple[float, Counters], own: Own, site: str) -> tuple[Sent, Own]:
+    """What leaves of ``delta`` with its weight and counters, and what the site keeps for itself.
+
+    The residual is kept of roles whose next delta lives in the same coordinates, not of probes or controls beside them. Where there are
+    none, values are rounded by the plan's seed, which is unbiased and gives the same bytes when the plan is sent again.
+
+    Raises:
+        UpdateError: the delta is not finite or leaves the round's grid.
+    """
+    if work.codec is None:
+        return Sent(Update.encode(delta, *weighted, work.grid)), own
+    kept = kept_roles(work)
+    residual = own.residual(delta.layout) if kept else None
+    seed = None if kept else seed_of(work.plan.seed, work.plan.task, site)
+    message, lost = send(work.codec, delta, residual, seed)
+    return Sent(Update.encode(receive(work.codec, message, delta), *weighted, work.grid), message), own.with_residual(lost.pick(kept))
+
+
+def kept_roles(work: Work) -> frozenset[str]:
+    """The roles whose change travels as it is and that the coordinator moves by its mean alone; none where a scheme makes more of it."""
+    own = work.spec.layout.subset(work.phase.roles)
+    plain = work.up.subset(own.roles) == own and not work.phase.settles and not isinstance(work.scheme, Gathers)
+    return own.roles if plain else frozenset()
