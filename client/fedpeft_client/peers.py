@@ -10,8 +10,7 @@ from pathlib import Path
 
 from fedpeft.errors import StorageError
 from fedpeft.files import write_atomic
-from fedpeft.privacy.secagg import PURPOSE, Bundle, Instance, Pins
-from fedpeft.signing import Keys, verified
+from fedpeft.privacy.secagg import Bundle, Instance, Pins, signer
 
 log = logging.getLogger("fedpeft.peers")
 
@@ -51,12 +50,3 @@ class Peers:
             raise StorageError(
                 f"{self.path}: cannot be read ({fault}); restore it, or list the sites under [peers] of the site's file"
             ) from None
-
-
-def signer(bundle: Bundle, instance: Instance) -> str | None:
-    """The public key (hex) that signed ``bundle``, or None when its signature does not hold."""
-    try:
-        key = Keys.signer(bundle.signature)
-    except StorageError:
-        return None
-    return key if verified(bundle.signed(instance), bundle.signature, key, PURPOSE) else None

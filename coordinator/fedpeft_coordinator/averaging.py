@@ -12,7 +12,7 @@ from fedpeft.update import Update
 from fedpeft_coordinator.planning import phase_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import TaskRound
-from fedpeft_coordinator.updates import TaskUpdates, up_layout
+from fedpeft_coordinator.updates import Gathered, up_layout
 
 
 def mean_layout(setup: Setup, row: TaskRound) -> Layout:
@@ -22,7 +22,7 @@ def mean_layout(setup: Setup, row: TaskRound) -> Layout:
     return up_layout(setup, row)
 
 
-def average(setup: Setup, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
+def average(setup: Setup, row: TaskRound, current: Tensors, updates: Gathered) -> Tensors:
     """The mean that `Scheme.advance` takes.
 
     Raises:
@@ -44,7 +44,7 @@ def drift(setup: Setup, row: TaskRound, current: Tensors, mean: Tensors) -> dict
     return {name: float(value) for name, value in found.items()}
 
 
-def _mean(setup: Setup, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
+def _mean(setup: Setup, row: TaskRound, current: Tensors, updates: Gathered) -> Tensors:
     scheme, phase, rule = setup.scheme, phase_of(row), setup.combine
     if isinstance(scheme, Gathers):
         return scheme.gather(current, list(updates.parts.values()), phase)
@@ -55,7 +55,7 @@ def _mean(setup: Setup, row: TaskRound, current: Tensors, updates: TaskUpdates) 
     return updates.total.mean()
 
 
-def _robust(rule: CombineRule, root: str, row: TaskRound, current: Tensors, updates: TaskUpdates) -> Tensors:
+def _robust(rule: CombineRule, root: str, row: TaskRound, current: Tensors, updates: Gathered) -> Tensors:
     parts, phase = updates.parts, phase_of(row)
     if not isinstance(rule, Rooted):
         return rule.combine(current, list(parts.values()), phase)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedpeft.errors import FedpeftError, UpdateError
+from fedpeft.errors import FedpeftError, PrivacyError, UpdateError
 from fedpeft.tensors import Layout
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
@@ -21,7 +21,7 @@ MAX_REASON = 300
 NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}
 
 Accept = Callable[[str, TaskResult, Envelope], None]
-"""Takes one site's result of one task into account, or raises `UpdateError`."""
+"""Takes one site's result of one task into account, or raises `UpdateError` or `PrivacyError`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> R
         site=answer.site,
         outcomes=outcomes,
         missing=tuple(task for task in tasks if task in results and results[task].status == TaskResult.STATUS_MISSING_VERSION),
-        have={task: results[task].adapter_digest for task in good},
+        have={task: results[task].adapter_digest for task in good if results[task].adapter_digest},
         seconds=sum(results[task].train_seconds for task in good),
         base_loads=reply.base_loads,
         bytes_up=envelope.size,
@@ -84,7 +84,7 @@ def _judge(site: str, result: TaskResult | None, envelope: Envelope, accept: Acc
         return f"{NAMED.get(result.status, 'failed')}: {line(result.reason)}"
     try:
         accept(site, result, envelope)
-    except UpdateError as fault:
+    except (UpdateError, PrivacyError) as fault:
         return f"bad update: {line(fault)}"
     return "ok"
 

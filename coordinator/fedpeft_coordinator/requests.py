@@ -9,7 +9,8 @@ from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
-from fedpeft.wire.v1.federation_pb2 import Centroid, RoundPlan, TaskPlan
+from fedpeft.wire.masking import purpose
+from fedpeft.wire.v1.federation_pb2 import Centroid, Masking, RoundPlan, TaskPlan
 from fedpeft_coordinator.planning import Load, changed_since, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
@@ -19,7 +20,10 @@ Centroids = Mapping[str, tuple[float, ...]]
 
 @dataclass
 class Writer:
-    """Writes the requests of one exchange; each distinct array is packed once, however many sites get it."""
+    """Writes the requests of one exchange; each distinct array is packed once, however many sites get it.
+
+    ``masking`` is what a site (first) is told of a task's masked sum, where the answers go into one.
+    """
 
     setup: Setup
     run: str
@@ -27,6 +31,7 @@ class Writer:
     load: Load
     state: Callable[[TaskRound], State]
     centroids: Centroids = field(default_factory=dict)
+    masking: Callable[[str, str], Masking | None] = lambda _site, _task: None
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
     _controls: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
@@ -38,6 +43,14 @@ class Writer:
         """The request to score ``tasks`` as they are after ``plan``."""
         return self._request("evaluate", plan, {name: plan.tasks[name].current for name in tasks}, _holding(site, whole))
 
+    def purpose(self, kind: str, plan: Round, name: str) -> str:
+        """What the masked sum of one task is for, with the digest of what all its sites are told."""
+        row = plan.tasks[name]
+        message = self._task(kind, row, row.before if kind == "train" else row.current)
+        if kind == "train":
+            self._control(message, row)
+        return purpose(self.run, plan.number, kind, message)
+
     def _request(self, kind: str, plan: Round, digests: Mapping[str, str], site: Site) -> Envelope:
         message = RoundPlan(federation=self.setup.name, run=self.run, round=plan.number)
         arrays = {}
@@ -47,6 +60,9 @@ class Writer:
             arrays[name] = self._down(task, site.have.get(name, ""))
             if kind == "train":
                 arrays |= self._control(task, plan.tasks[name])
+            masking = self.masking(site.name, name)
+            if masking is not None:
+                task.masking.CopyFrom(masking)
             message.tasks.append(task)
         return Envelope.of(kind, message, arrays)
 
@@ -67,6 +83,7 @@ class Writer:
             grid_reach=grid.reach,
             cohort=len(plan.cohort),
             task_round=plan.number,
+            secure_aggregation=self.setup.secure is not None,
         )
         if kind == "evaluate":
             self._want_card(message)

@@ -1,36 +1,35 @@
 """The Round: a state machine whose every step is in the journal before the next begins.
 
-planned (cohort, seeds, phase, start) -> collecting -> combined (mean) -> committed (new adapter) -> scored -> published. Whatever
-kills the process, `Coordinator.run` goes on from the last step in the journal, and the final adapters are the same bits:
+planned (cohort, seeds, phase, start) -> collecting -> sealed (where sums are masked) -> combined (mean) -> committed (new adapter)
+-> scored -> published. Whatever kills the process, `Coordinator.run` goes on from the last step, and the final adapters are the same bits:
 plans are pure functions of journal and setup, sums are exact in any order, and each step replaces the one before.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from fedpeft.errors import CohortError, ConfigError, UpdateError
+from fedpeft.errors import CohortError, UpdateError
 from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
-from fedpeft_coordinator import averaging, planning, scoring
-from fedpeft_coordinator.collecting import Tally
+from fedpeft_coordinator import averaging, gathering, planning, scoring
 from fedpeft_coordinator.events import Events
-from fedpeft_coordinator.exchange import Around, Drops, Exchange, by_site
+from fedpeft_coordinator.exchange import Around
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.planning import Known
 from fedpeft_coordinator.release import Publisher, due, moved_since_version, release_of
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.roster import Roster
-from fedpeft_coordinator.setup import Setup, TaskSetup
+from fedpeft_coordinator.secure import Secure
+from fedpeft_coordinator.setup import Setup, TaskSetup, same_facts
 from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.summary import losses, summary, why
 from fedpeft_coordinator.transport import Transport
-from fedpeft_coordinator.updates import Updates
+from fedpeft_coordinator.updates import Gathered, Opened
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         notes = self.journal.notes()
-        _same(self.setup.renew(notes.get("facts", self.setup.facts)), self.setup.facts)
+        same_facts(self.setup.renew(notes.get("facts", self.setup.facts)), self.setup.facts)
         self.run_id = str(notes.get("run", uuid.uuid4().hex))
         if "run" not in notes:
             self.journal.note("run", self.run_id)
@@ -59,6 +58,7 @@ class Coordinator:
         self.history = self.journal.rounds()
         self.roster = Roster(self.setup, self.journal, self.transport, self.events)
         self._around = Around(self.transport, self.roster, self.events)
+        self._secure = self._masks()
         self._cache: dict[str, Tensors] = {}
         self._means: dict[str, Tensors] = {}
 
@@ -95,6 +95,7 @@ class Coordinator:
         return {
             "planned": self._open,
             "collecting": self._collect,
+            "sealed": self._unseal,
             "combined": self._commit,
             "committed": self._rate,
             "scored": self._publish,
@@ -132,38 +133,35 @@ class Coordinator:
 
     def _collect(self, plan: Round) -> Round:
         self.roster.refresh()
-        updates, writer = Updates(plan, self.setup), self._writer(plan)
-        asked = by_site({name: plan.tasks[name].cohort for name in plan.asked})
-        exchange = Exchange(
-            "train",
-            plan,
-            lambda site, tasks, whole: writer.train(plan, self.roster.sites[site], tasks, whole),
-            updates.accept,
-            self.setup.limits,
-        )
-        drops = exchange.run(asked, self._around)
-        done = plan.at("combined", **{name: self._combine(plan.tasks[name], updates, drops) for name in plan.asked})
-        self.events("combined", round=plan.number, attempt=plan.attempt, tasks=summary(done))
-        drifts = {name: dict(row.drift) for name, row in done.tasks.items() if row.drift}
-        if drifts:
-            self.events("drift", round=plan.number, tasks=drifts, warnings=losses(done))
+        if self._secure is not None:
+            sealed = self._secure.seal(plan, self._writer(plan))
+            return sealed if sealed.step == "sealed" else self._repeat(self._told(sealed))
+        updates, drops = gathering.train(plan, self._writer(plan), self._around)
+        rows = {name: replace(plan.tasks[name], drops=drops.get(name, {})) for name in plan.asked}
+        done = self._told(plan.at("combined", **{name: self._combine(row, updates.tasks[name]) for name, row in rows.items()}))
         return done if done.updated else self._repeat(done)
 
-    def _combine(self, plan: TaskRound, updates: Updates, drops: Drops) -> TaskRound:
+    def _told(self, done: Round) -> Round:
+        self.events("combined", round=done.number, attempt=done.attempt, tasks=summary(done))
+        drifts = {name: dict(row.drift) for name, row in done.tasks.items() if row.drift}
+        if drifts:
+            self.events("drift", round=done.number, tasks=drifts, warnings=losses(done))
+        return done
+
+    def _combine(self, plan: TaskRound, mine: Gathered) -> TaskRound:
         """The task's mean, or the task untouched when too few sites contributed."""
-        mine, lost = updates.tasks[plan.task], drops.get(plan.task, {})
         total = mine.total
         if total.count < self.setup.limits.min_sites:
             few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
-            return replace(planning.skipped(plan, few), drops=lost)
+            return planning.skipped(plan, few)
         current = self._load(self.setup.tasks[plan.task], plan.before)
         try:
             mean = averaging.average(self.setup, plan, current, mine)
         except UpdateError as fault:
-            return replace(planning.skipped(plan, str(fault)), drops=lost)
+            return planning.skipped(plan, str(fault))
         digest = self.store.put_tensors(mean)
         self._means[digest] = mean
-        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean), drops=lost)
+        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean))
         return replace(kept, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters))
 
     def _repeat(self, done: Round) -> Round:
@@ -174,6 +172,16 @@ class Coordinator:
                 "look at the sites' logs, then run the same command again: it goes on from this round"
             )
         return self._plan(done.number, done.attempt + 1)
+
+    # sealed ----------------------------------------------------------------------------------------------------------------
+
+    def _unseal(self, sealed: Round) -> Round:
+        """Open the masked sums. What cannot be opened is not asked for again: sites sign one sum of a round."""
+        assert self._secure is not None
+        opened, lost = self._secure.open(sealed)
+        rows = {name: self._combine(sealed.tasks[name], Opened(total)) for name, total in opened.items()}
+        rows |= {name: planning.skipped(sealed.tasks[name], why) for name, why in lost.items()}
+        return self._told(sealed.at("combined", **rows))
 
     # combined --------------------------------------------------------------------------------------------------------------
 
@@ -230,17 +238,10 @@ class Coordinator:
 
     def _score(self, done: Round) -> dict[str, Counters]:
         self.roster.refresh()
-        tally, writer = Tally(), self._writer(done)
         able = {name: tuple(site.name for site in self.roster.present if site.test.get(name, 0) > 0) for name in done.tasks}
-        exchange = Exchange(
-            "evaluate",
-            done,
-            lambda site, tasks, whole: writer.evaluate(done, self.roster.sites[site], tasks, whole),
-            tally.accept,
-            self.setup.limits,
-        )
-        exchange.run(by_site(able), self._around)
-        return tally.counters
+        if self._secure is not None:
+            return self._secure.score(done, able, self._writer(done))
+        return gathering.score(done, able, self._writer(done), self._around)
 
     # scored ----------------------------------------------------------------------------------------------------------------
 
@@ -262,6 +263,10 @@ class Coordinator:
 
     # helpers ---------------------------------------------------------------------------------------------------------------
 
+    def _masks(self) -> Secure | None:
+        secure = self.setup.secure
+        return None if secure is None else Secure(self.setup, secure, self.run_id, self.journal, self.store, self._around)
+
     def _writer(self, plan: Round) -> Writer:
         return Writer(self.setup, self.run_id, self.history, self._load, self._state, self.centroids)
 
@@ -281,13 +286,3 @@ class Coordinator:
         while len(self._cache) > 2 * len(self.setup.tasks):
             del self._cache[next(iter(self._cache))]
         return self._cache[key]
-
-
-def _same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a journal of another federation."""
-    changed = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
-    if changed:
-        raise ConfigError(
-            f"the state folder belongs to a federation with other settings ({', '.join(changed)}); set them back, "
-            "or start anew with another `state` folder"
-        )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedpeft.errors import ConfigError
 from fedpeft.schemes import Gathers, Scheme, ServerOptimizer
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
@@ -44,11 +45,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class SecureAggregation:
+    """Masked sums: the shares of sites that may collude and vanish, the fewest that a sum is opened over, seconds for a short exchange.
+
+    ``identities`` are the public keys of sites that are not to be believed as they were first seen.
+    """
+
+    colluding: float = 0.1
+    dropping: float = 0.2
+    least: int = 3
+    deadline: float = 120.0
+    identities: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything that rounds need and that does not change while they run.
 
-    ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum. ``facts`` is what may not
-    change between two starts on one state folder; the journal remembers it, and ``renew`` brings what it remembers up to date.
+    ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum, ``secure`` None lets sites send
+    their parts of it in the clear. ``facts`` is what may not change between two starts on one state folder; the journal remembers
+    it, and ``renew`` brings what it remembers up to date.
     """
 
     name: str
@@ -65,6 +81,7 @@ class Setup:
     facts: Mapping[str, Any] = field(default_factory=dict)
     combine: CombineRule | None = None
     renew: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    secure: SecureAggregation | None = None
 
     @property
     def keeps_parts(self) -> bool:
@@ -76,3 +93,13 @@ def derive(seed: int, *parts: object) -> int:
     """A 62-bit seed for one purpose, from the federation's seed."""
     text = "\0".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def same_facts(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a journal of another federation. Raises `ConfigError`."""
+    changed = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"the state folder belongs to a federation with other settings ({', '.join(changed)}); set them back, "
+            "or start anew with another `state` folder"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Step = Literal["planned", "collecting", "combined", "committed", "scored", "published"]
+Step = Literal["planned", "collecting", "sealed", "combined", "committed", "scored", "published"]
 Outcome = Literal["open", "updated", "skipped"]
 
 
@@ -17,7 +17,8 @@ class TaskRound:
     ``before``, ``state``, ``mean``, ``after`` and ``state_after`` are digests in the store; ``state`` and ``state_after`` belong
     to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores``, ``card`` and ``kinds`` (how
     the sites held the base) are known once the round is scored; ``version`` is set where it was published. ``number`` is the task's
-    own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost.
+    own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost. ``sealed`` is
+    the digest of its masked sum, empty where sites sent theirs in the clear.
     """
 
     task: str
@@ -44,6 +45,7 @@ class TaskRound:
     private: tuple[str, ...] = ()
     settles: tuple[str, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
+    sealed: str = ""
 
     @property
     def moves(self) -> frozenset[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Protocol
 
 from fedpeft.schemes import Part, Sum
 from fedpeft.schemes.robust import Buckets
@@ -20,6 +22,42 @@ from fedpeft_coordinator.state import Round, TaskRound
 def up_layout(setup: Setup, row: TaskRound) -> Layout:
     """The layout of what a site sends for ``row``."""
     return setup.scheme.travels(setup.tasks[row.task].layout, phase_of(row))
+
+
+class Gathered(Protocol):
+    """What a mean is made of: the sum over all sites, sums of groups of them, parts by site where they were kept."""
+
+    @property
+    def total(self) -> Update:
+        """The sum over all sites."""
+        ...
+
+    @property
+    def sums(self) -> list[Update]:
+        """The sum of each group; one where there are no groups."""
+        ...
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The sites' parts by name of site in its order; empty where only sums are needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sum that came out of its masks: all that the coordinator ever sees of its sites."""
+
+    total: Update
+
+    @property
+    def sums(self) -> list[Update]:
+        """The one sum."""
+        return [self.total]
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """None."""
+        return {}
 
 
 class TaskUpdates:

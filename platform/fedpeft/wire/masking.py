@@ -14,7 +14,7 @@ MAX_NAME = 512
 MAX_KEY, MAX_SIGNATURE, MAX_BOX = 32, 512, 256
 """Bytes of a key, a seed or a share, of a signature, and of a box."""
 MAX_COUNTERS, MAX_VALUES = 256, 1 << 16
-"""Names of counters in one vector, and values of one."""
+"""Names of counters in one vector, and their values in all."""
 KINDS = ("train", "evaluate")
 OWN_FIELDS = ("previous_digest", "down_roles", "cohort", "counted_round", "masking")
 """Fields of a task's plan that differ between sites, or when it is sent again, although the same work is meant."""
@@ -127,6 +127,6 @@ def reveal_of(site: str, message: pb.Reveal) -> Reveal:
 
 def counters_of(lengths: Mapping[str, int]) -> dict[str, int]:
     """Lengths of counters by name. Raises `PrivacyError` when there are too many."""
-    if len(lengths) > MAX_COUNTERS or max(lengths.values(), default=0) > MAX_VALUES:
-        raise PrivacyError(f"secure aggregation: {len(lengths)} counters; at most {MAX_COUNTERS} of {MAX_VALUES} values are taken")
+    if len(lengths) > MAX_COUNTERS or sum(lengths.values()) > MAX_VALUES:
+        raise PrivacyError(f"secure aggregation: {len(lengths)} counters; at most {MAX_COUNTERS} of {MAX_VALUES} values in all are taken")
     return dict(sorted(lengths.items()))

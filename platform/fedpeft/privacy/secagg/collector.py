@@ -92,6 +92,9 @@ class Collector:
         """Take a survivor's seed and shares; both shares of one site are never in it."""
         if reveal.site not in self.survivors or seed_check(reveal.seed) != self.bundles[reveal.site].seed_check:
             raise self._fault(reveal.site, "reveals a seed that is not the one it published a check of")
+        dealt = {name for name, boxes in self.boxes.items() if reveal.site in boxes}
+        if (set(reveal.seeds) | set(reveal.keys)) - dealt:
+            raise self._fault(reveal.site, "reveals shares that nobody dealt to it")
         if set(reveal.seeds) - set(self.survivors) or set(reveal.keys) & set(self.survivors):
             raise self._fault(reveal.site, "reveals a mask key of a survivor, or a seed of a site that vanished")
         self.reveals[reveal.site] = reveal

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fedpeft.errors import PrivacyError
+from fedpeft.errors import PrivacyError, StorageError
 from fedpeft.privacy.secagg import shamir
 from fedpeft.privacy.secagg.agreement import agree, derive, fresh, public, seal, unseal
 from fedpeft.privacy.secagg.masks import KEY_SIZE, Codes, apply_masks
@@ -189,6 +189,15 @@ class Member:
 
 PURPOSE = "secagg v1"
 """What sites' identity keys sign for here."""
+
+
+def signer(bundle: Bundle, instance: Instance) -> str | None:
+    """The public key (hex) of whoever signed ``bundle``, or None when its signature does not hold."""
+    try:
+        key = Keys.signer(bundle.signature)
+    except StorageError:
+        return None
+    return key if verified(bundle.signed(instance), bundle.signature, key, PURPOSE) else None
 
 
 def pair_key(private: bytes, other: bytes, instance: Instance) -> bytes:

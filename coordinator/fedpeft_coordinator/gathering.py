@@ -1,0 +1,39 @@
+"""What sites send in the clear: one exchange to train, one to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedpeft.update import Counters
+from fedpeft_coordinator.collecting import Tally
+from fedpeft_coordinator.exchange import Around, Drops, Exchange, by_site
+from fedpeft_coordinator.requests import Writer
+from fedpeft_coordinator.state import Round
+from fedpeft_coordinator.updates import Updates
+
+
+def train(plan: Round, writer: Writer, around: Around) -> tuple[Updates, Drops]:
+    """The updates of every task that ``plan`` asks for, and who dropped out of which. Raises `LinkError`."""
+    updates = Updates(plan, writer.setup)
+    exchange = Exchange(
+        "train",
+        plan,
+        lambda site, tasks, whole: writer.train(plan, around.roster.sites[site], tasks, whole),
+        updates.accept,
+        writer.setup.limits,
+    )
+    return updates, exchange.run(by_site({name: plan.tasks[name].cohort for name in plan.asked}), around)
+
+
+def score(done: Round, able: Mapping[str, tuple[str, ...]], writer: Writer, around: Around) -> dict[str, Counters]:
+    """Counters of held-out rows, per task, of the sites that are ``able``. Raises `LinkError`."""
+    tally = Tally()
+    exchange = Exchange(
+        "evaluate",
+        done,
+        lambda site, tasks, whole: writer.evaluate(done, around.roster.sites[site], tasks, whole),
+        tally.accept,
+        writer.setup.limits,
+    )
+    exchange.run(by_site(able), around)
+    return tally.counters

@@ -1,0 +1,155 @@
+"""The coordinator's half of masked sums over real rounds: keys, shares, vectors, survivors, and what comes out.
+
+Between the vectors and the survivors the round is in the journal as ``sealed``: sites sign one set of survivors for ever, so a
+coordinator that is started again asks for the same. Anything before that is done anew under another nonce.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.privacy.packing import Schema
+from fedpeft.privacy.secagg import Collector, Instance
+from fedpeft.tensors import Layout
+from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.wire import Envelope
+from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
+from fedpeft_coordinator import planning
+from fedpeft_coordinator.exchange import Around, Exchange, by_site
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.masked import Sums
+from fedpeft_coordinator.requests import Writer
+from fedpeft_coordinator.setup import SecureAggregation, Setup
+from fedpeft_coordinator.state import Round, TaskRound
+from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.updates import up_layout
+
+Sites = Callable[[Collector], Iterable[str]]
+NOTE = "identities"
+
+
+@dataclass
+class Secure:
+    """Gathers masked sums for rounds; site's identities are believed as first seen and kept in ``journal``."""
+
+    setup: Setup
+    settings: SecureAggregation
+    run: str
+    journal: Journal
+    store: Store
+    around: Around
+    _scored: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
+
+    def seal(self, plan: Round, writer: Writer) -> Round:
+        """Train under masks: the round at ``sealed``, or at ``combined`` when not one sum can be opened. Raises `LinkError`."""
+        sums = self._begin("train", plan, {name: plan.tasks[name].cohort for name in plan.asked}, writer)
+        sums.schemas = {name: self._schema(plan.tasks[name]) for name in sums.collectors}
+        self._say("keys", plan, sums, lambda one: one.instance.members)
+        self._shares(plan, sums)
+        self._vectors("train", plan, sums, writer)
+        rows = {name: self._sealed(plan.tasks[name], sums) for name in plan.asked}
+        return plan.at("sealed" if any(row.sealed for row in rows.values()) else "combined", **rows)
+
+    def open(self, sealed: Round) -> tuple[dict[str, Update], dict[str, str]]:
+        """The sums of a sealed round, by task, and why others cannot be opened. Raises `LinkError`."""
+        rows = {name: row for name, row in sealed.tasks.items() if row.sealed}
+        sums = Sums({name: self._collector(row) for name, row in rows.items()}, self._identities())
+        sums.schemas = {name: self._schema(row) for name, row in rows.items()}
+        return self._opened(sealed, sums), sums.lost
+
+    def score(self, done: Round, able: Mapping[str, tuple[str, ...]], writer: Writer) -> dict[str, Counters]:
+        """Counters of held-out rows, per task whose masked sum could be opened. Raises `LinkError`.
+
+        Where sites scored the round before, they alone are asked: they sign sums of it over the same sites only.
+        """
+        sums = self._begin("evaluate", done, {name: self._scored.get((done.number, name), able[name]) for name in able}, writer)
+        self._ask("evaluate", done, sums, lambda one: one.instance.members, ("keys", writer))
+        sums.schemas = {
+            name: Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]) for name, one in sums.collectors.items()
+        }
+        self._shares(done, sums)
+        self._vectors("evaluate", done, sums, writer)
+        found = self._opened(done, sums)
+        self._scored |= {(done.number, name): sums.collectors[name].survivors for name in found}
+        if sums.lost:
+            self.around.events("unscored", round=done.number, tasks=dict(sums.lost))
+        return {name: total.counters for name, total in found.items()}
+
+    # exchanges -------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, kind: str, plan: Round, cohorts: Mapping[str, tuple[str, ...]], writer: Writer) -> Sums:
+        sums = Sums({}, self._identities())
+        shares = self.settings.colluding, self.settings.dropping, self.settings.least
+        for name, members in cohorts.items():
+            instance = Instance(f"{writer.purpose(kind, plan, name)}#{secrets.token_hex(16)}", members, *shares)
+            sums.collectors[name] = Collector(instance)
+        sums.require(lambda one: one.instance.shape.sites, "can be asked")
+        return sums
+
+    def _shares(self, plan: Round, sums: Sums) -> None:
+        self.journal.note(NOTE, dict(sums.identities))
+        sums.require(lambda one: len(one.bundles), "published keys")
+        self._say("shares", plan, sums, lambda one: one.bundles)
+        sums.require(lambda one: len(one.boxes), "dealt shares")
+
+    def _vectors(self, kind: str, plan: Round, sums: Sums, writer: Writer) -> None:
+        self._ask(kind, plan, sums, lambda one: one.dealers, ("vector", writer))
+        sums.require(lambda one: len(one.delivered), "delivered")
+
+    def _opened(self, plan: Round, sums: Sums) -> dict[str, Update]:
+        self._say("agree", plan, sums, lambda one: one.survivors)
+        self._say("reveal", plan, sums, lambda one: one.signatures)
+        return sums.results()
+
+    def _say(self, step: str, plan: Round, sums: Sums, sites: Sites) -> None:
+        """A short exchange of its own."""
+
+        def write(site: str, tasks: tuple[str, ...], _whole: bool) -> Envelope:
+            rows = [TaskPlan(task=name, masking=sums.say(step, site, name)) for name in tasks]
+            return Envelope.of("secure", RoundPlan(federation=self.setup.name, run=self.run, round=plan.number, tasks=rows))
+
+        limits = replace(self.setup.limits, deadline=min(self.setup.limits.deadline, self.settings.deadline))
+        sums.note(Exchange(step, plan, write, sums.takers[step], limits).run(by_site(sums.asked(sites)), self.around))
+
+    def _ask(self, kind: str, plan: Round, sums: Sums, sites: Sites, what: tuple[str, Writer]) -> None:
+        """A step beside the work that it is for."""
+        step, writer = what
+        told = replace(writer, masking=partial(sums.say, step))
+        ask = told.train if kind == "train" else told.evaluate
+
+        def write(site: str, tasks: tuple[str, ...], whole: bool) -> Envelope:
+            return ask(plan, self.around.roster.sites[site], tasks, whole)
+
+        sums.note(Exchange(kind, plan, write, sums.takers[step], self.setup.limits).run(by_site(sums.asked(sites)), self.around))
+
+    # what is kept ----------------------------------------------------------------------------------------------------------
+
+    def _sealed(self, row: TaskRound, sums: Sums) -> TaskRound:
+        """``row`` with its masked sum in the store, or skipped when too few sites are in it."""
+        row = replace(row, drops=dict(sorted(sums.drops.get(row.task, {}).items())))
+        if row.task in sums.lost:
+            return planning.skipped(row, sums.lost[row.task])
+        collector, least = sums.collectors[row.task], self.setup.limits.min_sites
+        if len(collector.delivered) < least:
+            few = f"{len(collector.delivered)} of {len(row.cohort)} site(s) contributed, cohort.min_sites = {least}"
+            return planning.skipped(row, few)
+        assert collector.total is not None
+        arrays: dict[str, NDArray[Any]] = {"total": collector.total, "collector": np.frombuffer(collector.to_bytes(), np.uint8)}
+        return replace(row, sealed=self.store.put_arrays(arrays))
+
+    def _collector(self, row: TaskRound) -> Collector:
+        arrays = self.store.arrays(row.sealed)
+        return Collector.from_bytes(arrays["collector"].tobytes(), arrays["total"])
+
+    def _schema(self, row: TaskRound) -> Schema:
+        return Schema(up_layout(self.setup, row), planning.grid_of(row, self.setup.limits), TRAIN_COUNTERS)
+
+    def _identities(self) -> dict[str, str]:
+        return {**self.journal.notes().get(NOTE, {}), **self.settings.identities}

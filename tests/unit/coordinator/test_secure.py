@@ -1,0 +1,358 @@
+"""Masked sums over real rounds: the same bits as in the clear, whoever drops out when and wherever the coordinator dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft.errors import CohortError, FedpeftError, PrivacyError
+from fedpeft.tensors import Layout
+from fedpeft.update import Grid
+from fedpeft.wire import Envelope, flat, masking
+from fedpeft.wire.v1.federation_pb2 import Masking, RoundPlan, RoundReply, TaskResult
+from fedpeft_client.answers import Answer
+from fedpeft_client.secure import Secure
+from fedpeft_coordinator.setup import SecureAggregation
+from fedpeft_coordinator.transport import Failure
+
+MANY = {
+    "east": {"area": 12, "kind": 9},
+    "north": {"area": 40, "kind": 10},
+    "south": {"area": 25, "kind": 3},
+    "west": {"kind": 30, "area": 7},
+}
+STEPS = {"keys": 1, "shares": 2, "vector": 3, "agree": 4, "reveal": 5}
+
+
+@dataclass
+class Guarded:
+    """A fake site behind a real `Secure`; ``left`` are the plain and the sent arrays of its vectors."""
+
+    site: Any
+    folder: Path
+    left: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def __call__(self, envelope: Envelope) -> Envelope:
+        if envelope.kind == "hello":
+            return self.site(envelope)
+        asked = envelope.open(RoundPlan)
+        plans = {task.task: task for task in asked.tasks}
+        secure, arrays = Secure(self.site.name, self.folder / self.site.name), {}
+        if envelope.kind == "secure":
+            return self._reply(asked, [self._try(plan.task, lambda plan=plan: Answer(secure.answer(asked, plan))) for plan in asked.tasks])
+        plain = self.site(envelope)
+        given = []
+        for result in plain.open(RoundReply).results:
+            answer = Answer(result, plain.arrays.get(result.task, b""))
+            if result.status == TaskResult.STATUS_OK:
+                answer = self._try(result.task, lambda a=answer: self._mask(secure, asked, plans[a.result.task], envelope.kind, a))
+            given.append(answer)
+            arrays |= {result.task: answer.array} if answer.array else {}
+        return self._reply(asked, given, arrays)
+
+    def _mask(self, secure: Secure, asked: RoundPlan, plan: Any, kind: str, answer: Answer) -> Answer:
+        instance = secure.instance(asked, plan, kind)
+        assert instance is not None
+        assert plan.secure_aggregation
+        if plan.masking.step == Masking.STEP_KEYS:
+            return secure.keyed(asked, plan, answer)
+        layout, grid = Layout(()), Grid(len(instance.members))
+        if answer.array:
+            fingerprint = answer.result.layout_fingerprint
+            layout = next(self.site.layout.subset(r) for r in ({"B", "head"}, {"A", "head"}, {"A", "B", "head"})
+                          if self.site.layout.subset(r).fingerprint == fingerprint)  # fmt: skip
+            grid = Grid(plan.grid_sites, plan.grid_reach)
+        sent = secure.masked(asked, plan, answer, layout, grid)
+        if answer.array:
+            self.left.append((plan.task, flat.unpack(answer.array)[1], flat.unpack(sent.array)[1]))
+        return sent
+
+    def _try(self, task: str, work: Callable[[], Answer]) -> Answer:
+        try:
+            return work()
+        except FedpeftError as fault:
+            return Answer(TaskResult(task=task, status=TaskResult.STATUS_REFUSED, reason=str(fault)))
+
+    def _reply(self, asked: RoundPlan, answers: list[Answer], arrays: dict[str, bytes] | None = None) -> Envelope:
+        reply = RoundReply(site=self.site.name, run=asked.run, round=asked.round, base_loads=1, results=[one.result for one in answers])
+        return Envelope.of("reply", reply, arrays or {})
+
+
+def masked(fake: ModuleType, folder: Path, holdings: dict[str, dict[str, int]] | None = None, rounds: int = 3, **extra: Any) -> Any:
+    settings = SecureAggregation(**extra.pop("secure", {}))
+    setup = replace(fake.setup(rounds=rounds, tasks=("area", "kind"), min_sites=3, **extra), secure=settings)
+    sites = {name: Guarded(site, folder / "sites") for name, site in fake.sites(holdings or MANY).items()}
+    return fake.Federation(folder, setup, sites)
+
+
+def clear(fake: ModuleType, folder: Path, holdings: dict[str, dict[str, int]] | None = None, rounds: int = 3, **extra: Any) -> Any:
+    setup = fake.setup(rounds=rounds, tasks=("area", "kind"), min_sites=3, **extra)
+    return fake.Federation(folder, setup, fake.sites(holdings or MANY))
+
+
+@pytest.fixture(scope="module")
+def plain(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    federation = clear(fake, tmp_path_factory.mktemp("plain"))
+    federation.rounds = federation.open().run()
+    return federation
+
+
+def step_of(request: Envelope) -> str:
+    """The step of secure aggregation that ``request`` carries, with the work that it comes beside."""
+    if request.kind == "hello":
+        return ""
+    step = next((name for name, number in STEPS.items() if number == request.open(RoundPlan).tasks[0].masking.step), "")
+    return f"{request.kind} {step}"
+
+
+def test_adapters_weights_counters_and_scores_are_those_of_the_run_in_the_clear(fake: ModuleType, plain: Any, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path)
+    rounds = federation.open().run()
+    assert federation.final() == plain.final()
+    for ours, theirs in zip(rounds, plain.rounds, strict=True):
+        for name, row in ours.tasks.items():
+            assert (row.weight, row.counters["train.loss"]) == (theirs.tasks[name].weight, theirs.tasks[name].counters["train.loss"])
+            assert row.scores == theirs.tasks[name].scores
+            assert row.card == theirs.tasks[name].card
+            assert row.sealed
+    assert not list((tmp_path / "blobs").glob(f"{rounds[-1].tasks['area'].sealed}*"))
+
+
+def test_nothing_in_the_clear_is_on_the_wire(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    sent: list[Envelope] = []
+    for name, site in list(federation.sites.items()):
+        federation.sites[name] = lambda envelope, site=site: sent.append(reply := site(envelope)) or reply
+        federation.sites[name].site = site
+    federation.open().run()
+    results = [result for reply in sent for result in (reply.open(RoundReply).results if b"base" not in reply.body else [])]
+    assert all(result.weight == 0 and not result.counters for result in results)
+    left = [row for site in federation.sites.values() for row in site.site.left]
+    assert len(left) == 8
+    wire = b"".join(array for reply in sent for array in reply.arrays.values())
+    for _, codes, vector in left:
+        assert codes.tobytes()[:32] not in wire
+        assert vector.tobytes()[:32] in wire
+
+
+@pytest.mark.parametrize("step", ["secure keys", "secure shares", "train vector", "secure agree", "secure reveal"])
+def test_a_site_that_vanishes_at_any_step_is_a_drop_out(fake: ModuleType, tmp_path: Path, step: str) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        return Failure("vanished", vanished=True) if site == "west" and step_of(request) == step else None
+
+    rows = federation.open(fault=fault).run()[0].tasks
+    before = step in ("secure keys", "secure shares", "train vector")
+    others = {name: holds for name, holds in MANY.items() if name != "west"} if before else MANY
+    oracle = clear(fake, tmp_path / "oracle", others, rounds=1)
+    oracle.open().run()
+    if before:
+        # the cap of the weights and the grid are those of the planned cohort
+        assert rows["area"].drops == {"west": "vanished"}
+        assert rows["area"].weight == pytest.approx((12 + 40 + 25) / 40, abs=3e-6)
+    else:
+        assert rows["area"].drops == {}
+        assert federation.final() == oracle.final()
+    assert {row.outcome for row in rows.values()} == {"updated"}
+
+
+def test_too_few_to_open_are_asked_again_and_then_refused(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    gone = {"west", "south"}
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        return Failure("is busy") if site in gone and step_of(request) == "train vector" else None
+
+    with pytest.raises(CohortError, match=r"2 of 4 sites delivered, 3 are needed; nothing is opened"):
+        federation.open(fault=fault).run()
+    assert len(federation.named("combined")) == 3
+    gone.clear()
+    federation.open().run()
+    oracle = clear(fake, tmp_path / "oracle", rounds=1)
+    oracle.open().run()
+    assert federation.final() == oracle.final()
+
+
+def test_a_sum_that_cannot_be_opened_is_skipped_and_the_next_round_goes_on(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=2)
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        late = step_of(request) == "secure reveal" and request.open(RoundPlan).round == 1
+        return Failure("is busy") if late and site != "east" else None
+
+    first, second = federation.open(fault=fault).run()
+    assert {row.outcome for row in first.tasks.values()} == {"skipped"}
+    assert "shares of its secret came" in first.tasks["area"].reason
+    assert {row.outcome for row in second.tasks.values()} == {"updated"}
+    assert [row.number for row in (first.tasks["area"], second.tasks["area"])] == [1, 1]
+
+
+class Crash(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("point", range(2, 16))
+def test_any_crash_point_gives_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path, point: int) -> None:
+    federation = masked(fake, tmp_path)
+    coordinator = federation.open()
+    save, seen = coordinator.journal.save, 0
+
+    def crash(step: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == point and point % 2:
+            raise Crash
+        save(step)
+        if seen == point:
+            raise Crash
+
+    coordinator.journal.save = crash
+    with pytest.raises(Crash):
+        coordinator.run()
+    federation.open().run()
+    assert federation.final() == plain.final()
+
+
+@pytest.mark.parametrize("step", ["secure keys", "secure shares", "train vector", "secure agree", "secure reveal", "evaluate vector"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_crash_within_a_step_gives_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path, step: str, count: int) -> None:
+    federation, seen = masked(fake, tmp_path), 0
+
+    def fault(_site: str, request: Envelope) -> Failure | None:
+        nonlocal seen
+        seen += step_of(request) == step
+        if seen == count:
+            raise Crash
+        return None
+
+    with pytest.raises(Crash):
+        federation.open(fault=fault).run()
+    federation.open().run()
+    assert federation.final() == plain.final()
+    assert federation.open().history[-1].tasks["area"].scores == plain.rounds[-1].tasks["area"].scores
+
+
+def bend(federation: Any, name: str, change: Callable[[Any], None]) -> None:
+    """Let the coordinator tell site ``name`` something else than the rest."""
+    site = federation.sites[name]
+
+    def bent(envelope: Envelope) -> Envelope:
+        if envelope.kind == "hello":
+            return site(envelope)
+        asked = envelope.open(RoundPlan)
+        for task in asked.tasks:
+            change(task)
+        return site(Envelope.of(envelope.kind, asked, envelope.arrays))
+
+    federation.sites[name] = bent
+
+
+def fewer_survivors(task: Any) -> None:
+    if task.masking.step == STEPS["agree"]:
+        del task.masking.survivors[-1]
+
+
+def invented_member(task: Any) -> None:
+    if task.masking.step == STEPS["keys"]:
+        task.masking.instance.members.append("zombie")
+
+
+def another_seed(task: Any) -> None:
+    if task.masking.step == STEPS["vector"]:
+        task.seed += 1
+
+
+def another_name(task: Any) -> None:
+    if task.masking.step == STEPS["agree"]:
+        task.masking.name = task.masking.name[:-1] + "x"
+
+
+LIES = {
+    "signature of 'east' on the survivors does not hold": fewer_survivors,
+    "are not signed by the identity it is known by": invented_member,
+    "the masked sum is for another plan": another_seed,
+    "this site gave no keys": another_name,
+}
+
+
+@pytest.mark.parametrize("reason", LIES)
+def test_a_site_that_is_told_something_else_is_never_part_of_a_sum(fake: ModuleType, tmp_path: Path, reason: str) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    bend(federation, "east", LIES[reason])
+    federation.open().run()
+    said = [why for row in federation.named("answer") for why in row["outcomes"].values() if why != "ok"]
+    assert any(reason in why for why in said), said
+
+
+def test_a_site_with_a_new_identity_is_a_drop_out_until_it_is_listed(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    federation.open().run()
+    (tmp_path / "sites" / "west" / "identity").rename(tmp_path / "old")
+    federation.setup = replace(federation.setup, rounds=2)
+    row = federation.open().run()[-1].tasks["area"]
+    assert list(row.drops) == ["west"]
+    assert "not signed by the identity it is known by" in row.drops["west"]
+    assert row.outcome == "updated"
+    key = Secure("west", tmp_path / "sites" / "west").keys.public()
+    for name in ("east", "north", "south"):
+        (tmp_path / "sites" / name / "peers.json").unlink()
+    federation.setup = replace(federation.setup, rounds=3, secure=SecureAggregation(identities={"west": key}))
+    assert federation.open().run()[-1].tasks["area"].drops == {}
+
+
+def test_a_spoiled_share_releases_nothing(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    honest = federation.sites["east"]
+
+    def spoil(envelope: Envelope) -> Envelope:
+        reply = honest(envelope)
+        if step_of(envelope) != "secure reveal":
+            return reply
+        body = reply.open(RoundReply)
+        for result in body.results:
+            for name in list(result.masked.reveal.seeds):
+                result.masked.reveal.seeds[name] = bytes(32)
+        return Envelope.of("reply", body)
+
+    federation.sites["east"] = spoil
+    gone = lambda site, request: Failure("is busy") if site == "west" and step_of(request) == "secure reveal" else None  # noqa: E731
+    row = federation.open(fault=gone).run()[0].tasks["area"]
+    assert row.outcome == "skipped"
+    assert "tampered with" in row.reason
+
+
+def test_fewer_than_three_test_sites_are_not_scored_by_name(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=2)
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        return Failure("is busy") if site in ("west", "south") and request.kind == "evaluate" else None
+
+    rows = federation.open(fault=fault).run()[-1].tasks
+    assert rows["area"].scores == {}
+    assert "2 of 4 sites published keys, 3 are needed" in federation.named("unscored")[0]["tasks"]["area"]
+
+
+def test_a_vector_of_another_size_and_garbage_are_named(fake: ModuleType, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    honest = federation.sites["east"]
+
+    def short(envelope: Envelope) -> Envelope:
+        reply = honest(envelope)
+        if step_of(envelope) != "train vector":
+            return reply
+        arrays = {name: flat.pack(flat.unpack(data)[0], flat.unpack(data)[1][:-1]) for name, data in reply.arrays.items()}
+        return Envelope("reply", reply.body, arrays)
+
+    federation.sites["east"] = short
+    row = federation.open().run()[0].tasks["area"]
+    assert "masked values, the plan needs" in row.drops["east"]
+    assert row.outcome == "updated"
+    with pytest.raises(PrivacyError):
+        masking.work_of("a/b/c", "a", 1, "c")
