@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, audit, inspection, methods, schemes
+    from fedpeft.cli import adapters, answers, audit, inspection, ledger, methods, schemes
 
     app = typer.Typer(
         name="fedpeft",
@@ -63,6 +63,7 @@ def tree() -> typer.Typer:
     inspection.register(app)
     answers.register(app)
     app.add_typer(adapters.app, name="adapters")
+    app.add_typer(ledger.app, name="ledger")
     app.add_typer(methods.app, name="methods")
     app.add_typer(schemes.app, name="schemes")
     app.add_typer(audit.app, name="audit")
