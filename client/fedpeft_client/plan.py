@@ -82,10 +82,10 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     from fedpeft.tasks import TASKS
 
     try:
-        task = config.build(TASKS, json.loads(plan.task_json), f"task {plan.task}")
-        spec = AdapterSpec.from_json(json.loads(plan.spec_json))
-        scheme: Scheme = config.build(SCHEMES, json.loads(plan.scheme_json), "scheme")
-        settings = TypeAdapter(TrainSettings).validate_python(json.loads(plan.settings_json))
+        task = config.build(TASKS, _json(plan.task_json), f"task {plan.task}")
+        spec = AdapterSpec.from_json(_json(plan.spec_json))
+        scheme: Scheme = config.build(SCHEMES, _json(plan.scheme_json), "scheme")
+        settings = _settings(_json(plan.settings_json))
     except ValidationError as faults:
         first = faults.errors()[0]
         raise UpdateError(f"plan of task {plan.task!r}: settings: {first['loc']}: {first['msg']}; do both sides run one version?") from None
@@ -95,10 +95,27 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     return _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings, _codec(plan)))
 
 
+def _json(text: str) -> Any:
+    """``text`` parsed. Raises `ValueError`; a nest deep enough to end the stack is one of its kinds."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def _settings(table: Any) -> TrainSettings:
+    """Training settings; one that this site does not know is refused, as leaving it out would be other training. Raises `ValueError`."""
+    known = [item.name for item in dataclasses.fields(TrainSettings)]
+    unknown = sorted(set(table) - set(known)) if isinstance(table, dict) else [type(table).__name__]
+    if unknown:
+        raise ValueError(f"settings: unknown keys {unknown}; known keys are {known}")
+    return TypeAdapter(TrainSettings).validate_python(table)
+
+
 def _codec(plan: TaskPlan) -> DeltaCodec | None:
     """The codec of what travels up. Raises `UpdateError` when it cannot be read, or does not go with the rest of the plan."""
     try:
-        codec: Codec = config.build(CODECS, json.loads(plan.codec_json), "codec") if plan.codec_json else Plain()
+        codec: Codec = config.build(CODECS, _json(plan.codec_json), "codec") if plan.codec_json else Plain()
     except ValueError as fault:
         raise UpdateError(f"plan of task {plan.task!r}: {fault}; do both sides run one version?") from None
     if isinstance(codec, Plain):

@@ -20,6 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
 from fedpeft.errors import StorageError
 from fedpeft.files import write_atomic
 
+LIMIT = 512
+"""Bytes of a signature; ours have about 250."""
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -49,7 +52,7 @@ class Keys:
     def fault(self, data: bytes, signature: bytes) -> str | None:
         """What is wrong with ``signature`` of ``data``, or None when a known key made it."""
         try:
-            table = json.loads(signature)
+            table = _table(signature)
             key, mark = bytes.fromhex(table["key"]), bytes.fromhex(table["signature"])
         except (ValueError, KeyError, TypeError):
             return "the signature is torn"
@@ -65,7 +68,7 @@ class Keys:
     def signer(signature: bytes) -> str:
         """The public key (hex of 32 bytes) that ``signature`` names. Raises `StorageError` when it is torn."""
         try:
-            return bytes.fromhex(json.loads(signature)["key"]).hex()
+            return bytes.fromhex(_table(signature)["key"]).hex()
         except (ValueError, KeyError, TypeError):
             raise StorageError("signature: torn; get what it signs again") from None
 
@@ -112,12 +115,22 @@ class Keys:
 def verified(data: bytes, signature: bytes, key: str, purpose: str) -> bool:
     """Whether the owner of the public ``key`` (hex of 32 bytes) signed ``data`` for ``purpose``; never raises."""
     try:
-        table = json.loads(signature)
+        table = _table(signature)
         mark = bytes.fromhex(table["signature"])
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(mark, f"fedpeft {purpose}\n".encode() + data)
     except (InvalidSignature, ValueError, KeyError, TypeError, UnicodeDecodeError):
         return False
     return bool(table.get("key") == key)
+
+
+def _table(signature: bytes) -> dict[str, str]:
+    """What `Keys.sign` wrote. Raises `ValueError`; a long signature is none, and deep JSON would end the stack."""
+    if len(signature) > LIMIT:
+        raise ValueError(f"a signature of {len(signature)} bytes")
+    table = json.loads(signature)
+    if not isinstance(table, dict):
+        raise ValueError("no table")
+    return table
 
 
 def _read(path: Path) -> bytes:

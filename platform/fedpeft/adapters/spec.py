@@ -51,9 +51,8 @@ class AdapterSpec:
         from fedpeft.methods import METHODS
 
         if not isinstance(table, dict) or set(table) != KEYS:
-            raise AdapterError(
-                f"adapter spec: has {sorted(table)}, needs exactly {sorted(KEYS)}; was it written by another version of fedpeft?"
-            )
+            seen = sorted(table) if isinstance(table, dict) else type(table).__name__
+            raise AdapterError(f"adapter spec: has {seen}, needs exactly {sorted(KEYS)}; was it written by another version of fedpeft?")
         try:
             return AdapterSpec(
                 task=str(table["task"]),

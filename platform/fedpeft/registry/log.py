@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from fedpeft.registry import disk
 from fedpeft.registry.manifest import sha256
 
 START = "0" * 64
+DIGEST = re.compile(r"[0-9a-f]{64}")
 Action = Literal["publish", "rollback", "pull"]
 
 
@@ -96,6 +98,8 @@ def _parse(line: bytes) -> Entry | None:
         table = json.loads(line)
         mark = table.pop("hash")
         entry = Entry(**table)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        texts = [getattr(entry, item.name) for item in fields(Entry) if item.name != "number"]
+        whole = all(isinstance(text, str) for text in texts) and DIGEST.fullmatch(entry.digest) and entry.hash == mark
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return entry if entry.hash == mark else None
+    return entry if whole else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -17,6 +18,17 @@ from fedpeft.errors import StorageError
 
 FORMAT = 1
 NAME, SIGNATURE = "manifest.json", "manifest.sig"
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Files of a version lie in its folder: a name with a slash, or of dots, would point out of it."""
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "task": lambda value: isinstance(value, str),
+    "adapter": lambda value: isinstance(value, str),
+    "method": lambda value: isinstance(value, dict),
+    "metrics": lambda value: isinstance(value, dict) and all(isinstance(score, int | float) for score in value.values()),
+    "card": lambda value: value is None or isinstance(value, dict),
+    "files": lambda value: isinstance(value, dict) and all(map(FILE.fullmatch, value)) and all(isinstance(h, str) for h in value.values()),
+}
+"""What of a manifest others read before they trust it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,9 @@ class Manifest:
             raise StorageError(
                 f"manifest: fields {sorted(set(table) ^ names)} are missing or unknown; it was written by another version of fedpeft"
             )
+        wrong = [name for name, good in SHAPES.items() if not good(table[name])]
+        if wrong:
+            raise StorageError(f"manifest: {wrong} are not what they should be; it was not written by fedpeft, do not use it")
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
         return Manifest(**values)
 
@@ -80,7 +95,7 @@ class Manifest:
         """Inverse of `to_bytes`. Raises `StorageError` when ``data`` is torn or of another format."""
         try:
             table = json.loads(data)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise StorageError(f"{NAME}: torn or not JSON ({fault})") from None
         if not isinstance(table, dict) or table.pop("format", None) != FORMAT:
             raise StorageError(f"{NAME}: not of format {FORMAT}; it was written by another version of fedpeft")

@@ -44,9 +44,11 @@ class Collector:
 
     def add_boxes(self, site: str, boxes: Sequence[Box]) -> None:
         """Take a site's shares, one box for each neighbour with keys."""
+        if site not in self.bundles:
+            raise self._fault(site, "deals shares without having published keys")
         wanted = {name for name in self.instance.graph[site] if name in self.bundles}
         found = {box.recipient: box for box in boxes if box.sender == site}
-        if site not in self.bundles or set(found) != wanted or len(found) != len(boxes):
+        if set(found) != wanted or len(found) != len(boxes):
             raise self._fault(site, "dealt to others than its neighbours")
         self.boxes[site] = found
 
