@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,7 +17,7 @@ from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
-from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Plain
+from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Plain, as_delta
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
@@ -127,7 +127,7 @@ def _codec(plan: TaskPlan) -> DeltaCodec | None:
             f"plan of task {plan.task!r}: codec {codec.kind} and secure aggregation: messages of scales of the site's own have no sum; "
             "the coordinator must set codec none"
         )
-    return cast(DeltaCodec, codec)
+    return as_delta(codec)
 
 
 def _checked(work: Work) -> Work:

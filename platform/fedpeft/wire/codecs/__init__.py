@@ -1,6 +1,6 @@
 """How a site's delta is written in fewer bytes; numpy and zlib only (see README.md)."""
 
-from fedpeft.wire.codecs.base import Codec, DeltaCodec, RingCodec, seed_of
+from fedpeft.wire.codecs.base import Codec, DeltaCodec, RingCodec, as_delta, seed_of
 from fedpeft.wire.codecs.budget import choose
 from fedpeft.wire.codecs.feedback import receive, send, send_narrow
 from fedpeft.wire.codecs.floats import BF16
@@ -38,6 +38,7 @@ __all__ = [
     "Ring",
     "RingCodec",
     "TopK",
+    "as_delta",
     "choose",
     "receive",
     "seed_of",

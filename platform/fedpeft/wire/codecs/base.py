@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,11 @@ class RingCodec(Codec, Protocol):
     def width(self, sites: int) -> int:
         """Bits of the ring that holds the sum over ``sites`` sites."""
         ...
+
+
+def as_delta(codec: Codec) -> DeltaCodec | None:
+    """``codec`` where the coordinator decodes message by message; None where integers of the round's grid travel."""
+    return None if codec.masked else cast(DeltaCodec, codec)
 
 
 def seed_of(*parts: str | int) -> int:
