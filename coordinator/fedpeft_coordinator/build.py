@@ -15,7 +15,7 @@ from fedpeft.tensors import Tensors
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
-from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
+from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup, derive
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
@@ -85,6 +85,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         facts=facts(config, base.fingerprint.identity, tables),
         combine=config.combine,
         renew=renewed,
+        secure=secure(config),
     )
     return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
 
@@ -101,6 +102,20 @@ def limits(config: FederationConfig) -> Limits:
         reach=config.wire.reach,
         max_examples=config.max_examples,
         root=cohort.root or "",
+    )
+
+
+def secure(config: FederationConfig) -> SecureAggregation | None:
+    """How sums are masked, or None where sites send in the clear."""
+    table = config.secure_aggregation
+    if not config.masks:
+        return None
+    return SecureAggregation(
+        colluding=table.colluding,
+        dropping=table.dropping,
+        least=table.least or config.cohort.min_sites,
+        deadline=table.deadline,
+        identities=table.identities,
     )
 
 

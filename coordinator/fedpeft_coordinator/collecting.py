@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from fedpeft.errors import FedpeftError, PrivacyError, UpdateError
-from fedpeft.tensors import Layout
+from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
+from fedpeft.wire.codecs import DeltaCodec
 from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
 from fedpeft_coordinator.state import Round
 from fedpeft_coordinator.transport import Answer, Failure
@@ -100,14 +102,27 @@ class Tally:
         self.counters[result.task] = add_counters(self.counters.get(result.task, {}), counters_of(result))
 
 
-def decode(result: TaskResult, envelope: Envelope, layout: Layout, grid: Grid) -> Update:
+class Expected(Protocol):
+    """What the updates of a task must look like; ``codec`` None is the grid's 32-bit codes."""
+
+    layout: Layout
+    grid: Grid
+    codec: DeltaCodec | None
+
+
+def decode(result: TaskResult, envelope: Envelope, expected: Expected) -> Update:
     """The update that travelled. Raises `UpdateError`; ranges of codes and weight are checked by the sum."""
+    layout, codec = expected.layout, expected.codec
     if result.layout_fingerprint != layout.fingerprint:
         raise UpdateError(f"layout is {result.layout_fingerprint[:12]!r}, the plan has {layout.fingerprint[:12]}; it trained other tensors")
-    codes = envelope.array(result.task, layout.fingerprint)
-    if codes.dtype != np.int32:
-        raise UpdateError(f"values are {codes.dtype}, int32 codes were expected; do both sides run one version?")
-    return Update(layout, grid, codes, result.weight, counters_of(result), 1)
+    values = envelope.array(result.task, layout.fingerprint)
+    wanted = np.int32 if codec is None else np.uint8
+    if values.dtype != wanted:
+        raise UpdateError(f"values are {values.dtype}, {np.dtype(wanted)} codes were expected; do both sides run one version?")
+    if codec is None:
+        return Update(layout, expected.grid, values, result.weight, counters_of(result), 1)
+    delta = Tensors(layout, codec.decode(values.data, layout.size))
+    return Update.encode(delta, result.weight, counters_of(result), expected.grid)
 
 
 def counters_of(result: TaskResult) -> Counters:

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from fedpeft.bases import BaseSpec, Quantization
 from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS
+from fedpeft.privacy.secagg import LEAST
 from fedpeft.tasks import Source
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.rules import RULES
@@ -110,6 +111,23 @@ class Cohort(Section):
         return self.wait_for_sites or self.min_sites
 
 
+class SecureAggregation(Section):
+    """Whether the coordinator sees sums over sites alone. ``auto`` is on where ``cohort.min_sites`` is 3 or more.
+
+    ``colluding`` and ``dropping`` are the shares of a cohort that may help a curious coordinator, and vanish, while sums stay safe
+    and come out. ``least`` absent means ``cohort.min_sites``: a sum over fewer sites is never opened. ``deadline`` is in seconds,
+    for exchanges in which nobody trains. ``identities`` are public keys of sites (`fedpeft client identity`); others are
+    believed as first seen.
+    """
+
+    enabled: bool | Literal["auto"] = "auto"
+    colluding: float = Field(default=0.1, ge=0.0, lt=1.0)
+    dropping: float = Field(default=0.2, ge=0.0, lt=0.5)
+    least: int | None = Field(default=None, ge=LEAST)
+    deadline: float = Field(default=120.0, gt=0.0)
+    identities: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+
+
 class Wire(Section):
     """``reach``: the largest weighted change of any single value that a site may send."""
 
@@ -173,6 +191,7 @@ class FederationConfig(Section):
     start: Annotated[Start | None, BeforeValidator(_start)] = None
     training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
+    secure_aggregation: SecureAggregation = SecureAggregation()
     wire: Wire = Wire()
     link: Link = Link()
     evaluate_every: int = Field(default=0, ge=0)
@@ -195,6 +214,12 @@ class FederationConfig(Section):
     def settings(self, task: str) -> TrainSettings:
         """``[training]`` with what the task changes."""
         return _settings({**asdict(self.training), **self.tasks[task].training})
+
+    @property
+    def masks(self) -> bool:
+        """Whether the coordinator sees masked sums alone."""
+        wanted = self.secure_aggregation.enabled
+        return self.cohort.min_sites >= LEAST if wanted == "auto" else wanted
 
     @property
     def registry_folder(self) -> Path:

@@ -85,12 +85,27 @@ def _drift(event: Event) -> str | None:
     return "\n".join(f"[yellow]{escape(text)}[/yellow]" for text in event["warnings"]) or None
 
 
+def _masking(event: Event) -> str:
+    if event["on"]:
+        return "sums are masked: the coordinator sees no site's part"
+    why = "secure_aggregation.enabled = false" if event["enabled"] is False else f"cohort.min_sites = {event['sites']} is below 3"
+    return f"[yellow]sites send their parts in the clear: {why}[/yellow]"
+
+
+def _unscored(event: Event) -> str:
+    return "\n".join(
+        f"[yellow]round {event['round']}: {escape(name)} is not scored: {escape(why)}[/yellow]" for name, why in event["tasks"].items()
+    )
+
+
 LINES: dict[str, Callable[[Event], str | None]] = {
     "site": _site,
     "round": _round,
     "answer": _answer,
     "scores": _scores,
     "drift": _drift,
+    "masking": _masking,
+    "unscored": _unscored,
     "published": lambda event: escape(f"published {event['task']} as {event['version'][:19]} (round {event['round']})"),
     "link": lambda event: f"[dim]link: {escape(event['reason'])}[/dim]",
     "left": lambda event: f"[dim]site {escape(event['site'])} left[/dim]",

@@ -11,6 +11,7 @@ from fedpeft.errors import UpdateError
 from fedpeft.schemes import Phase, check_start
 from fedpeft.tensors import Tensors
 from fedpeft.update import Grid
+from fedpeft.wire.codecs import DeltaCodec, as_delta, choose
 from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
@@ -90,6 +91,15 @@ def phase_of(plan: TaskRound) -> Phase:
 def grid_of(plan: TaskRound, limits: Limits) -> Grid:
     """The fixed-point grid of the round: wide enough for the whole cohort."""
     return Grid(max(len(plan.cohort), 1), limits.reach)
+
+
+def codec_of(size: int, sites: int, limits: Limits) -> DeltaCodec | None:
+    """How a site writes ``size`` values: the federation's codec, or what its byte budget picks; None sends the grid's 32-bit codes.
+
+    Raises:
+        ConfigError: no codec fits the budget.
+    """
+    return as_delta(choose(limits.budget, size, masked=False, sites=sites)) if limits.budget else limits.codec
 
 
 def skipped(plan: TaskRound, reason: str) -> TaskRound:

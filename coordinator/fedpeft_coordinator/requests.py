@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fedpeft.config import describe
 from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import purpose
 from fedpeft.wire.v1.federation_pb2 import Centroid, Masking, RoundPlan, TaskPlan
-from fedpeft_coordinator.planning import Load, changed_since, counted, grid_of, phase_of
+from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
@@ -87,6 +89,9 @@ class Writer:
         )
         if kind == "evaluate":
             self._want_card(message)
+        codec = codec_of(self.setup.scheme.travels(task.layout, phase_of(plan)).size, grid.sites, self.setup.limits)
+        if kind == "train" and codec is not None:
+            message.codec_json = json.dumps(describe(codec))
         return message
 
     def _control(self, message: TaskPlan, plan: TaskRound) -> dict[str, bytes]:

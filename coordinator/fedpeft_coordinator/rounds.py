@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from fedpeft.errors import CohortError, UpdateError
+from fedpeft.errors import CohortError, ConfigError, UpdateError
 from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
@@ -177,7 +177,8 @@ class Coordinator:
 
     def _unseal(self, sealed: Round) -> Round:
         """Open the masked sums. What cannot be opened is not asked for again: sites sign one sum of a round."""
-        assert self._secure is not None
+        if self._secure is None:
+            raise ConfigError(f"round {sealed.number} is a masked sum; set secure_aggregation.enabled back to true to open it")
         opened, lost = self._secure.open(sealed)
         rows = {name: self._combine(sealed.tasks[name], Opened(total)) for name, total in opened.items()}
         rows |= {name: planning.skipped(sealed.tasks[name], why) for name, why in lost.items()}

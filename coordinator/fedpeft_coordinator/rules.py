@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes import Gathers
 from fedpeft.schemes.robust import Rooted
 
@@ -80,4 +81,30 @@ def _start_rule(federation: FederationConfig) -> None:
         raise ValueError(f"start.kind = {start.how.kind!r} and start.data: this start looks at weights alone; leave start.data out")
 
 
-RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule)
+def _secure_rule(federation: FederationConfig) -> None:
+    if not federation.masks:
+        return
+    secure, off = federation.secure_aggregation, "or let sites send in the clear with secure_aggregation.enabled = false"
+    if federation.cohort.min_sites < LEAST:
+        raise ValueError(
+            f"secure_aggregation.enabled = true and cohort.min_sites = {federation.cohort.min_sites}: below {LEAST} sites a sum shows what "
+            f"each one sent; raise cohort.min_sites, {off}"
+        )
+    if not federation.scheme.sum_only:
+        raise ValueError(
+            f"scheme.kind = {federation.scheme.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): the scheme needs every "
+            f"site's part, masks show their sum alone; take a scheme such as alternating, {off}"
+        )
+    if federation.combine is not None:
+        raise ValueError(
+            f"combine.kind = {federation.combine.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): the rule compares "
+            f"parts, masks show their sum alone; set combine = 'sum', {off}"
+        )
+    if secure.colluding + 2 * secure.dropping >= 1:
+        raise ValueError(
+            f"secure_aggregation.colluding = {secure.colluding:g} and dropping = {secure.dropping:g} leave no quorum; "
+            "colluding + 2 dropping must be below 1"
+        )
+
+
+RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule, _secure_rule)

@@ -12,6 +12,7 @@ from fedpeft.schemes import Gathers, Scheme, ServerOptimizer
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
+from fedpeft.wire.codecs import DeltaCodec
 
 Scores = Callable[[Counters], Mapping[str, float]]
 
@@ -40,6 +41,8 @@ class Limits:
     deadline: float = 600.0
     retries: int = 3
     reach: float = 2.0
+    codec: DeltaCodec | None = None
+    budget: int = 0
     max_examples: int = 1_000_000
     root: str = ""
 

@@ -49,6 +49,7 @@ def run(config: FederationConfig, connect: Connect, events: Events) -> None:
     """Run the rounds over runs that ``connect`` opens. Raises `FedpeftError`."""
     setup, publisher = build(config)
     transport = FlowerTransport(connect, hello(setup), events)
+    events("masking", on=config.masks, sites=config.cohort.min_sites, enabled=config.secure_aggregation.enabled)
     try:
         Coordinator(setup, Journal(config.database_url), Store(config.state / "blobs"), transport, events, publisher).run()
     finally:
@@ -80,6 +81,7 @@ def terminable() -> Iterator[None]:
 def summary(found: dict[str, Any], console: Console) -> None:
     """Print how the federation stands."""
     console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
+    console.print(f"sums over sites: {'masked' if found['masked'] else 'in the clear'}", highlight=False)
     tasks = Table("task", "rounds moved", "loss", "drift", "scores", "version", title_justify="left")
     for name, task in found["tasks"].items():
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(task["scores"].items()))

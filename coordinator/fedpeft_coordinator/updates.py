@@ -14,7 +14,7 @@ from fedpeft.update import Update
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import TaskResult
 from fedpeft_coordinator.collecting import decode
-from fedpeft_coordinator.planning import grid_of, phase_of
+from fedpeft_coordinator.planning import codec_of, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import Round, TaskRound
 
@@ -68,6 +68,7 @@ class TaskUpdates:
 
     def __init__(self, setup: Setup, row: TaskRound) -> None:
         self.layout, self.grid = up_layout(setup, row), grid_of(row, setup.limits)
+        self.codec = codec_of(self.layout.size, self.grid.sites, setup.limits)
         groups = _groups(setup, row)
         self._group = {site: place for place, sites in enumerate(groups) for site in sites}
         self._sums = [Sum(self.layout, self.grid) for _ in groups]
@@ -104,7 +105,7 @@ class Updates:
     def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
         """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""
         task = self.tasks[result.task]
-        task.add(site, decode(result, envelope, task.layout, task.grid))
+        task.add(site, decode(result, envelope, task))
 
 
 def _groups(setup: Setup, row: TaskRound) -> list[tuple[str, ...]]:

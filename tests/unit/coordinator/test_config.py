@@ -12,7 +12,7 @@ from fedpeft import config
 from fedpeft.config import describe
 from fedpeft.errors import ConfigError
 from fedpeft.tensors import Entry, Layout
-from fedpeft_coordinator.build import facts, renewed
+from fedpeft_coordinator.build import facts, renewed, secure
 from fedpeft_coordinator.config import FederationConfig, load_federation
 from fedpeft_coordinator.fitting import check_fit
 
@@ -42,6 +42,19 @@ def test_defaults() -> None:
     assert federation.cohort.expected == 1
 
 
+@pytest.mark.parametrize(("sites", "enabled", "on"), [(2, "auto", False), (3, "auto", True), (3, False, False), (3, True, True)])
+def test_masks_are_on_from_three_sites_unless_a_line_says_otherwise(sites: int, enabled: object, on: bool) -> None:
+    federation = load(cohort={"min_sites": sites}, secure_aggregation={"enabled": enabled})
+    assert federation.masks is on
+    assert (secure(federation) is not None) is on
+    assert not on or secure(federation).least == sites
+
+
+def test_masks_are_turned_off_on_the_command_line() -> None:
+    assert not load_federation(EXAMPLE, {"cohort.min_sites": "3", "secure_aggregation.enabled": "false"}).masks
+    assert load_federation(EXAMPLE, {"cohort.min_sites": "3"}).masks
+
+
 def test_overrides_of_the_command_line() -> None:
     federation = load_federation(EXAMPLE, {"cohort.deadline": "5", "scheme.kind": "fedavg"})
     assert federation.cohort.deadline == 5.0
@@ -66,6 +79,22 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "gathers": (
         {"scheme": "flexlora", "combine": "krum", "cohort": {"min_sites": 9}},
         r"combine\.kind = 'krum' and scheme\.kind = 'flexlora': .*set combine = 'sum'",
+    ),
+    "two sites under masks": (
+        {"cohort": {"min_sites": 2}, "secure_aggregation": {"enabled": True}},
+        r"secure_aggregation\.enabled = true and cohort\.min_sites = 2: below 3",
+    ),
+    "masked gathering": (
+        {"scheme": "flexlora", "cohort": {"min_sites": 3}},
+        r"scheme\.kind = 'flexlora' and secure aggregation .*enabled = false",
+    ),
+    "masked rule": (
+        {"combine": "median", "cohort": {"min_sites": 3}},
+        r"combine\.kind = 'median' and secure aggregation .*enabled = false",
+    ),
+    "no quorum": (
+        {"cohort": {"min_sites": 3}, "secure_aggregation": {"colluding": 0.5, "dropping": 0.3}},
+        r"colluding = 0\.5 and dropping = 0\.3 leave no quorum",
     ),
     "least": ({"combine": {"kind": "krum", "f": 2}}, r"combine\.kind = 'krum' needs 7 sites .* cohort\.min_sites = 1.*to 7 or more"),
     "root": ({"combine": "fltrust", "cohort": {"min_sites": 2}}, r"combine\.kind = 'fltrust' needs cohort\.root"),
@@ -104,7 +133,7 @@ MISFITS: dict[str, tuple[dict[str, object], Layout, str]] = {
 def test_what_does_not_fit_the_adapter_names_both_settings(case: str) -> None:
     changes, layout, pattern = MISFITS[case]
     with pytest.raises(ConfigError) as caught:
-        check_fit(load(**{"cohort": {"min_sites": 3}, **changes}), layout)
+        check_fit(load(**{"cohort": {"min_sites": 3}, "secure_aggregation": {"enabled": False}, **changes}), layout)
     assert re.search(pattern, str(caught.value)), str(caught.value)
 
 
@@ -112,7 +141,7 @@ def test_what_does_not_fit_the_adapter_names_both_settings(case: str) -> None:
     "changes", [{}, {"combine": "sum"}, {"combine": "median"}, {"scheme": "fedavg", "combine": "rfa"}, {"scheme": "flexlora"}]
 )
 def test_what_fits_passes(changes: dict[str, object]) -> None:
-    check_fit(load(**{"cohort": {"min_sites": 3}, **changes}), LORA)
+    check_fit(load(**{"cohort": {"min_sites": 3}, "secure_aggregation": {"enabled": False}, **changes}), LORA)
 
 
 def test_a_start_in_all_its_forms(tmp_path: Path) -> None:
