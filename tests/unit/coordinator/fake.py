@@ -16,6 +16,7 @@ from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, Si
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
+from fedpeft.wire.codecs import CODECS, receive, send
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft_client.personal import Own
@@ -88,8 +89,9 @@ class Site:
         scheme: Scheme = config.build(SCHEMES, json.loads(task.scheme_json), "scheme")
         delta = self._train(scheme, task, begin, self._context(envelope, task))
         weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
+        delta, message = self._written(task, delta)
         update = Update.encode(delta, weight, {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach))
-        arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes)
+        arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes if message is None else message)
         result = TaskResult(
             task=task.task,
             status=TaskResult.STATUS_OK,
@@ -100,6 +102,16 @@ class Site:
         for name, values in update.counters.items():
             result.counters[name].values.extend(values)
         return result
+
+    def _written(self, task: TaskPlan, delta: Tensors) -> tuple[Tensors, np.ndarray | None]:
+        """The delta as it is heard, and the plan's codec's message; what is lost stays for the next round."""
+        if not task.codec_json:
+            return delta, None
+        codec = config.build(CODECS, json.loads(task.codec_json), "codec")
+        message, lost = send(codec, delta, self._kept(task).residual(delta.layout), None)
+        own = self.own.get((task.task, task.task_round), self._kept(task))
+        self.own[task.task, task.task_round] = own.with_residual(lost)
+        return receive(codec, message, delta), np.frombuffer(message, np.uint8)
 
     def _kept(self, task: TaskPlan) -> Own:
         """What was kept after the last round that counted, however often this one is asked for."""

@@ -1,0 +1,98 @@
+"""Codecs through real rounds: fewer bytes up, the same sum in any order, crashes, lies, and settings that cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft import config
+from fedpeft.tensors import Entry, Layout
+from fedpeft.wire import flat
+from fedpeft.wire.codecs import CODECS, Int4, as_delta
+from fedpeft.wire.v1.federation_pb2 import RoundPlan
+from fedpeft_coordinator.planning import codec_of
+from fedpeft_coordinator.setup import Limits
+
+LAYOUT = Layout.of([Entry("A", "x.lora_A", (8, 40)), Entry("B", "x.lora_B", (60, 8)), Entry("head", "classifier.weight", (3, 40))])
+HOLDINGS = {"north": {"area": 40}, "south": {"area": 25}, "west": {"area": 7}}
+KINDS = sorted(set(CODECS) - {"none", "ring"})
+
+
+def federation(fake: ModuleType, folder: Path, codec: str, rounds: int = 4, **extra: Any) -> Any:
+    built = as_delta(config.build(CODECS, codec, "codec"))
+    made = fake.setup(rounds=rounds, scheme="alternating", server="sgd", tasks=("area",), layout=LAYOUT, reach=16.0, codec=built, **extra)
+    return fake.Federation(folder, replace(made, evaluate_every=0), fake.sites(HOLDINGS, LAYOUT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_codec_moves_the_adapter_as_32_bits_do(fake: ModuleType, tmp_path: Path, kind: str) -> None:
+    plain, ours = federation(fake, tmp_path / "plain", "none"), federation(fake, tmp_path / "ours", kind)
+    ends = []
+    for one in (plain, ours):
+        coordinator = one.open()
+        rounds = coordinator.run()
+        assert [row.tasks["area"].outcome for row in rounds] == ["updated"] * 4, rounds[-1].tasks["area"].reason
+        ends.append(coordinator.tensors("area", rounds[-1].tasks["area"].after).flat - fake.start("area", LAYOUT).flat)
+    cosine = ends[0] @ ends[1] / np.linalg.norm(ends[0]) / np.linalg.norm(ends[1])
+    assert cosine > {"topk": 0.15, "onebit": 0.6, "int2": 0.4}.get(kind, 0.97)
+
+
+def test_the_order_of_arrival_is_irrelevant(fake: ModuleType, tmp_path: Path) -> None:
+    ends = set()
+    for place, late in enumerate(HOLDINGS):
+        ours = federation(fake, tmp_path / str(place), "int4", rounds=1)
+        ours.sites[late] = fake.slow(ours.sites[late], 0.1)
+        ours.open().run()
+        ends.add(ours.final()["area"])
+    assert len(ends) == 1
+
+
+def test_any_crash_point_gives_the_same_bits(fake: ModuleType, tmp_path: Path) -> None:
+    whole = federation(fake, tmp_path / "whole", "int4", rounds=2)
+    whole.open().run()
+    for point in range(1, 10):
+        ours = federation(fake, tmp_path / str(point), "int4", rounds=2)
+        coordinator = ours.open()
+        for _ in range(point):
+            coordinator.step()
+        if coordinator.history[-1].step == "collecting":
+            coordinator._collect(coordinator.history[-1])  # the answers came in, the commit did not
+        ours.open().run()
+        assert ours.final() == whole.final()
+
+
+def test_a_message_that_is_none_is_a_named_drop_out(fake: ModuleType, tmp_path: Path) -> None:
+    def garbage(result: Any, arrays: dict[str, bytes]) -> None:
+        arrays["area"] = flat.pack(result.layout_fingerprint, np.frombuffer(b"\1\2\3", np.uint8))
+
+    def codes(result: Any, arrays: dict[str, bytes]) -> None:
+        arrays["area"] = flat.pack(result.layout_fingerprint, np.zeros(LAYOUT.subset({"B", "head"}).size, np.int32))
+
+    for twist, words in ((garbage, "cut short"), (codes, "uint8 codes were expected")):
+        ours = federation(fake, tmp_path / words[:3], "int4", rounds=1)
+        ours.sites["west"] = replace(ours.sites["west"], twist=twist)
+        (row,) = ours.open().run()
+        assert words in row.tasks["area"].drops["west"]
+        assert row.tasks["area"].outcome == "updated"
+
+
+def test_plans_name_the_codec_to_train_with(fake: ModuleType, tmp_path: Path) -> None:
+    ours = federation(fake, tmp_path, "int4", rounds=1)
+    ours.setup = replace(ours.setup, evaluate_every=1)
+    ours.open().run()
+    asked = [(envelope.kind, task.codec_json) for envelope in ours.sites["north"].asked for task in envelope.open(RoundPlan).tasks]
+    assert ("train", '{"kind": "int4", "block": 256}') in asked
+    assert ("evaluate", "") in asked
+
+
+def test_a_budget_picks_by_what_travels() -> None:
+    assert codec_of(1000, 3, Limits()) is None
+    assert codec_of(1000, 3, Limits(codec=Int4())) == Int4()
+    assert codec_of(1000, 3, Limits(budget=4000)) is None
+    assert codec_of(1000, 3, Limits(budget=2000)).kind == "bf16"
+    assert codec_of(1_000_000, 3, Limits(budget=600_000)).kind == "int4"
