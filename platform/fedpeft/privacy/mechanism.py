@@ -122,6 +122,21 @@ class Mechanism:
             raise PrivacyError(f"privacy: a mechanism cannot be read ({fault}); do both sides run one version?") from None
 
 
+def check_shares(mechanism: Mechanism, least: int) -> None:
+    """Site: refuse to send under masks that open with fewer survivors than carry the noise.
+
+    ``least`` is the masks' own quorum, without those who may collude.
+
+    Raises:
+        PrivacyError: the coordinator asked every site for too little noise.
+    """
+    if mechanism.shares > least:
+        raise PrivacyError(
+            f"privacy: noise is divided among {mechanism.shares} sites, the masks open with {least} honest ones; nothing is sent: "
+            "the coordinator must raise the quorum or divide less"
+        )
+
+
 @dataclass(frozen=True)
 class Released:
     """What a noised sum says: the mean delta, noised sums of counters, and the noised share of sites inside the clip (None: not asked)."""

@@ -14,7 +14,7 @@ import fedpeft.privacy.mechanism as mechanism_module
 from fedpeft.errors import ConfigError, PrivacyError
 from fedpeft.privacy.accounting import Event, epsilon
 from fedpeft.privacy.clipping import bounded, clipped, moved
-from fedpeft.privacy.mechanism import SIDE, Bounded, Mechanism, protect, release
+from fedpeft.privacy.mechanism import SIDE, Bounded, Mechanism, check_shares, protect, release
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.packing import Schema, pack, unpack
 from fedpeft.privacy.selftest import check_moved, self_test
@@ -184,6 +184,13 @@ def test_only_secure_noise_protects_and_releases():
         release(total(one, 3), one, np.random.default_rng(0))
 
 
+def test_a_site_sends_nothing_under_masks_that_open_with_too_little_noise():
+    check_shares(Mechanism(1.0, 1.0, 6, 4), 4)
+    check_shares(Mechanism(1.0, 1.0, 6), 1)
+    with pytest.raises(PrivacyError, match="divided among 4"):
+        check_shares(Mechanism(1.0, 1.0, 6, 4), 3)
+
+
 def test_a_diverged_site_or_a_missing_counter_is_refused():
     one = Mechanism(1.0, 1.0, 3, side=0.1, counters=COUNTERS)
     bad = delta(1.0)
@@ -243,6 +250,13 @@ def test_coarse_rounding_stays_within_the_bound(rounding):
     values = np.random.default_rng(0).normal(size=5000)
     made = bounded(values * 400 / np.linalg.norm(values), 400.0, rounding)
     assert np.linalg.norm(made) <= 400.0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fine_rounding_ends_just_below_the_bound(seed):
+    values = np.random.default_rng(seed).normal(size=280)
+    made = bounded(values * 1e7 / np.linalg.norm(values), 1e7, np.rint)
+    assert 1e7 * (1 - 1e-5) < np.linalg.norm(made) <= 1e7
 
 
 def test_a_codec_that_cannot_be_bounded_is_refused():
