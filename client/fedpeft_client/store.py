@@ -1,4 +1,7 @@
-"""The site's files: one blob per key, written whole or not at all, checked when read, the oldest dropped first."""
+"""The site's files: one blob per key, written whole or not at all, checked when read, the oldest dropped first.
+
+They hold updates in the clear, so their owner alone may read them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Store:
 
     def put(self, key: str, blob: bytes) -> None:
         """Write ``blob`` under ``key``: temporary file, fsync, rename, fsync of the folder. Raises `StorageError`."""
-        write_atomic(self._path(key), hashlib.sha256(blob).digest() + blob)
+        write_atomic(self._path(key), hashlib.sha256(blob).digest() + blob, 0o600)
         self._trim()
 
     def get(self, key: str) -> bytes | None:
@@ -74,6 +77,7 @@ def scratch(root: Path, key: str, keep: int) -> Path:
     folder = root / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         os.utime(folder)
         others = sorted((p for p in root.iterdir() if p != folder), key=lambda p: p.stat().st_mtime_ns)
     except OSError as fault:

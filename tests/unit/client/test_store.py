@@ -112,3 +112,9 @@ def test_an_audit_log_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="audit log"):
         audit.record(tmp_path / "state" / "audit.jsonl", audit.Departure("f", 1, "train", "t", "ok"))
+
+
+def test_other_users_of_the_machine_read_nothing(tmp_path):
+    Store(tmp_path / "answers", 2).put("a" * 64, b"an update in the clear")
+    assert (tmp_path / "answers" / ("a" * 64)).stat().st_mode & 0o077 == 0
+    assert scratch(tmp_path / "checkpoints", "b" * 64, 2).stat().st_mode & 0o077 == 0
