@@ -12,6 +12,7 @@ from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
 from fedpeft.errors import BaseError, ConfigError, DataError
 from fedpeft.tensors import Tensors
+from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
@@ -100,6 +101,8 @@ def limits(config: FederationConfig) -> Limits:
         deadline=cohort.deadline,
         retries=cohort.retries,
         reach=config.wire.reach,
+        codec=as_delta(config.wire.codec),
+        budget=config.wire.budget or 0,
         max_examples=config.max_examples,
         root=cohort.root or "",
     )

@@ -52,6 +52,13 @@ def _start(value: Any) -> Any:
     return {"how": how, "data": {"path": data} if isinstance(data, str) else data}
 
 
+def _codec(value: Any) -> Any:
+    from fedpeft.wire.codecs import CODECS
+
+    # A ring's scales follow the last mean, and plans do not carry them.
+    return config.build({kind: codec for kind, codec in CODECS.items() if kind != "ring"}, value, "codec")
+
+
 def _server(value: Any) -> Any:
     from fedpeft.schemes import SERVER_OPTIMIZERS
 
@@ -129,9 +136,15 @@ class SecureAggregation(Section):
 
 
 class Wire(Section):
-    """``reach``: the largest weighted change of any single value that a site may send."""
+    """``reach``: the largest weighted change of any single value that a site may send.
+
+    ``codec``: how it writes a delta (`fedpeft.wire.codecs`); or ``budget``: bytes that it may send of a task in a round, for which
+    the codec that keeps most is taken.
+    """
 
     reach: float = Field(default=2.0, gt=0.0, allow_inf_nan=False)
+    codec: Annotated[Any, BeforeValidator(_codec)] = Field(default="none", validate_default=True)
+    budget: int | None = Field(default=None, ge=1)
 
 
 class Tls(Section):

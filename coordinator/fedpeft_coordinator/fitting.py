@@ -6,6 +6,7 @@ from fedpeft.errors import ConfigError, UpdateError
 from fedpeft.schemes import Scheme
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout
+from fedpeft.wire.codecs import choose
 from fedpeft_coordinator.config import FederationConfig
 
 ROUNDS = range(1, 5)
@@ -25,6 +26,9 @@ def check_fit(config: FederationConfig, layout: Layout) -> None:
         scheme.check(layout)
     except UpdateError as fault:
         raise ConfigError(f"scheme.kind = {scheme.kind!r} and method.kind = {method.kind!r}: {fault}") from None
+    if config.wire.budget is not None:
+        for phase in (scheme.phase(number, layout) for number in ROUNDS):
+            choose(config.wire.budget, scheme.travels(layout, phase).size, masked=False)
     if config.combine is not None:
         _check_rule(scheme, config.combine, layout)
 

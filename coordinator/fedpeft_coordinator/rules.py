@@ -107,4 +107,16 @@ def _secure_rule(federation: FederationConfig) -> None:
         )
 
 
-RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule, _secure_rule)
+def _wire_rule(federation: FederationConfig) -> None:
+    wire = federation.wire
+    if wire.budget is not None and wire.codec.kind != "none":
+        raise ValueError(f"wire.codec = {wire.codec.kind!r} and wire.budget = {wire.budget}: the budget picks the codec; set one of them")
+    if federation.masks and (wire.budget is not None or wire.codec.kind != "none"):
+        setting = f"codec = {wire.codec.kind!r}" if wire.budget is None else f"budget = {wire.budget}"
+        raise ValueError(
+            f"wire.{setting} and secure aggregation (on from cohort.min_sites = {LEAST}): sites would write in scales of their own, which "
+            "have no sum under masks; leave it out, or let sites send in the clear with secure_aggregation.enabled = false"
+        )
+
+
+RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule, _secure_rule, _wire_rule)

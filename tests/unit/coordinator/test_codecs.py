@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from fedpeft import config
+from fedpeft.errors import ConfigError
 from fedpeft.tensors import Entry, Layout
 from fedpeft.wire import flat
 from fedpeft.wire.codecs import CODECS, Int4, as_delta
 from fedpeft.wire.v1.federation_pb2 import RoundPlan
+from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.planning import codec_of
 from fedpeft_coordinator.setup import Limits
 
@@ -96,3 +99,33 @@ def test_a_budget_picks_by_what_travels() -> None:
     assert codec_of(1000, 3, Limits(budget=4000)) is None
     assert codec_of(1000, 3, Limits(budget=2000)).kind == "bf16"
     assert codec_of(1_000_000, 3, Limits(budget=600_000)).kind == "int4"
+
+
+def settings(masks: bool = False, **wire: Any) -> FederationConfig:
+    tasks, cohort = {"area": {"kind": "classification", "labels": ["a", "b"]}}, {"min_sites": 3 if masks else 1}
+    return config.parse({"name": "f", "tasks": tasks, "cohort": cohort, "wire": wire}, FederationConfig, "federation.toml")
+
+
+@pytest.mark.parametrize(
+    ("wire", "words"),
+    [
+        ({"codec": "int5"}, "unknown kind 'int5'"),
+        ({"codec": "ring"}, "unknown kind 'ring'"),
+        ({"codec": {"kind": "int4", "block": 2}}, "int4.block"),
+        ({"codec": "int4", "budget": 1000}, "set one of them"),
+        ({"budget": 0}, "wire.budget"),
+        ({"codec": "int4", "masks": True}, "have no sum under masks"),
+        ({"budget": 1000, "masks": True}, "have no sum under masks"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wire: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings(**wire)
+
+
+def test_a_budget_that_no_codec_fits_is_refused_before_anything_starts() -> None:
+    check_fit(settings(budget=10_000), LAYOUT)
+    with pytest.raises(ConfigError, match=r"wire\.budget: 9 bytes"):
+        check_fit(settings(budget=9), LAYOUT)
+    assert settings(codec={"kind": "int4", "block": 64}).wire.codec == Int4(64)
+    assert settings().wire.codec.kind == "none"
