@@ -101,11 +101,11 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
 def sum_of_discrete(noise: float, deviation: float, sites: int, size: int) -> float:
     """The noise multiplier that ``sites`` discrete Gaussians of ``deviation`` steps each are worth, in ``size`` dimensions.
 
-    Their sum is no discrete Gaussian: Kairouz, Liu and Steinke 2021 (arXiv 2102.06387, theorem 1) bound what that costs;
+    Their sum is no discrete Gaussian: Kairouz, Liu and Steinke 2021 (arXiv 2102.06387) bound what that costs;
     ``noise`` is the deviation of the sum over the sensitivity. From half a dozen steps on it costs nothing that float64 shows.
 
     Raises:
-        PrivacyError: ``deviation`` is below half a step, where the theorem says nothing.
+        PrivacyError: ``deviation`` is below half a step, of which nothing is known.
     """
     if deviation < 0.5:
         raise PrivacyError(f"noise: a site's share of {deviation:.2g} steps is too coarse; at least 0.5 is needed: use a finer grid")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import erfc, exp, log, sqrt
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,3 +150,23 @@ def test_what_cannot_be_accounted_is_refused_by_name(make, word):
 def test_events_survive_json():
     event = Event(1.25, 0.5, 3)
     assert Event.from_json(event.to_json()) == event
+
+
+@pytest.mark.parametrize("sites", [1, 2, 5, 12])
+@pytest.mark.parametrize("deviation", [0.5, 0.6, 0.8, 1.5])
+def test_no_divergence_of_a_sum_of_discrete_gaussians_is_above_the_bound(sites, deviation):
+    reach = int(40 * deviation)
+    single = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+    total = np.ones(1)
+    for _ in range(sites):
+        total = np.convolve(total, single / single.sum())
+    for shift in (1, 2):
+        worth = sum_of_discrete(deviation * sqrt(sites) / shift, deviation, sites, 1)
+        left, right = total[shift:], total[:-shift]
+        sound = (left > 1e-280) & (right > 1e-280)
+        for order in (1.5, 2.0, 4.0, 8.0):
+            powers = order * np.log(left[sound]) + (1 - order) * np.log(right[sound])
+            divergence = np.log(np.exp(powers).sum()) / (order - 1)
+            assert divergence <= order / (2 * worth**2) * (1 + 1e-9) + 1e-12
+            if deviation >= 1.5:
+                assert divergence == pytest.approx(order / (2 * worth**2), rel=0.02)
