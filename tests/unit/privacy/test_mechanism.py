@@ -23,6 +23,7 @@ from fedpeft.privacy.settings import (
     Central,
     Cohort,
     Distributed,
+    Example,
     check_phase,
     make_privacy,
     noise_for,
@@ -252,7 +253,7 @@ def test_coarse_rounding_stays_within_the_bound(rounding):
     assert np.linalg.norm(made) <= 400.0
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(8))
 def test_fine_rounding_ends_just_below_the_bound(seed):
     values = np.random.default_rng(seed).normal(size=280)
     made = bounded(values * 1e7 / np.linalg.norm(values), 1e7, np.rint)
@@ -283,7 +284,7 @@ def test_the_norm_moves_the_right_way():
 
 def test_adaptive_clipping_works_through_the_noised_sum():
     clip = 8.0
-    for _ in range(60):
+    for _ in range(40):
         one = Mechanism(0.5, clip, 20, 15, side=0.2, adaptive=True)
         updates = [protect(delta(0.1 * (site + 1), site), {}, one, NOISE) for site in range(20)]
         clip = moved(clip, release(sum(updates[1:], start=updates[0]), one, NOISE).inside, 0.5, 0.2, 8.0)
@@ -311,10 +312,8 @@ def test_colluding_sites_do_not_count_as_noise():
 
 
 def test_example_level_budgets_use_sampling():
-    from fedpeft.privacy.settings import Example
-
-    noise = steps_noise(Example(2.0), 0.01, 500)
-    assert epsilon([Event(noise, 0.01, 500)], 1e-5) <= 2.0 < epsilon([Event(noise)], 1e-5) * 5
+    noise = steps_noise(Example(2.0), 0.01, 50)
+    assert epsilon([Event(noise, 0.01, 50)], 1e-5) <= 2.0 < epsilon([Event(noise, 1.0, 50)], 1e-5)
 
 
 def test_tables_become_settings():

@@ -69,7 +69,7 @@ def test_exact_decisions_give_the_same_distribution_as_quick_ones(kind):
     slow = dataclasses.replace(table, squeeze=np.zeros_like(table.squeeze))
     source = SeededNoise(3)
     drawn = []
-    while len(drawn) < 3000:
+    while len(drawn) < 1500:
         block = np.array([int(source.words(1)[0]) % table.tail])
         kept = source.words(1)[0] % np.uint64(table.weight.max()) < np.uint64(table.weight[block[0]])
         choice = gaussians.Choice(
