@@ -31,8 +31,8 @@ def main() -> None:
     for name in chosen.experiments or EXPERIMENTS:
         experiment = shaped(EXPERIMENTS[name](), chosen)
         outcome = conduct(world, experiment, store)
-        write(store.folder / f"{name}.json", report(experiment, outcome))
-        print("\n".join(table(experiment, outcome)), flush=True)
+        write(store.folder / f"{name}.json", report(name, experiment, outcome))
+        print("\n".join(table(name, experiment, outcome)), flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -63,15 +63,15 @@ def shaped(experiment: Experiment, chosen: argparse.Namespace) -> Experiment:
     return replace(found, arms=arms, ranks=ranks, seeds=found.seeds[: chosen.seeds])
 
 
-def report(experiment: Experiment, outcome: Outcome) -> dict[str, object]:
+def report(name: str, experiment: Experiment, outcome: Outcome) -> dict[str, object]:
     """What the JSON file holds."""
-    versions = {name: version(name) for name in PACKAGES}
-    return {"experiment": experiment.name, "setting": asdict(experiment.setting), "versions": versions} | asdict(outcome)
+    versions = {package: version(package) for package in PACKAGES}
+    return {"experiment": name, "setting": asdict(experiment.setting), "versions": versions} | asdict(outcome)
 
 
-def table(experiment: Experiment, outcome: Outcome) -> list[str]:
+def table(name: str, experiment: Experiment, outcome: Outcome) -> list[str]:
     """Test accuracy in per cent, mean, deviation and per seed."""
-    lines = [f"\n{experiment.name}: {experiment.setting}; test accuracy in %, per seed {list(experiment.seeds)}"]
+    lines = [f"\n{name}: {experiment.setting}; test accuracy in %, per seed {list(experiment.seeds)}"]
     for rank in experiment.ranks:
         for arm, by_rank in outcome.accuracy.items():
             found = [100 * value for value in by_rank[rank].values() if value is not None]
