@@ -16,6 +16,7 @@ from fedpeft.wire.codecs import CODECS, DeltaCodec, Int8
 from fedpeft.wire.v1.federation_pb2 import Masking, TaskResult
 from fedpeft_client import rounds
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.dry_run import Plain, forecast
 from fedpeft_client.worker import Worker
 
 MakeWorker = Callable[[SiteConfig], Worker]
@@ -118,3 +119,16 @@ def test_the_policy_counts_the_codecs_bytes(site: SiteConfig, make_worker: MakeW
     for codec, status in (("", TaskResult.STATUS_REFUSED), (told("int4"), TaskResult.STATUS_OK)):
         reply = make_worker(tight).handle(plans.message(plans.of(codec_json=codec)))
         assert plans.results(reply)["kinds"].status == status
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "onebit"])
+def test_the_forecast_is_no_less_than_what_leaves(site: SiteConfig, make_worker: MakeWorker, plans, kind: str) -> None:
+    tasks = {"kinds": {"kind": "classification", "labels": ["animal", "tool"]}}
+    table = {"name": "f", "tasks": tasks, "method": {"kind": "lora", "r": 4}, "training": {"steps": 2}, "wire": {"codec": kind}}
+    (one,) = forecast(site, config.parse(table, Plain, "federation.toml"))
+    reply = make_worker(site).handle(plans.message(plans.of(codec_json="" if kind == "none" else told(kind))))
+    counters = plans.results(reply)["kinds"].counters.values()
+    left = len(reply.arrays["kinds"]) + 8 * sum(len(values.values) for values in counters)
+    assert left <= one.bytes
+    assert one.bytes < left * 1.35
+    assert abs(sum(line.bytes for line in one.tensors) + 80 - one.bytes) <= 8 * sum(len(v.values) for v in counters) + len(one.tensors)
