@@ -70,6 +70,7 @@ def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
         print(f"  bytes    {one.bytes} ({output.size(one.bytes)}) of at most {site.policy.max_upload_mb:g} MB")
         if one.private and not one.refused:
             print(f"  stays    roles {', '.join(one.private)}: trained here, never sent")
+        print(f"  masks    {'on: the coordinator sees the sum over sites alone' if one.masked else 'off: the coordinator sees all of it'}")
         print(f"  epsilon  {one.epsilon}")
         print(f"  policy   checked {', '.join(one.rules)}\n")
 

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from fedpeft import config
 from fedpeft.errors import ConfigError, DataError, PolicyError
 from fedpeft.methods import METHODS
+from fedpeft.privacy.packing import Schema
+from fedpeft.privacy.secagg import LEAST
 from fedpeft.routing import BINS
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
-from fedpeft.update import TRAIN_COUNTERS
+from fedpeft.update import TRAIN_COUNTERS, Grid
 from fedpeft.wire.codecs import CODECS, Codec
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from fedpeft.bases import Base
     from fedpeft.tasks import Task
 
-FLOAT_BYTES = 8
+FLOAT_BYTES, CODE_BYTES = 8, 4
 EPSILON = "none: not accounted"
 
 
@@ -47,9 +49,21 @@ class Plain(BaseModel):
     scheme: Any = "alternating"
     training: dict[str, Any] = {}
     cohort: dict[str, Any] = {}
+    secure_aggregation: dict[str, Any] = {}
     wire: dict[str, Any] = {}
     max_examples: int = 1_000_000
     tasks: dict[str, dict[str, Any]]
+
+    @property
+    def least(self) -> int:
+        """Fewest sites of a round."""
+        return int(self.cohort.get("min_sites", 1))
+
+    @property
+    def masked(self) -> bool:
+        """Whether the file promises masked sums; a plan must then bring them."""
+        wanted = self.secure_aggregation.get("enabled", "auto")
+        return self.least >= LEAST if wanted == "auto" else bool(wanted)
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,8 @@ class Forecast:
     """What one task would send in the round: nothing when the policy refuses it.
 
     ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1; ``private`` names the
-    roles that train and stay.
+    roles that train and stay. ``masked``: tensors, weight and counters leave as one vector under masks, and only the sum over sites is
+    ever opened.
     """
 
     task: str
@@ -81,6 +96,7 @@ class Forecast:
     rules: tuple[str, ...]
     refused: str | None = None
     private: tuple[str, ...] = ()
+    masked: bool = False
 
 
 def read_plan(path: Path) -> Plain:
@@ -123,9 +139,12 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     except PolicyError as fault:
         rules, refused = tuple(policy.RULES), str(fault)
     weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
-    size = asked.upload_bytes + FLOAT_BYTES * sum(TRAIN_COUNTERS.values())
+    beside = CODE_BYTES * (Schema(up, Grid(plain.least), TRAIN_COUNTERS).size - up.size) if plain.masked else 0
+    size = asked.upload_bytes + (beside or FLOAT_BYTES * sum(TRAIN_COUNTERS.values()))
     private = tuple(sorted(phase.private & spec.layout.roles))
-    return Forecast(name, phase.name, examples, weight, _lines(up, _codec(plain)), counters, size, EPSILON, rules, refused, private)
+    return Forecast(
+        name, phase.name, examples, weight, _lines(up, _codec(plain)), counters, size, EPSILON, rules, refused, private, plain.masked
+    )
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -154,8 +173,9 @@ def _ask(plain: Plain, spec: AdapterSpec, up: Layout, settings: TrainSettings, r
         method=type(spec.method).kind,
         rank=rank,
         upload_bytes=_codec(plain).most(up.size, 1) + FLAT_HEADER_BYTES,
-        cohort=int(plain.cohort.get("min_sites", 1)),
+        cohort=max(plain.least, int(plain.secure_aggregation.get("least", 0))) if plain.masked else plain.least,
         steps=settings.steps * settings.accumulate,
+        secure_aggregation=plain.masked,
     )
 
 

@@ -31,6 +31,8 @@ batch_size = 2
 kind = "adam"
 [cohort]
 min_sites = 3
+[secure_aggregation]
+enabled = false
 [link]
 port = 8000
 [tasks.kinds]
@@ -130,4 +132,22 @@ def test_a_setting_without_a_value_is_explained(site_file: Path, plan: Path) -> 
 
 
 def test_the_verbs_are_the_documented_ones() -> None:
-    assert sorted(str(command.name or command.callback.__name__) for command in app.registered_commands) == ["dry-run", "join"]
+    assert sorted(str(command.name or command.callback.__name__) for command in app.registered_commands) == ["dry-run", "identity", "join"]
+
+
+@pytest.mark.parametrize(("line", "masked"), [("", True), ("enabled = false", False)])
+def test_whether_sums_are_masked_is_said_and_judged(site: SiteConfig, plan: Path, line: str, masked: bool) -> None:
+    plan.write_text(FEDERATION.replace("enabled = false", line))
+    demanding = site.model_copy(update={"policy": site.policy.model_copy(update={"require_secure_aggregation": True})})
+    (one,) = forecast(demanding, read_plan(plan), 1)
+    assert one.masked is masked
+    assert (one.refused is None) is masked
+    said = CliRunner().invoke(app, ["dry-run", str(site.state.parent / "site.toml"), "--plan", str(plan)]).output
+    assert ("masks    on" in said) is masked
+
+
+def test_the_identity_is_a_line_for_other_sites(site: SiteConfig) -> None:
+    from fedpeft_client.secure import Secure
+
+    said = CliRunner().invoke(app, ["identity", str(site.state.parent / "site.toml")]).output
+    assert said == f'site-a = "{Secure("site-a", site.state).keys.public()}"\n'
