@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 from fedpeft.errors import PrivacyError, StorageError
 from fedpeft.files import sync_folder, write_synced
 from fedpeft.privacy.accounting import Event, epsilon
-from fedpeft.signing import Keys
+from fedpeft.signing import Keys, verified
 
 PURPOSE = "ledger v1"
 NAME = "ledger.jsonl"
@@ -207,9 +207,9 @@ def _read(path: Path, keys: Keys, faults: list[str]) -> Iterator[Entry]:
     """Finished lines up to the first that is wrong, which ``faults`` then names."""
     if not path.exists():
         return
-    before, lines = START, path.read_bytes().split(b"\n")[:-1]
+    before, known, lines = START, keys.known(), path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
-        entry = _parsed(line, keys)
+        entry = _parsed(line, known)
         if isinstance(entry, str) or entry.previous != before or entry.number != number:
             said = entry if isinstance(entry, str) else "out of order"
             faults.append(f"{path}: line {number} is {said}; what was spent is not known: restore the file from a backup")
@@ -218,7 +218,7 @@ def _read(path: Path, keys: Keys, faults: list[str]) -> Iterator[Entry]:
         yield entry
 
 
-def _parsed(line: bytes, keys: Keys) -> Entry | str:
+def _parsed(line: bytes, known: frozenset[str]) -> Entry | str:
     """The entry, or what is wrong with the line."""
     try:
         table = json.loads(line)
@@ -228,8 +228,10 @@ def _parsed(line: bytes, keys: Keys) -> Entry | str:
             return "changed"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, PrivacyError):
         return "torn or malformed"
-    fault = keys.fault(mark.encode(), json.dumps(signature).encode())
-    return f"not to be trusted ({fault})" if fault else entry
+    key = str(signature.get("key")) if isinstance(signature, dict) else ""
+    if key not in known or not verified(mark.encode(), json.dumps(signature).encode(), key, PURPOSE):
+        return "not signed by a key that is known here (keys/signing.pub, keys/trusted)"
+    return entry
 
 
 def _written(entries: Sequence[Entry], charge: Charge, path: Path) -> bool:
