@@ -121,7 +121,7 @@ def _moved(subject: Subject) -> Tensors:
 
 def _update(subject: Subject, start: Tensors, rows: Sequence[Row]) -> Update:
     """What a site would send after its local training: fixed point, weight 1, a cohort of three."""
-    with subject.trained(start, rows) as live:
+    with subject.trained(start, rows) as (live, _):
         delta = live.read() - start
     return Update.encode(delta.pick(subject.roles or subject.spec.layout.roles), 1.0, {}, Grid(3))
 

@@ -14,6 +14,7 @@ from fedpeft.audits.subject import Subject
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.tasks import Batch, Row
 from fedpeft.tensors import Tensors
+from fedpeft.training import TrainResult
 
 LEAST = 8
 Members = NDArray[np.bool_]
@@ -35,12 +36,16 @@ class Coins:
 
 @dataclass(frozen=True)
 class Membership:
-    """What every attack found, the best last; ``epsilon`` is the bound of the best and holds with the audit's confidence."""
+    """What every attack found, the best last; ``epsilon`` is the bound of the best and holds with the audit's confidence.
+
+    ``done`` is the audited training itself: what an accountant needs to price it, where its engine is private.
+    """
 
     members: int
     findings: tuple[Finding, ...]
     delta: float
     confidence: float
+    done: TrainResult
 
     @property
     def epsilon(self) -> float:
@@ -62,17 +67,17 @@ def audit_membership(subject: Subject, candidates: Sequence[Row], coins: Coins, 
     draws = np.random.default_rng(coins.seed)
     members = draws.random(len(candidates)) < 0.5
     trial = _Trial(subject, subject.start, candidates, fixed, subject.batches(candidates))
-    seen = trial.scores(members)
+    seen, done = trial.scores(members)
     attacks = {"loss": seen}
     if coins.shadows:
         halves = [draws.random(len(candidates)) < 0.5 for _ in range(coins.shadows // 2)]
         inside = np.array([half for first in halves for half in (first, ~first)])
-        shadows = np.array([trial.scores(half) for half in inside])
+        shadows = np.array([trial.scores(half)[0] for half in inside])
         attacks["likelihood ratio"] = likelihood_ratio(seen, shadows, inside)
     confidence = 1.0 - (1.0 - coins.confidence) / len(attacks)
     findings = [audit_scores(name, scores, members, coins.delta, confidence) for name, scores in attacks.items()]
     ranked = tuple(sorted(findings, key=lambda finding: (finding.epsilon, finding.auc)))
-    return Membership(int(members.sum()), ranked, coins.delta, coins.confidence)
+    return Membership(int(members.sum()), ranked, coins.delta, coins.confidence, done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +90,11 @@ class _Trial:
     fixed: Sequence[Row]
     batches: Sequence[Batch]
 
-    def scores(self, members: Members) -> NDArray[np.float64]:
-        """How sure the adapter is of every candidate's answer, once trained on ``fixed`` and ``members``."""
+    def scores(self, members: Members) -> tuple[NDArray[np.float64], TrainResult]:
+        """How sure the adapter is of every candidate's answer, once trained on ``fixed`` and ``members``; and the training."""
         rows = [*self.fixed, *(row for row, inside in zip(self.candidates, members, strict=True) if inside)]
-        with self.subject.trained(self.start, rows) as live:
-            return logit(self.subject.losses(live, self.batches))
+        with self.subject.trained(self.start, rows) as (live, done):
+            return logit(self.subject.losses(live, self.batches)), done
 
 
 def mislabelled(task: Any, rows: Sequence[Row], seed: int) -> list[Row]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedpeft.adapters import AdapterSpec, attach, initial
 from fedpeft.errors import DataError
 from fedpeft.tensors import Tensors
-from fedpeft.training import TrainJob, TrainSettings, train
+from fedpeft.training import TrainJob, TrainResult, TrainSettings, train
 from fedpeft.training.modes import evaluating
 
 if TYPE_CHECKING:
@@ -45,16 +45,15 @@ class Subject:
         return initial(self.base, self.spec, self.seed).tensors
 
     @contextmanager
-    def trained(self, start: Tensors, rows: Sequence[Row]) -> Iterator[Live]:
-        """The adapter after training from ``start`` on ``rows``. Raises `DataError` when there are none, `UpdateError` on divergence."""
+    def trained(self, start: Tensors, rows: Sequence[Row]) -> Iterator[tuple[Live, TrainResult]]:
+        """The adapter after training from ``start`` on ``rows``, and what was done. Raises `DataError` without rows, `UpdateError`."""
         if not rows:
             raise DataError(f"audit of task {self.task.name}: no row to train on; give more rows")
         data = self.task.encode(rows, self.base)
         job = TrainJob(self.roles or self.spec.layout.roles, self.seed)
         with attach(self.base, self.spec) as live:
             live.load(start)
-            train(live, self.task, data, self.settings, job, self.engine)
-            yield live
+            yield live, train(live, self.task, data, self.settings, job, self.engine)
 
     def batches(self, rows: Sequence[Row]) -> list[Batch]:
         """Every row as a batch of its own."""

@@ -10,7 +10,7 @@ import typer
 from fedpeft.cli import output
 
 if TYPE_CHECKING:
-    from fedpeft.audits import Subject
+    from fedpeft.audits import Membership, Subject
     from fedpeft.tasks import Row
     from fedpeft.training.config import CentralConfig
 
@@ -28,6 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DELTA = 1e-5
 CANDIDATES, READ = 64, 4
 """Rows that an audit takes where the task's ``data.limit`` does not say."""
+STEPS = 60
+"""Steps that an audit trains where the file has more and ``--set training.steps`` does not ask for them; the output says how many."""
 
 
 @app.command()
@@ -48,14 +50,7 @@ def membership(
     subject, found = _subject(job, task, overrides, CANDIDATES)
     candidates = mislabelled(subject.task, found, subject.seed) if attack == "canaries" else found
     done = audit_membership(subject, candidates, Coins(subject.seed, 4 if attack == "shadows" else 0, DELTA))
-    lines = [vars(finding) for finding in done.findings]
-    if json:
-        output.emit({"epsilon": done.epsilon, "stated": stated, "delta": DELTA, "confidence": done.confidence, "attacks": lines})
-    else:
-        title = f"{subject.task.name}: {done.members} of {len(candidates)} candidates were trained on"
-        output.table(title, COLUMNS, [tuple(line.values()) for line in lines])
-        print(f"with {done.confidence:.0%} confidence epsilon >= {done.epsilon:.3f} at delta {DELTA:g}; {_stated(stated)}")
-    _refute(done.epsilon, stated)
+    _say(done, stated, subject.task.name, json)
 
 
 @app.command()
@@ -83,6 +78,19 @@ def inversion(
     return output.table(title, ("the coordinator sees", "read", "by chance", "tokens"), cells)
 
 
+def _say(done: Membership, stated: float | None, task: str, json: bool) -> None:
+    """Print what was found. Raises `PrivacyError` when it refutes what is ``stated``."""
+    lines, count = [vars(finding) for finding in done.findings], done.findings[-1].candidates
+    if json:
+        output.emit({"epsilon": done.epsilon, "stated": stated, "delta": DELTA, "confidence": done.confidence, "attacks": lines})
+    else:
+        output.table(
+            f"{task}: {done.done.steps} steps on {done.members} of {count} candidates", COLUMNS, [tuple(line.values()) for line in lines]
+        )
+        print(f"with {done.confidence:.0%} confidence epsilon >= {done.epsilon:.3f} at delta {DELTA:g}; {_stated(stated)}")
+    _refute(done.epsilon, stated)
+
+
 def _stated(stated: float | None) -> str:
     return f"the ledger states {stated:.3f}" if stated is not None else "no epsilon is stated: this training promises none"
 
@@ -99,18 +107,22 @@ def _refute(found: float, stated: float | None) -> None:
 
 def _subject(job: Path, task: str | None, overrides: list[str] | None, rows: int) -> tuple[Subject, list[Row]]:
     """What the job's file describes, and its training rows: the source's ``limit``, or ``rows``, spread over the file."""
+    from dataclasses import replace
+
     from fedpeft.adapters import make_spec
     from fedpeft.audits import Subject
     from fedpeft.bases import load_base
     from fedpeft.tasks import read_rows
     from fedpeft.training.config import load_central
 
-    config = load_central(job, _table(overrides))
+    changes = _table(overrides)
+    config = load_central(job, changes)
+    settings = config.training if "training.steps" in changes else replace(config.training, steps=min(config.training.steps, STEPS))
     entry = config.tasks[_named(config, task)]
     found = read_rows(entry.data.model_copy(update={"limit": entry.data.limit or rows}), "train")
     base = load_base(config.base)
     spec = make_spec(entry.task.name, base, config.method, entry.task.head)
-    return Subject(base, entry.task, spec, config.training, seed=config.seed), found
+    return Subject(base, entry.task, spec, settings, seed=config.seed), found
 
 
 def _named(config: CentralConfig, task: str | None) -> str:
