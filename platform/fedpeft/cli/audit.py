@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DELTA = 1e-5
 CANDIDATES, READ = 64, 4
 """Rows that an audit takes where the task's ``data.limit`` does not say."""
-STEPS = 60
+STEPS = 20
 """Steps that an audit trains where the file has more and ``--set training.steps`` does not ask for them; the output says how many."""
 
 
