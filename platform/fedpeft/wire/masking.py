@@ -10,6 +10,8 @@ from fedpeft.privacy.secagg import Box, Bundle, Instance, Reveal
 from fedpeft.wire.v1 import federation_pb2 as pb
 
 MAX_MEMBERS = 1 << 15
+MAX_EDGES = 1 << 24
+"""Pairs of neighbours, counted from both sides: what a site must hold in memory to know the graph."""
 MAX_NAME = 512
 MAX_KEY, MAX_SIGNATURE, MAX_BOX = 32, 512, 256
 """Bytes of a key, a seed or a share, of a signature, and of a box."""
@@ -65,7 +67,11 @@ def instance_of(message: pb.Instance) -> Instance:
     if not (0.0 <= message.colluding < 1.0 and 0.0 <= message.dropping < 1.0):
         raise PrivacyError(f"secure aggregation: colluding = {message.colluding:g} and dropping = {message.dropping:g} must be in [0, 1)")
     made = Instance(message.name, tuple(message.members), message.colluding, message.dropping, message.least)
-    _ = made.shape
+    if made.shape.sites * made.shape.degree > MAX_EDGES:
+        raise PrivacyError(
+            f"secure aggregation: {made.shape.sites} members with {made.shape.degree} neighbours each are beyond {MAX_EDGES} pairs in all; "
+            "lower secure_aggregation.colluding or dropping"
+        )
     return made
 
 

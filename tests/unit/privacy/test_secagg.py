@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import PrivacyError
-from fedpeft.privacy.secagg import Box, Instance, Member, keystream, neighbours, shamir, shape
+from fedpeft.privacy.secagg import Box, Collector, Instance, Member, keystream, neighbours, shamir, shape
 
 STEPS = ("bundle", "deal", "mask", "agree", "reveal")
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -252,6 +252,40 @@ def test_two_quorums_share_an_honest_member_and_drops_are_survived(sites):
     graph = neighbours([str(site) for site in range(sites)], found.degree, b"seed")
     assert all(len(near) == found.degree and name not in near for name, near in graph.items())
     assert all(name in graph[other] for name, near in graph.items() for other in near)
+
+
+def test_the_largest_cohorts_with_the_worst_shares_find_a_safe_graph_at_once():
+    found = shape(32768, 0.3, 0.3)
+    assert 2 * found.threshold > found.degree * 1.3
+    assert shape(2000, 0.45, 0.25).quorum * 2 > 0.45 * shape(2000, 0.45, 0.25).degree
+
+
+def test_shares_that_nobody_dealt_are_refused(play):
+    run = play(4)
+    run.keyed()
+    run.dealt()
+    run.masked(vectors_of(run))
+    run.agreed()
+    reveal = run.members["site000"].reveal(run.collector.signatures_for("site000"), run.pins)
+    for stranger in ("site000", "zombie"):
+        with pytest.raises(PrivacyError, match="nobody dealt"):
+            run.collector.add_reveal(dataclasses.replace(reveal, seeds={**reveal.seeds, stranger: bytes(32)}))
+
+
+def test_a_sum_is_opened_after_the_collector_was_kept_and_read_back(play):
+    run = play(5, {"site004": "mask"})
+    vectors = vectors_of(run)
+    run.keyed()
+    run.dealt()
+    run.masked(vectors)
+    kept = run.collector.to_bytes()
+    run.collector = Collector.from_bytes(kept, run.collector.total)
+    run.agreed()
+    run.revealed()
+    assert np.array_equal(run.collector.result(), plain(vectors, run.collector.survivors))
+    for torn in (kept[:-3], b"[]", b'{"instance": 3}'):
+        with pytest.raises(PrivacyError, match="torn"):
+            Collector.from_bytes(torn, run.collector.total)
 
 
 def test_the_degree_grows_slowly():

@@ -6,6 +6,7 @@ After Bell et al. 2020 (Secure Single-Server Aggregation with (Poly)Logarithmic 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,7 @@ class Shape:
 
 @lru_cache(maxsize=256)
 def shape(sites: int, colluding: float = 0.1, dropping: float = 0.2) -> Shape:
-    """The smallest graph that is safe while ``colluding`` of the sites help the coordinator, and finishes while ``dropping`` vanish.
+    """The smallest graph, or nearly, that is safe while ``colluding`` help the coordinator, and finishes while ``dropping`` vanish.
 
     Any two quorums have an honest member in common, which signs one set of survivors only; so no two sets are opened.
 
@@ -57,10 +58,11 @@ def shape(sites: int, colluding: float = 0.1, dropping: float = 0.2) -> Shape:
             f"secure aggregation: colluding = {colluding:g} and dropping = {dropping:g} leave no quorum; "
             "colluding + 2 dropping must be below 1"
         )
-    for degree in range(4, sites - 1, 2):
-        threshold = _threshold(sites, degree, colluding, dropping)
-        if threshold is not None:
-            return Shape(sites, degree, threshold, threshold)
+    degrees = range(4, sites - 1, 2)
+    place = bisect_left(degrees, True, key=lambda degree: _threshold(sites, degree, colluding, dropping) is not None)
+    threshold = _threshold(sites, degrees[place], colluding, dropping) if place < len(degrees) else None
+    if threshold is not None:
+        return Shape(sites, degrees[place], threshold, threshold)
     quorum = (sites + int(colluding * sites)) // 2 + 1
     return Shape(sites, sites - 1, max(2, quorum - 1), quorum)
 
@@ -82,11 +84,14 @@ def _threshold(sites: int, degree: int, colluding: float, dropping: float) -> in
     apart = log2(sites) + (degree // 2) * log2(max(colluding + dropping, 2.0**-60))
     if apart > -SECURITY_BITS:
         return None
-    for threshold in range(degree // 2 + 1, degree + 1):
-        if sites * _tail(sites - 1, bad, degree, 2 * threshold - degree - 1) <= 2.0**-SECURITY_BITS:
-            lost = sites * _tail(sites - 1, gone, degree, degree - threshold + 1)
-            return threshold if lost <= 2.0**-FAILURE_BITS else None
-    return None
+    thresholds = range(degree // 2 + 1, degree + 1)
+    place = bisect_left(
+        thresholds, True, key=lambda one: sites * _tail(sites - 1, bad, degree, 2 * one - degree - 1) <= 2.0**-SECURITY_BITS
+    )
+    if place == len(thresholds):
+        return None
+    lost = sites * _tail(sites - 1, gone, degree, degree - thresholds[place] + 1)
+    return thresholds[place] if lost <= 2.0**-FAILURE_BITS else None
 
 
 def _tail(population: int, marked: int, draws: int, least: int) -> float:
