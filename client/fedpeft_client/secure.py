@@ -104,10 +104,9 @@ class Secure:
             PrivacyError: it has counters that the plan does not know, or see `Member.mask`.
         """
         member = self.members.get(asked, plan)
-        counters = masking.counters_of(plan.masking.counters) if plan.masking.counters else TRAIN_COUNTERS
-        schema = Schema(layout, grid, counters)
+        schema = Schema(layout, grid, TRAIN_COUNTERS if answer.array else masking.counters_of(plan.masking.counters))
         vector = pack(_update(answer, schema), schema)
-        sealed = member.mask(vector, masking.boxes_of(plan.masking.boxes), list(plan.masking.dealers))
+        sealed = member.mask(vector, masking.boxes_of(plan.masking.boxes), list(plan.masking.dealers), schema.digest)
         self.members.put(asked, member)
         return Answer(_bare(answer.result), flat.pack(layout.fingerprint, sealed))
 

@@ -136,7 +136,8 @@ class Sums:
 
     def _take_agreement(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
         collector, signature = self.collectors[result.task], masking.signature_of(result.masked.signature)
-        if not verified(agreed(collector.instance, collector.survivors), signature, self.identities.get(site, ""), PURPOSE):
+        what = agreed(collector.instance, collector.survivors, self.schemas[result.task].digest)
+        if not verified(what, signature, self.identities.get(site, ""), PURPOSE):
             raise PrivacyError(f"secure aggregation: the signature of {site!r} on the survivors does not hold")
         collector.add_agreement(site, signature)
 

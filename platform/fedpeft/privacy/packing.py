@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +35,12 @@ class Schema:
     def size(self) -> int:
         """Codes in a vector."""
         return self.layout.size + 1 + LIMBS * sum(self.counters.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it: sites sign it with the survivors, so that the values of one lie where those of all others do."""
+        row = [self.layout.fingerprint, self.grid.sites, self.grid.reach, sorted(self.counters.items())]
+        return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
     def __post_init__(self) -> None:
         if self.grid.sites > SITES:

@@ -269,6 +269,11 @@ def another_seed(task: Any) -> None:
         task.seed += 1
 
 
+def counters_elsewhere(task: Any) -> None:
+    if task.masking.step == STEPS["vector"] and task.masking.counters:
+        task.masking.counters["aa"] = 1
+
+
 def another_name(task: Any) -> None:
     if task.masking.step == STEPS["agree"]:
         task.masking.name = task.masking.name[:-1] + "x"
@@ -279,6 +284,7 @@ LIES = {
     "are not signed by the identity it is known by": invented_member,
     "the masked sum is for another plan": another_seed,
     "this site gave no keys": another_name,
+    "masked values, the plan needs": counters_elsewhere,
 }
 
 

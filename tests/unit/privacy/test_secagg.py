@@ -131,6 +131,22 @@ def test_a_site_signs_one_set_of_survivors_for_ever(play):
         run.members["site001"].agree(("site000", "site002", "site003"), run.keys["site001"])
 
 
+def test_nothing_is_opened_where_one_site_put_its_values_elsewhere(play):
+    """Told another schema, a site would put its values where those of the others are zeros: they would stand alone in the sum."""
+    run = play(4)
+    run.keyed()
+    run.dealt()
+    for name, vector in vectors_of(run).items():
+        boxes, schema = run.collector.boxes_for(name), "its own" if name == "site000" else "that of all"
+        run.collector.add_vector(name, run.members[name].mask(vector, boxes, run.collector.dealers, schema))
+    with pytest.raises(PrivacyError, match="another vector was masked"):
+        run.members["site001"].mask(vectors_of(run)["site001"], run.collector.boxes_for("site001"), run.collector.dealers, "its own")
+    run.agreed()
+    for member in run.members.values():
+        with pytest.raises(PrivacyError, match="does not hold"):
+            member.reveal(run.collector.signatures_for(member.site), run.pins)
+
+
 def test_nobody_opens_both_secrets_of_one_site(play):
     """The coordinator tells half of the sites that site000 survived and the other half that it did not: neither half reveals."""
     run = play(6)

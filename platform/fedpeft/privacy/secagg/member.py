@@ -37,6 +37,7 @@ class Member:
     boxes: dict[str, bytes] = field(default_factory=dict)
     dealers: tuple[str, ...] = ()
     vector: str = ""
+    schema: str = ""
     survivors: tuple[str, ...] = ()
 
     def bundle(self, keys: Keys) -> Bundle:
@@ -66,18 +67,20 @@ class Member:
         self.bundles = found
         return self._boxes()
 
-    def mask(self, vector: Codes, boxes: Sequence[Box], dealers: Sequence[str]) -> Codes:
+    def mask(self, vector: Codes, boxes: Sequence[Box], dealers: Sequence[str], schema: str = "") -> Codes:
         """``vector`` under the self-mask and the pairwise masks with the neighbours among ``dealers``; a copy.
 
+        Nothing is opened unless a quorum masked vectors of the same ``schema``.
+
         Raises:
-            PrivacyError: other boxes, dealers or values than before (two vectors under one mask would show their difference),
-                a neighbour's box is missing, or too few sites dealt.
+            PrivacyError: other boxes, dealers, values or schema than before (two vectors under one mask would show their difference), a
+                neighbour's box is missing, or too few sites dealt.
         """
         self._receive(boxes, dealers)
         digest = hashlib.sha256(vector.data).hexdigest()
-        if self.vector not in ("", digest):
+        if self.vector not in ("", digest) or (self.vector and self.schema != schema):
             raise self._fault("another vector was masked before; one mask hides one vector only")
-        self.vector = digest
+        self.vector, self.schema = digest, schema
         masked = vector.copy()
         pairs = [name for name in self.bundles if name in dealers]
         added = [self._pair_key(name) for name in pairs if self.site < name]
@@ -97,7 +100,7 @@ class Member:
             raise self._fault("the survivors are not dealers, or this site, whose vector was sent, is not among them")
         self.instance.require(len(found), "survived")
         self.survivors = found
-        return keys.sign(agreed(self.instance, found))
+        return keys.sign(agreed(self.instance, found, self.schema))
 
     def reveal(self, signatures: Mapping[str, bytes], pins: Pins) -> Reveal:
         """Shares of the survivors' seeds and of the others' mask keys, once a quorum has signed the same survivors.
@@ -111,7 +114,7 @@ class Member:
         counted = [name for name in sorted(signatures) if name in self.survivors and (shape.complete or name in near)]
         for name in counted:
             if name != self.site:
-                self._verify(agreed(self.instance, self.survivors), signatures[name], name, pins)
+                self._verify(agreed(self.instance, self.survivors, self.schema), signatures[name], name, pins)
         if len({*counted, self.site}) < shape.quorum:
             raise self._fault(f"{len(counted)} signatures on the survivors, {shape.quorum} are needed; nothing is revealed")
         shares = {name: self._open(name) for name in self.boxes}

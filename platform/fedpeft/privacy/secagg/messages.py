@@ -90,10 +90,10 @@ class Reveal:
     keys: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def agreed(instance: Instance, survivors: Sequence[str]) -> bytes:
-    """What a site signs when it is told who survived."""
+def agreed(instance: Instance, survivors: Sequence[str], schema: str = "") -> bytes:
+    """What a site signs when it is told who survived; ``schema`` says what lies where in its vector."""
     names = hashlib.sha256(json.dumps(sorted(survivors)).encode()).digest()
-    return b"survivors\n" + instance.digest.hex().encode() + b"\n" + names.hex().encode()
+    return b"survivors\n" + instance.digest.hex().encode() + b"\n" + names.hex().encode() + b"\n" + schema.encode()
 
 
 def context(instance: Instance, sender: str, recipient: str) -> str:
