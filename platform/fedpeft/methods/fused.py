@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.methods.attached import ADAPTER
-from fedpeft.methods.lowrank import LowRank, masks
+from fedpeft.methods.lowrank import low_rank
 
 
 class Family:
@@ -74,8 +74,7 @@ class Forward:
             return self.family.answer(self, x)
         y: Tensor = self.base(x)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.down.weight.dtype
-        mask = _masks(x.to(dtype), self.active_dropout)
-        (low,) = _apply(x.to(dtype), mask, [None], self.down.weight.to(dtype), self.up.weight.to(dtype))
+        (low,) = low_rank(x.to(dtype), self.active_dropout, [None], self.down.weight.to(dtype), self.up.weight.to(dtype))
         return y + low.to(y.dtype)
 
 
@@ -89,12 +88,4 @@ def fuse(layers: Sequence[Any], dropout: float) -> None:
 def _run(x: Tensor, members: Sequence[Forward], p: float) -> tuple[Tensor, ...]:
     bases = [(member.weight, member.base.bias) for member in members]
     factors = [member.down.weight for member in members] + [member.up.weight for member in members]
-    return _apply(x, _masks(x, p), bases, *factors)
-
-
-def _masks(x: Tensor, p: float) -> Tensor | None:
-    return masks(x.numel() // x.shape[-1], x.shape[-1], p, x)
-
-
-def _apply(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return cast(tuple[Tensor, ...], LowRank.apply(x, *rest))  # type: ignore[no-untyped-call]
+    return low_rank(x, p, bases, *factors)

@@ -16,11 +16,12 @@ have at least `GROUP` tokens each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 Base = tuple[Tensor, Tensor | None]
 """Weight (O, I) and bias of a frozen layer."""
@@ -60,20 +61,44 @@ def outer(h: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.bmm(_grouped(h, mask), x.view(len(mask), -1, x.shape[1])).mul_(mask.unsqueeze(1)).sum(0)
 
 
+class Taker(Protocol):
+    """Who takes the two halves of the factors' gradients in place of their sums over all tokens: h is (R, N), g (N, O), x (N, I)."""
+
+    def down(self, gh: Tensor, x: Tensor) -> None:
+        """``gh x`` is the gradient of all A's, stacked."""
+
+    def up(self, place: int, h: Tensor, g: Tensor) -> None:
+        """``(h g)'`` is the gradient of B number ``place``."""
+
+
+def low_rank(x: Tensor, dropout: float, bases: Sequence[Base | None], *factors: Tensor) -> tuple[Tensor, ...]:
+    """`LowRank` under a fresh dropout mask, as a function that torch's function modes can see and replace."""
+    if has_torch_function((x, *factors)):
+        return handle_torch_function(low_rank, (x, *factors), x, dropout, bases, *factors)
+    return apply(x, masks(x.numel() // x.shape[-1], x.shape[-1], dropout, x), bases, None, *factors)
+
+
+def apply(x: Tensor, mask: Tensor | None, bases: Sequence[Base | None], taker: Taker | None, *factors: Tensor) -> tuple[Tensor, ...]:
+    """`LowRank`, typed; a ``taker`` goes without mask, and the factors without gradients."""
+    return cast(tuple[Tensor, ...], LowRank.apply(x, mask, bases, taker, *factors))  # type: ignore[no-untyped-call]
+
+
 class LowRank(torch.autograd.Function):
     """``((x * mask) A') B'`` for each of K layers, on top of the layer's frozen ``x W' + bias`` where its (W, bias) are given."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, bases: Sequence[Base | None], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, bases: Sequence[Base | None], taker: Taker | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         """X (..., I) -> K outputs (..., O); ``factors`` are the K A's (R, I), then the K B's (O, R), all of x's dtype."""
         count = len(bases)
         flat, rises = x.reshape(-1, x.shape[-1]), factors[count:]
         a = factors[0] if count == 1 else torch.cat(factors[:count])
         h = project(flat, a, mask)
         ctx.ranks = [factor.shape[0] for factor in factors[:count]]
-        train_a, train_b = any(ctx.needs_input_grad[3 : 3 + count]), any(ctx.needs_input_grad[3 + count :])
+        train_a, train_b = any(ctx.needs_input_grad[4 : 4 + count]), any(ctx.needs_input_grad[4 + count :])
         ctx.save_for_backward(x if train_a else None, h if train_b else None, a, mask, *rises)
-        ctx.shape, ctx.weights = x.shape, [base and base[0] for base in bases]
+        ctx.shape, ctx.weights, ctx.taker = x.shape, [base and base[0] for base in bases], taker
         ctx.set_materialize_grads(False)
         return tuple(_output(x, flat, part, b, base) for part, b, base in zip(torch.split(h, ctx.ranks), rises, bases, strict=True))
 
@@ -82,7 +107,7 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Products for inputs that want a gradient, and for no others."""
         x, h, a, mask, *rises = ctx.saved_tensors
-        need_x, train_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3 : 3 + len(rises)])
+        need_x, train_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4 : 4 + len(rises)])
         tokens = ctx.shape.numel() // ctx.shape[-1]
         fill = a.new_zeros if None in grads else a.new_empty
         gh = fill(a.shape[0], tokens) if need_x or train_a else None
@@ -95,12 +120,30 @@ class LowRank(torch.autograd.Function):
             g = grad.reshape(-1, grad.shape[-1])  # each product with g follows the last, while g is in the cache
             if gh is not None:
                 torch.mm(b.t(), g.t(), out=gh[rows])
-            grad_b[i] = (h[rows] @ g).t() if ctx.needs_input_grad[3 + len(rises) + i] else None
+            grad_b[i] = _rise(ctx.taker, i, h[rows], g) if ctx.needs_input_grad[4 + len(rises) + i] else None
             started = grad_x is not None and _push(grad_x, g, ctx.weights[i], started)
         if grad_x is not None and gh is not None:
             lift(grad_x if started else grad_x.zero_(), gh, a, mask)
-        grad_a = torch.split(outer(gh, x.reshape(-1, x.shape[-1]), mask), ctx.ranks) if train_a and gh is not None else [None] * len(rises)
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *grad_a, *grad_b
+        grad_a: Sequence[Tensor | None] = [None] * len(rises)
+        if train_a and gh is not None:
+            grad_a = _fall(ctx.taker, gh, x.reshape(-1, x.shape[-1]), mask, ctx.ranks)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *grad_a, *grad_b
+
+
+def _rise(taker: Taker | None, place: int, h: Tensor, g: Tensor) -> Tensor | None:
+    """The gradient (O, R) of one B, unless somebody takes its halves."""
+    if taker is None:
+        return (h @ g).t()
+    taker.up(place, h, g)
+    return None
+
+
+def _fall(taker: Taker | None, gh: Tensor, x: Tensor, mask: Tensor | None, ranks: list[int]) -> Sequence[Tensor | None]:
+    """The gradients (R, I) of the A's, unless somebody takes their halves."""
+    if taker is None:
+        return torch.split(outer(gh, x, mask), ranks)
+    taker.down(gh, x)
+    return [None] * len(ranks)
 
 
 def _output(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, base: Base | None) -> Tensor:

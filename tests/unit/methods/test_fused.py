@@ -16,7 +16,7 @@ from fedpeft.methods.targets import families, resolve
 
 def one(x, a, b, mask, base):
     """A single layer's output."""
-    return LowRank.apply(x, mask, [base], a, b)[0]
+    return LowRank.apply(x, mask, [base], None, a, b)[0]
 
 
 def stock(layer: nn.Module, p: float = 0.0):
