@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import cos, isfinite, pi
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
+from fedpeft.privacy.accounting import Event
 from fedpeft.training.gradients import Gradients
 from fedpeft.training.settings import TrainJob, TrainSettings
 
 if TYPE_CHECKING:
     from fedpeft.adapters.live import Live
-    from fedpeft.tasks import Batch, Task
+    from fedpeft.tasks import Batch, Encoded, Task
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -45,6 +46,17 @@ class Run(Protocol):
 
     def gradient(self, steps: int) -> NDArray[np.float32] | None:
         """The mean raw gradient of the ``steps`` steps done; None unless the job wants it."""
+
+
+@runtime_checkable
+class Private(Protocol):
+    """A run that draws its examples in secret, and whose every released value is accounted for."""
+
+    def windows(self, data: Encoded) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each step from here on, endless; a window may be empty."""
+
+    def spent(self, steps: int) -> Event:
+        """What ``steps`` steps cost each example."""
 
 
 class Engine(Protocol):
@@ -91,12 +103,16 @@ class LocalRun:
                 f"training: step {number + 1} of {self.settings.steps} has loss {loss / count:.4g} and gradient norm {size:.4g}; "
                 f"lower training.lr (now {self.settings.lr:g}), set training.clip, or look for broken rows"
             )
+        self.move(number)
+        return Sums(loss, count)
+
+    def move(self, number: int) -> None:
+        """Let the optimizer take step ``number`` by the gradients as they are."""
         factor = schedule(self.settings, number)
         for group in self.optimizer.param_groups:
             group["lr"] = self.base_lr[group["role"]] * factor
         self.optimizer.step()
         self.gradients.hold()
-        return Sums(loss, count)
 
     def state(self) -> Arrays:
         """See `Run.state`."""
@@ -128,7 +144,7 @@ class LocalRun:
         """Accumulate the gradient of the summed loss; the sum and its number of terms."""
         total, count = torch.zeros((), device=self.live.flat.device), 0
         for batch in window:
-            with _autocast(self.settings, self.live.flat.device):
+            with autocast(self.settings, self.live.flat.device):
                 loss = self.task.loss(self.live.model, batch)
             if loss.count:
                 loss.total.backward()  # type: ignore[no-untyped-call]
@@ -172,7 +188,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.o
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
-def _autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to bf16 on accelerators; CPUs multiply bf16 many times slower than fp32."""
     if settings.precision == "bf16" and device.type != "cpu":
         return torch.autocast(device.type, torch.bfloat16)

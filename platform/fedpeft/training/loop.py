@@ -15,7 +15,8 @@ import torch
 from fedpeft.errors import DataError
 from fedpeft.training import checkpoint
 from fedpeft.training.checkpoint import Checkpoint, Tally
-from fedpeft.training.engine import Engine, LocalEngine, Run
+from fedpeft.training.dp import DpEngine
+from fedpeft.training.engine import Engine, LocalEngine, Private, Run
 from fedpeft.training.modes import evaluating, training
 from fedpeft.training.settings import TrainJob, TrainResult, TrainSettings
 
@@ -24,27 +25,30 @@ if TYPE_CHECKING:
     from fedpeft.tasks import Batch, Encoded, Task
     from fedpeft.update import Counters
 
-ENGINES: dict[str, type[Engine]] = {"local": LocalEngine}
+ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "dp": DpEngine}
 
 
 def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: TrainJob, engine: Engine | None = None) -> TrainResult:
     """Train ``job.roles`` of ``live`` for ``settings.steps`` optimizer steps, in place.
 
-    The outcome is the same bits whether or not the job was killed and resumed from ``job.checkpoint`` on the way, and
-    the global random state is left as it was found. The checkpoint stays; `checkpoint.clear` removes it once the result is safe.
+    The outcome is the same bits whether or not the job was killed and resumed from ``job.checkpoint`` on the way (but for an
+    engine whose sampling and noise are secret, and so fresh), and the global random state is left as it was found. The
+    checkpoint stays; `checkpoint.clear` removes it once the result is safe.
 
     Raises:
         UpdateError: a loss or gradient is not finite, or the adapter has no such role.
         DataError: ``data`` holds no example.
         StorageError: the checkpoint cannot be written or read.
+        PrivacyError: the engine cannot give the privacy that it is for.
     """
     live.train_roles(job.roles)
-    identity = job_digest(live, settings, job)
+    engine = engine or LocalEngine()
+    identity = job_digest(live, settings, job, engine)
     with training(live.model, settings), _own_randomness(live.flat.device):
-        run = (engine or LocalEngine()).begin(live, task, settings, job)
+        run = engine.begin(live, task, settings, job)
         start = tally = _resume(run, job, identity)
         clock = time.perf_counter() - start.seconds
-        for window in islice(windows(task, data, settings, job.seed), start.step, settings.steps):
+        for window in islice(_source(run, task, data, settings, job.seed), start.step, settings.steps):
             tally = replace(_step(run, window, tally, job), seconds=time.perf_counter() - clock)
             if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps):
                 checkpoint.save(job.checkpoint, Checkpoint(identity, tally, run.state()))
@@ -57,10 +61,10 @@ def evaluate(live: Live, task: Task, data: Encoded) -> Counters:
         return task.evaluate(live.model, data, live.base)
 
 
-def job_digest(live: Live, settings: TrainSettings, job: TrainJob) -> str:
-    """SHA-256 over settings, job, adapter schema and the values at the start: equal for a job and its resumption."""
+def job_digest(live: Live, settings: TrainSettings, job: TrainJob, engine: Engine) -> str:
+    """SHA-256 over settings, job, engine, adapter schema and the values at the start: equal for a job and its resumption."""
     values = live.flat.detach().cpu().numpy()
-    head = repr((settings.digest, job.digest, live.spec.schema))
+    head = repr((settings.digest, job.digest, engine, live.spec.schema))
     return hashlib.sha256(head.encode() + hashlib.sha256(values.data).digest()).hexdigest()
 
 
@@ -73,6 +77,11 @@ def windows(task: Task, data: Encoded, settings: TrainSettings, seed: int) -> It
     stream = _stream(task, data, settings.batch_size, seed)
     while True:
         yield list(islice(stream, settings.accumulate))
+
+
+def _source(run: Run, task: Task, data: Encoded, settings: TrainSettings, seed: int) -> Iterator[Sequence[Batch]]:
+    """The windows of a job from its first step on; what was drawn in secret for steps done is not drawn again, but skipped all the same."""
+    return run.windows(data) if isinstance(run, Private) else windows(task, data, settings, seed)
 
 
 def _stream(task: Task, data: Encoded, size: int, seed: int) -> Iterator[Batch]:
@@ -110,8 +119,11 @@ def _resume(run: Run, job: TrainJob, identity: str) -> Tally:
 
 
 def _result(tally: Tally, start: Tally, run: Run) -> TrainResult:
-    fields = asdict(tally)
-    return TrainResult(steps=fields.pop("step"), **fields, resumed_from=start.step, gradient=run.gradient(tally.step))
+    """What may leave: of a private run no sum over the examples that were drawn."""
+    private = run.spent(tally.step) if isinstance(run, Private) else None
+    fields = asdict(Tally(step=tally.step, seconds=tally.seconds) if private else tally)
+    steps, gradient = fields.pop("step"), run.gradient(tally.step)
+    return TrainResult(steps=steps, **fields, resumed_from=start.step, gradient=gradient, private=private)
 
 
 def _step_seed(seed: int, step: int) -> int:

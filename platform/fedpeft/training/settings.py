@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.errors import ConfigError
+from fedpeft.privacy.accounting import Event
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -106,6 +107,8 @@ class TrainResult:
     """What was done, resumed parts included: ``loss_sum`` over ``count`` loss terms, examples, tokens (no padding), seconds.
 
     ``gradient`` (P,) is the mean over the steps of the gradient as the loss gave it: before correction, FedProx and clipping.
+    With ``private``, what the job cost an accountant, it protected its examples: then loss, examples and tokens are zero here,
+    since nothing protects them, and ``gradient`` is the noisy one.
     """
 
     steps: int
@@ -116,6 +119,7 @@ class TrainResult:
     seconds: float
     resumed_from: int
     gradient: NDArray[np.float32] | None = None
+    private: Event | None = None
 
     @property
     def loss(self) -> float:

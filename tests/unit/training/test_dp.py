@@ -1,0 +1,328 @@
+"""The private engine: clipped sums, noise, sampling, what leaves, what is checked, what a killed job does."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.adapters import attach, initial, make_spec
+from fedpeft.bases import BaseSpec, load_base
+from fedpeft.config import build
+from fedpeft.errors import DataError, PrivacyError
+from fedpeft.methods import Lora
+from fedpeft.privacy.accounting import Event
+from fedpeft.privacy.noise import SecureNoise
+from fedpeft.tasks import Choice, Classification, Encoded, Generation
+from fedpeft.training import ENGINES, TrainJob, TrainSettings, dp_check, train
+from fedpeft.training.dp import FLOAT, DpEngine, DpRun
+from fedpeft.training.dp_sampling import batches_of, subset
+from fedpeft.training.dp_sums import singles, terms_of
+from fedpeft.training.modes import evaluating, training
+
+TASK = Generation("t", metrics=("perplexity",))
+SGD = TrainSettings(steps=1, batch_size=8, lr=0.5, optimizer="sgd")
+
+
+class Seeded:
+    """Noise that repeats, for tests alone; ``scale`` 0 is none at all."""
+
+    def __init__(self, seed: int = 0, scale: float = 1.0) -> None:
+        self.rng, self.scale = np.random.default_rng(seed), scale
+
+    def words(self, size: int) -> np.ndarray:
+        return self.rng.integers(0, 2**64, size, np.uint64)
+
+    def rounded(self, size: int, sigma: float) -> np.ndarray:
+        return np.rint(self.rng.standard_normal(size) * sigma * self.scale).astype(np.int64)
+
+    def chosen(self, size: int, rate: float) -> np.ndarray:
+        return self.rng.random(size) < rate
+
+
+def rows(count: int, seed: int = 0) -> Encoded:
+    """Random causal examples of many lengths, some of one loss term."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 24, count)
+    ids = tuple(rng.integers(3, 500, length).astype(np.int32) for length in lengths)
+    return Encoded(ids, np.arange(count), np.maximum(1, lengths // 2), np.arange(count), 0)
+
+
+@pytest.fixture(scope="module")
+def causal(shared_models):
+    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
+
+
+@pytest.fixture
+def live(causal):
+    spec = make_spec("t", causal, Lora(r=4, alpha=4), TASK.head)
+    with attach(causal, spec) as found:
+        place(found)
+        yield found
+
+
+def place(live):
+    """At values none of which is zero, the same each time."""
+    live.load(initial(live.base, live.spec, 0).tensors)
+    live.flat.add_(torch.randn(live.flat.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+
+
+def private(live, settings=SGD, engine=None, source=None, **job):
+    roles = job.pop("roles", live.spec.layout.roles)
+    live.train_roles(roles)
+    return DpRun(engine or DpEngine(1.0, 0.1), live, TASK, settings, TrainJob(roles, 0, **job), source or Seeded())
+
+
+def clipped_sum(live, batch, clip):
+    """One plain backward for each example, float64."""
+    total, norms = np.zeros(live.spec.layout.size), []
+    for one, terms in zip(singles(batch), terms_of(batch).tolist(), strict=True):
+        live.grad.zero_()
+        TASK.loss(live.model, one).total.backward()
+        gradient = live.grad.double().numpy() / terms
+        norms.append(np.linalg.norm(gradient))
+        total += gradient * min(1.0, clip / norms[-1])
+    live.grad.zero_()
+    return total, np.array(norms)
+
+
+def test_a_step_moves_by_the_clipped_sum_over_the_expected_batch(live):
+    run, data, start = private(live, source=Seeded(scale=0.0)), rows(5), live.flat.double().numpy()
+    window = list(batches_of(TASK, data, np.arange(5), 3))
+    assert [batch.examples for batch in window] == [3, 2]
+    with training(live.model, SGD):
+        found = [clipped_sum(live, batch, 0.1 * (1 - FLOAT)) for batch in window]
+        norms = np.concatenate([norms for _, norms in found])
+        assert norms.max() > 0.1 > norms.min() or norms.min() > 0.1
+        run.step(0, window)
+    expected = sum(total for total, _ in found) / run.expected
+    np.testing.assert_allclose((start - live.flat.double().numpy()) / SGD.lr, expected, atol=3e-7)
+
+
+def test_small_gradients_are_not_scaled(live):
+    run = private(live, engine=DpEngine(1e-3, 1e4), source=Seeded(scale=0.0))
+    (batch,) = batches_of(TASK, rows(4), np.arange(4), 4)
+    start = live.flat.double().numpy()
+    with training(live.model, SGD):
+        expected, norms = clipped_sum(live, batch, 1e9)
+        run.step(0, [batch])
+    assert norms.max() < 1e3
+    np.testing.assert_allclose((start - live.flat.double().numpy()) / SGD.lr, expected / 8, atol=1e-5 * np.abs(expected).max())
+
+
+def test_noise_has_the_deviation_that_was_promised_and_an_empty_draw_still_steps(live):
+    run, start = private(live, engine=DpEngine(2.0, 0.3), source=SecureNoise()), live.flat.clone()
+    assert run.step(0, []) == run.step(1, [])
+    moved = (start - live.flat).double().numpy() / SGD.lr * run.expected / (2.0 * 0.3 * np.sqrt(2))
+    assert abs(moved.mean()) < 5 / np.sqrt(moved.size)
+    assert moved.std() == pytest.approx(1.0, abs=5 / np.sqrt(2 * moved.size))
+    assert np.abs(moved).max() > 2.5
+
+
+def test_one_example_more_moves_the_sum_by_no_more_than_the_clip(live):
+    data, sums = rows(6, 3), []
+    with training(live.model, SGD):
+        for count in (5, 6):
+            place(live)
+            run = private(live, engine=DpEngine(1.0, 0.05), source=Seeded(scale=0.0))
+            before = live.flat.double().numpy()
+            run.step(0, list(batches_of(TASK, data, np.arange(count), 4)))
+            sums.append((before - live.flat.double().numpy()) / SGD.lr * run.expected)
+    assert 0.0 < np.linalg.norm(sums[1] - sums[0]) <= 0.05 + 1e-5
+
+
+def test_an_example_with_a_gradient_that_is_not_finite_adds_nothing(live, monkeypatch):
+    data = rows(4)
+    (batch,) = batches_of(TASK, data, np.arange(4), 4)
+    original = Generation.loss
+
+    def broken(task, model, part):
+        loss = original(task, model, part)
+        bad = bool((part.inputs["input_ids"] == int(data.ids[0][0])).any())
+        return replace(loss, total=loss.total + (loss.total * float("inf"))) if bad else loss
+
+    with training(live.model, SGD):
+        wanted = sum(
+            clipped_sum(live, one, 0.1 * (1 - FLOAT))[0] for one in singles(batch) if int(data.ids[0][0]) not in one.inputs["input_ids"]
+        )
+        monkeypatch.setattr(Generation, "loss", broken)
+        start = live.flat.double().numpy()
+        private(live, source=Seeded(scale=0.0)).step(0, [batch])
+    np.testing.assert_allclose((start - live.flat.double().numpy()) / SGD.lr * 8, wanted, atol=3e-6)
+
+
+def test_a_private_job_answers_with_its_cost_and_no_sums(live):
+    heard, data = [], rows(40)
+    settings = TrainSettings(steps=5, batch_size=4, accumulate=2, lr=1e-3)
+    start = live.flat.clone()
+    job = TrainJob(live.spec.layout.roles, 0, None, lambda step, loss: heard.append((step, loss)))
+    result = train(live, TASK, data, settings, job, DpEngine(1.3, 0.5))
+    assert result.private == Event(1.3, 8 / 40, 5)
+    assert (result.steps, result.loss_sum, result.count, result.examples, result.tokens) == (5, 0.0, 0, 0, 0)
+    assert [step for step, _ in heard] == [1, 2, 3, 4, 5]
+    assert all(not torch.equal(live.flat[span], start[span]) for span in live.spec.layout.spans.values())
+    assert train(live, TASK, data, settings, job).private is None
+
+
+def test_frozen_roles_stay_and_the_check_leaves_no_trace(live):
+    before, state = live.flat.clone(), torch.get_rng_state()
+    run = private(live, roles=frozenset("B"))
+    with training(live.model, SGD):
+        run.windows(rows(10))
+        assert torch.equal(live.flat, before)
+        assert not live.grad.any()
+        run.step(0, [])
+    spans = live.spec.layout.role_spans
+    assert torch.equal(live.flat[spans["A"]], before[spans["A"]])
+    assert not torch.equal(live.flat[spans["B"]], before[spans["B"]])
+    torch.set_rng_state(state)
+
+
+def test_learning_with_little_noise(causal):
+    spec, data = make_spec("t", causal, Lora(r=8, targets=("all",)), TASK.head), rows(12, 5)
+    with attach(causal, spec) as live:
+        live.load(initial(causal, spec, 0).tensors)
+        losses = []
+        job = TrainJob(spec.layout.roles, 0, None, lambda _step, loss: losses.append(loss))
+        train(live, TASK, data, TrainSettings(steps=15, batch_size=12, lr=2e-2), job, DpEngine(0.05, 1.0))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_steps_noisy_gradient_is_what_a_scheme_is_given(live):
+    run = private(live, want_gradient=True)
+    start = live.flat.clone()
+    run.step(0, [])
+    np.testing.assert_allclose((start - live.flat).numpy() / SGD.lr, run.gradient(1), atol=1e-6)
+
+
+def test_a_killed_job_goes_on_and_counts_its_steps_once(tmp_path, live):
+    settings, data = TrainSettings(steps=6, batch_size=4, save_every=2, lr=1e-3), rows(20)
+    start, engine = live.read(), DpEngine(1.0)
+
+    def stop(step, _loss):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    job = TrainJob(live.spec.layout.roles, 0, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(live, TASK, data, settings, replace(job, progress=stop), engine)
+    live.load(start)
+    assert train(live, TASK, data, settings, job, DpEngine(2.0)).resumed_from == 0, "another noise is another job"
+    live.load(start)
+    with pytest.raises(KeyboardInterrupt):
+        train(live, TASK, data, settings, replace(job, progress=stop), engine)
+    live.load(start)
+    result = train(live, TASK, data, settings, job, engine)
+    assert (result.resumed_from, result.private) == (4, Event(1.0, 0.2, 6))
+    live.load(start)
+    assert train(live, TASK, data, settings, job).resumed_from == 0, "a job without privacy does not take over a private one"
+
+
+def test_sampling_is_poisson(live):
+    run = private(live, replace(SGD, batch_size=10))
+    drawn, sizes = run.windows(rows(50)), []
+    for _ in range(200):
+        sizes.append(sum(batch.examples for batch in next(drawn)))
+    assert run.rate == 0.2
+    assert np.mean(sizes) == pytest.approx(10, abs=5 * np.sqrt(8 / 200))
+    assert np.var(sizes) == pytest.approx(8, rel=0.5)
+
+
+def test_batches_are_whole_and_of_a_size_that_runs(live):
+    data = rows(30)
+    for count in (0, 1, 7, 12, 30):
+        parts = [batch.examples for batch in batches_of(TASK, data, np.arange(count), 8)]
+        assert sum(parts) == count
+        assert max(parts, default=0) <= 12
+    long = replace(data, ids=tuple(np.full(900, 5, np.int32) for _ in range(30)))
+    assert [batch.examples for batch in batches_of(TASK, long, np.arange(5), 8)] == [2, 2, 1]
+
+
+def test_subsets_keep_what_belongs_together():
+    zero, places = np.zeros(6, np.int64), np.array([0, 2])
+    ids = tuple(np.full(3, number, np.int32) for number in range(6))
+    choices = Encoded(ids, np.array([1, 2, 5]), zero, np.array([0, 0, 1, 1, 2, 2]), 0)
+    part = subset(choices, places, True)
+    assert [int(one[0]) for one in part.ids] == [0, 1, 4, 5]
+    assert (part.labels.tolist(), part.owners.tolist()) == ([1, 3], [0, 0, 1, 1])
+    (batch,) = batches_of(Choice("c"), choices, places, 2)
+    assert set(batch.inputs["input_ids"][0].tolist()) == {1, 5}
+    classes = Encoded(ids, np.array([1, 0, 1, 0, 1, 1]), zero, np.arange(6), 0)
+    (batch,) = batches_of(Classification("k", ("a", "b")), classes, places, 2)
+    assert sorted(zip(batch.inputs["input_ids"][:, 0].tolist(), batch.labels.tolist(), strict=True)) == [(0, 1), (2, 1)]
+
+
+def test_a_model_that_mixes_rows_is_refused(live):
+    data, run = rows(10), private(live)
+
+    def leak(_module, _inputs, output):
+        return output + 0.05 * output.mean(1, keepdim=True)
+
+    handle = live.model.get_submodule("model.layers.0.mlp").register_forward_hook(leak)
+    with pytest.raises(PrivacyError, match="method lora are not those of the examples alone"), training(live.model, SGD):
+        run.windows(data)
+    handle.remove()
+    with training(live.model, SGD):
+        run.windows(data)
+
+
+def test_batch_normalisation_at_work_is_refused(live):
+    live.model.norm = torch.nn.BatchNorm1d(4)
+    try:
+        with pytest.raises(PrivacyError, match="batch normalisation mixes"), training(live.model, replace(SGD, base_dropout=True)):
+            private(live).windows(rows(5))
+    finally:
+        del live.model.norm
+
+
+def test_noise_that_no_optimizer_reads_is_found(live):
+    run = private(live)
+    for param in run.local.params.values():
+        param.grad = param.grad.clone()
+        param.data = param.data.clone()
+    with pytest.raises(PrivacyError, match=r"\d+ of \d+ trained tensors did not move"):
+        run.step(0, [])
+    assert dp_check.moved(live, run.trained, live.flat - 1, True)
+
+
+def test_noise_with_a_seed_cannot_be_asked_for(live):
+    assert ENGINES["dp"] is DpEngine
+    assert {field.name for field in fields(DpEngine)} == {"noise_multiplier", "clip"}
+    job = TrainJob(live.spec.layout.roles, 0)
+    assert type(DpEngine(1.0).begin(live, TASK, SGD, job).source) is SecureNoise
+    assert build(ENGINES, {"kind": "dp", "noise_multiplier": 0.8}, "engine") == DpEngine(0.8)
+    for wrong in ({"noise_multiplier": 1.0, "seed": 1}, {"noise_multiplier": 0.0}, {"noise_multiplier": 1.0, "clip": -1.0}):
+        with pytest.raises(ValueError, match=r"seed|noise_multiplier|clip"):
+            build(ENGINES, {"kind": "dp", **wrong}, "engine")
+    for bad in (DpEngine(0.0), DpEngine(float("nan")), DpEngine(1.0, 0.0)):
+        with pytest.raises(PrivacyError, match="must be finite and above 0"):
+            bad.begin(live, TASK, SGD, job)
+    with pytest.raises(PrivacyError, match="too much for"):
+        DpEngine(1e9).begin(live, TASK, SGD, job)
+
+
+def test_no_rows_are_refused(live):
+    with pytest.raises(DataError, match="no example to train on"):
+        train(live, TASK, rows(0), SGD, TrainJob(live.spec.layout.roles, 0), DpEngine(1.0))
+
+
+def test_checkpointed_activations_give_the_same_sum(live):
+    (batch,) = batches_of(TASK, rows(4), np.arange(4), 4)
+    found = []
+    for wanted in (False, True):
+        place(live)
+        settings = replace(SGD, checkpoint_activations=wanted)
+        with training(live.model, settings):
+            private(live, settings, source=Seeded(scale=0.0)).step(0, [batch])
+        found.append(live.flat.clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=0)
+
+
+def test_evaluation_between_steps_is_untouched(live):
+    (batch,) = batches_of(TASK, rows(3), np.arange(3), 3)
+    with evaluating(live.model):
+        before = float(TASK.loss(live.model, batch).total.detach())
+        private(live).windows(rows(5))
+        assert float(TASK.loss(live.model, batch).total.detach()) == before
