@@ -134,6 +134,8 @@ FLAGS = {
     "adapters rollback": ["--registry"],
     "adapters show": ["--registry"],
     "adapters verify": ["--registry"],
+    "audit inversion": ["--json", "--per-update", "--roles", "--set", "--task"],
+    "audit membership": ["--attack", "--json", "--set", "--stated", "--task"],
     "client dry-run": ["--json", "--plan", "--round", "--set"],
     "client identity": [],
     "client join": [],
