@@ -113,7 +113,7 @@ def test_a_torn_machine_is_a_privacy_error(data, tables, spoilt):
 @given(data=st.data())
 def test_a_torn_collector_is_a_privacy_error(data, tables, spoilt):
     whole = Collector(
-        INSTANCE, {"a": Bundle("a", bytes(32), bytes(32), bytes(32))}, {"a": {"b": Box("a", "b", b"")}}, None, ["a"]
+        INSTANCE, {"a": Bundle("a", bytes(32), bytes(32), bytes(32))}, {"a": {"b": Box("a", "b", b"")}}, None, {"a": None}
     ).to_bytes()
     body = data.draw(st.one_of(spoilt(whole), tables(json.loads(whole)).map(lambda table: json.dumps(table).encode())))
     with contextlib.suppress(PrivacyError):

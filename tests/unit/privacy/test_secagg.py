@@ -310,6 +310,42 @@ def test_the_degree_grows_slowly():
     assert degrees[5000] < 2 * degrees[1000]
 
 
+@pytest.mark.parametrize("sites", [80, 125, 250, 500, 1000, 2000, 8000, 32768])
+def test_pairs_of_a_sparse_graph_are_at_most_a_constant_times_n_log_n(sites):
+    assert shape(sites).degree <= 22 * np.log2(sites)
+
+
+def test_each_site_is_told_of_its_neighbours_alone(play):
+    """What is handed over follows from the graph: twice its pairs of bundles, boxes and signatures, not all pairs of sites."""
+    run = play(110)
+    degree = run.instance.shape.degree
+    assert degree < 60
+    run.keyed()
+    run.dealt()
+    run.masked(vectors_of(run, 8))
+    run.agreed()
+    for name in run.members:
+        assert len(run.collector.bundles_for(name)) == degree + 1
+        assert len(run.collector.boxes_for(name)) == degree
+        assert len(run.collector.signatures_for(name)) == degree + 1
+
+
+@QUICK
+@given(count=st.integers(2, 30), data=st.data())
+def test_lagrange_weights_are_those_of_the_formula(count, data):
+    """Against the textbook product, at zero and at every point that is not among those given."""
+    points = tuple(sorted(data.draw(st.sets(st.integers(1, 300), min_size=count, max_size=count))))
+    x = data.draw(st.integers(0, 300).filter(lambda one: one not in points))
+    slow = []
+    for mine in points:
+        weight = 1
+        for other in points:
+            if other != mine:
+                weight = weight * (x - other) * pow(mine - other, -1, shamir.PRIME) % shamir.PRIME
+        slow.append(weight)
+    assert list(shamir._lagrange(points, x)) == slow
+
+
 def test_masks_cancel_and_streams_do_not_repeat():
     one, two = keystream(b"k" * 16, 200_000), keystream(b"l" * 16, 200_000)
     assert not np.array_equal(one, two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -28,17 +29,19 @@ def public(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def agree(private: bytes, other: bytes, purpose: str, size: int) -> bytes:
-    """``size`` bytes that only the owners of the two private keys know, for one ``purpose``.
+def agree(private: bytes, others: Iterable[bytes], purpose: str, size: int) -> list[bytes]:
+    """For each public key of ``others``, ``size`` bytes that only the owners of the two keys know, for one ``purpose``.
+
+    All at once, because loading a private key costs as much as an exchange with it.
 
     Raises:
-        PrivacyError: ``other`` is no public key that gives a secret.
+        PrivacyError: one of ``others`` is no public key that gives a secret.
     """
+    mine = X25519PrivateKey.from_private_bytes(private)
     try:
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(other))
+        return [derive(mine.exchange(X25519PublicKey.from_public_bytes(other)), purpose, size) for other in others]
     except ValueError as fault:
         raise PrivacyError(f"key agreement: the other side's public key is bad ({fault}); the round is left") from None
-    return derive(shared, purpose, size)
 
 
 def derive(secret: bytes, purpose: str, size: int) -> bytes:

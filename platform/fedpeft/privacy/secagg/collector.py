@@ -12,13 +12,13 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.secagg import shamir
 from fedpeft.privacy.secagg.agreement import SIZE, public
 from fedpeft.privacy.secagg.masks import Codes, apply_masks
-from fedpeft.privacy.secagg.member import pair_key, self_key
+from fedpeft.privacy.secagg.member import pair_keys, self_key
 from fedpeft.privacy.secagg.messages import Box, Bundle, Instance, Reveal, seed_check
 
 
 @dataclass
 class Collector:
-    """One masked sum. Memory: one vector, and n times the degree of small boxes.
+    """One masked sum of n sites. Memory: one vector, and n times the degree of small boxes; each call works on one site's neighbours.
 
     ``add_*`` take what sites send and raise `PrivacyError`, naming the site, for what does not fit; such a site has then dropped out.
     """
@@ -27,7 +27,7 @@ class Collector:
     bundles: dict[str, Bundle] = field(default_factory=dict)
     boxes: dict[str, dict[str, Box]] = field(default_factory=dict)
     total: Codes | None = None
-    delivered: list[str] = field(default_factory=list)
+    delivered: dict[str, None] = field(default_factory=dict)
     signatures: dict[str, bytes] = field(default_factory=dict)
     reveals: dict[str, Reveal] = field(default_factory=dict)
 
@@ -38,9 +38,9 @@ class Collector:
         self.bundles[bundle.site] = bundle
 
     def bundles_for(self, site: str) -> list[Bundle]:
-        """What ``site`` needs to deal: all bundles, of which it reads its neighbours'. Raises `PrivacyError` when too few came."""
+        """What ``site`` needs to deal: its neighbours' bundles and its own. Raises `PrivacyError` when too few came."""
         self.instance.require(len(self.bundles), "published keys")
-        return [self.bundles[name] for name in sorted(self.bundles)]
+        return [self.bundles[name] for name in sorted({site, *self.instance.graph[site]}) if name in self.bundles]
 
     def add_boxes(self, site: str, boxes: Sequence[Box]) -> None:
         """Take a site's shares, one box for each neighbour with keys."""
@@ -60,7 +60,7 @@ class Collector:
     def boxes_for(self, site: str) -> list[Box]:
         """The boxes for ``site``, one from each neighbour that dealt. Raises `PrivacyError` when too few sites dealt."""
         self.instance.require(len(self.boxes), "dealt shares")
-        return [self.boxes[name][site] for name in self.dealers if site in self.boxes[name]]
+        return [self.boxes[name][site] for name in self._dealers_near(site)]
 
     def add_vector(self, site: str, vector: Codes) -> None:
         """Add a masked vector; it is not kept."""
@@ -71,7 +71,7 @@ class Collector:
         total = np.zeros(vector.shape, np.int32) if self.total is None else self.total
         np.add(total.view(np.uint32), vector.view(np.uint32), out=total.view(np.uint32))
         self.total = total
-        self.delivered.append(site)
+        self.delivered[site] = None
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -81,23 +81,23 @@ class Collector:
 
     def add_agreement(self, site: str, signature: bytes) -> None:
         """Take a survivor's signature on the survivors; sites check one another's."""
-        if site not in self.survivors:
+        self.instance.require(len(self.delivered), "delivered")
+        if site not in self.delivered:
             raise self._fault(site, "signs without having delivered")
         self.signatures[site] = signature
 
     def signatures_for(self, site: str) -> Mapping[str, bytes]:
         """The signatures that ``site`` has to see."""
-        near = {site, *self.instance.graph[site]}
-        return {name: mark for name, mark in self.signatures.items() if self.instance.shape.complete or name in near}
+        return {name: self.signatures[name] for name in sorted({site, *self.instance.graph[site]}) if name in self.signatures}
 
     def add_reveal(self, reveal: Reveal) -> None:
         """Take a survivor's seed and shares; both shares of one site are never in it."""
-        if reveal.site not in self.survivors or seed_check(reveal.seed) != self.bundles[reveal.site].seed_check:
+        self.instance.require(len(self.delivered), "delivered")
+        if reveal.site not in self.delivered or seed_check(reveal.seed) != self.bundles[reveal.site].seed_check:
             raise self._fault(reveal.site, "reveals a seed that is not the one it published a check of")
-        dealt = {name for name, boxes in self.boxes.items() if reveal.site in boxes}
-        if (set(reveal.seeds) | set(reveal.keys)) - dealt:
+        if (set(reveal.seeds) | set(reveal.keys)) - set(self._dealers_near(reveal.site)):
             raise self._fault(reveal.site, "reveals shares that nobody dealt to it")
-        if set(reveal.seeds) - set(self.survivors) or set(reveal.keys) & set(self.survivors):
+        if set(reveal.seeds) - self.delivered.keys() or set(reveal.keys) & self.delivered.keys():
             raise self._fault(reveal.site, "reveals a mask key of a survivor, or a seed of a site that vanished")
         self.reveals[reveal.site] = reveal
 
@@ -111,10 +111,10 @@ class Collector:
         assert self.total is not None
         taken = [self_key(self._seed(site)) for site in survivors]
         added: list[bytes] = []
-        for gone in (name for name in self.dealers if name not in survivors):
-            private = self._mask_key(gone)
-            for site in (name for name in self.instance.graph[gone] if name in survivors):
-                (taken if site < gone else added).append(pair_key(private, self.bundles[site].mask_key, self.instance))
+        for gone in (name for name in self.dealers if name not in self.delivered):
+            publics = {name: self.bundles[name].mask_key for name in self.instance.graph[gone] if name in self.delivered}
+            for site, key in pair_keys(self._mask_key(gone), publics, self.instance).items():
+                (taken if site < gone else added).append(key)
         total = self.total.copy()
         apply_masks(total, added, taken)
         return total
@@ -123,7 +123,7 @@ class Collector:
         """What is needed to open the sum once all vectors are in, but for the sum itself; nothing of it is secret."""
         bundles = {name: [part.hex() for part in (one.mask_key, one.box_key, one.seed_check)] for name, one in self.bundles.items()}
         dealt = {name: sorted(boxes) for name, boxes in self.boxes.items()}
-        row = {"instance": asdict(self.instance), "bundles": bundles, "dealt": dealt, "delivered": self.delivered}
+        row = {"instance": asdict(self.instance), "bundles": bundles, "dealt": dealt, "delivered": list(self.delivered)}
         return json.dumps(row, sort_keys=True).encode()
 
     @staticmethod
@@ -134,23 +134,30 @@ class Collector:
             instance = Instance(**{**row["instance"], "members": tuple(row["instance"]["members"])})
             bundles = {name: Bundle(name, *map(bytes.fromhex, parts)) for name, parts in row["bundles"].items()}
             boxes = {name: {other: Box(name, other, b"") for other in others} for name, others in row["dealt"].items()}
-            return Collector(instance, bundles, boxes, total, list(row["delivered"]))
+            return Collector(instance, bundles, boxes, total, dict.fromkeys(row["delivered"]))
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise PrivacyError(f"secure aggregation: the sum's state is torn ({type(fault).__name__}); nothing is opened") from None
 
     def _seed(self, site: str) -> bytes:
         if site in self.reveals:
             return self.reveals[site].seed
-        seed = self._combine(site, {name: reveal.seeds[site] for name, reveal in self.reveals.items() if site in reveal.seeds})
+        seed = self._combine(site, {name: reveal.seeds[site] for name, reveal in self._reveals_near(site) if site in reveal.seeds})
         if seed_check(seed) != self.bundles[site].seed_check:
             raise self._fault(site, "its seed does not fit the published check; a share was tampered with")
         return seed
 
     def _mask_key(self, site: str) -> bytes:
-        private = self._combine(site, {name: reveal.keys[site] for name, reveal in self.reveals.items() if site in reveal.keys})
+        private = self._combine(site, {name: reveal.keys[site] for name, reveal in self._reveals_near(site) if site in reveal.keys})
         if public(private) != self.bundles[site].mask_key:
             raise self._fault(site, "its mask key does not fit the published key; a share was tampered with")
         return private
+
+    def _dealers_near(self, site: str) -> list[str]:
+        """Neighbours of ``site`` that dealt a share to it."""
+        return [name for name in self.instance.graph.get(site, ()) if site in self.boxes.get(name, ())]
+
+    def _reveals_near(self, site: str) -> list[tuple[str, Reveal]]:
+        return [(name, self.reveals[name]) for name in self.instance.graph[site] if name in self.reveals]
 
     def _combine(self, site: str, shares: Mapping[str, bytes]) -> bytes:
         """A secret of ``site``; its neighbours hold shares at their places among the neighbours with keys."""

@@ -39,6 +39,7 @@ class Member:
     vector: str = ""
     schema: str = ""
     survivors: tuple[str, ...] = ()
+    _box_keys: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def bundle(self, keys: Keys) -> Bundle:
         """The public keys, signed by the site's identity. Raises `PrivacyError` when the site is no member or members are too few."""
@@ -61,7 +62,8 @@ class Member:
                 found[bundle.site] = (bundle.mask_key, bundle.box_key)
         if self.bundles and found != self.bundles:
             raise self._fault("other keys of the neighbours came than before")
-        self.instance.require(len(bundles), "published keys")
+        if self.instance.shape.complete:
+            self.instance.require(len(bundles), "published keys")
         if len(found) < self.instance.shape.threshold:
             raise self._fault(f"{len(found)} neighbours published keys, {self.instance.shape.threshold} are needed to open a secret")
         self.bundles = found
@@ -82,9 +84,9 @@ class Member:
             raise self._fault("another vector was masked before; one mask hides one vector only")
         self.vector, self.schema = digest, schema
         masked = vector.copy()
-        pairs = [name for name in self.bundles if name in dealers]
-        added = [self._pair_key(name) for name in pairs if self.site < name]
-        apply_masks(masked, [*added, self_key(self.seed)], [self._pair_key(name) for name in pairs if self.site > name])
+        keys = pair_keys(self.mask_private, {name: self.bundles[name][0] for name in self.boxes}, self.instance)
+        added = [key for name, key in keys.items() if self.site < name]
+        apply_masks(masked, [*added, self_key(self.seed)], [key for name, key in keys.items() if self.site > name])
         return masked
 
     def agree(self, survivors: Sequence[str], keys: Keys) -> bytes:
@@ -112,9 +114,10 @@ class Member:
             raise self._fault("no survivors were agreed on; nothing is revealed")
         shape, near = self.instance.shape, {self.site, *self.instance.graph[self.site]}
         counted = [name for name in sorted(signatures) if name in self.survivors and (shape.complete or name in near)]
+        signed = agreed(self.instance, self.survivors, self.schema)
         for name in counted:
             if name != self.site:
-                self._verify(agreed(self.instance, self.survivors, self.schema), signatures[name], name, pins)
+                self._verify(signed, signatures[name], name, pins)
         if len({*counted, self.site}) < shape.quorum:
             raise self._fault(f"{len(counted)} signatures on the survivors, {shape.quorum} are needed; nothing is revealed")
         shares = {name: self._open(name) for name in self.boxes}
@@ -127,7 +130,7 @@ class Member:
 
     def to_bytes(self) -> bytes:
         """The whole state, secrets included."""
-        row = {**vars(self), "instance": asdict(self.instance)}
+        row = {name: value for name, value in vars(self).items() if name != "_box_keys"} | {"instance": asdict(self.instance)}
         return json.dumps(row, default=bytes.hex).encode()
 
     @staticmethod
@@ -150,7 +153,7 @@ class Member:
     def _receive(self, boxes: Sequence[Box], dealers: Sequence[str]) -> None:
         """Keep the neighbours' boxes; every box is opened once here, so that a bad one is found before anything leaves."""
         found = {box.sender: box.payload for box in boxes if box.recipient == self.site}
-        wanted = {name for name in self.bundles if name in dealers}
+        wanted = set(self.bundles) & set(dealers)
         if (self.dealers and (tuple(sorted(dealers)) != self.dealers or found != self.boxes)) or set(found) != wanted:
             raise self._fault("the boxes are not those of the dealers among the neighbours, or others than before")
         self.instance.require(len(dealers), "dealt shares")
@@ -176,10 +179,12 @@ class Member:
         return shares[: shamir.SIZE], shares[shamir.SIZE :]
 
     def _box_key(self, name: str) -> bytes:
-        return agree(self.box_private, self.bundles[name][1], "box", 32)
-
-    def _pair_key(self, name: str) -> bytes:
-        return pair_key(self.mask_private, self.bundles[name][0], self.instance)
+        """The key of the boxes to and from a neighbour; all neighbours' are agreed at the first call, and never kept on disk."""
+        wanted = self.bundles[name][1]
+        if wanted not in self._box_keys:
+            publics = [key for _, key in self.bundles.values()]
+            self._box_keys = dict(zip(publics, agree(self.box_private, publics, "box", 32), strict=True))
+        return self._box_keys[wanted]
 
     def _verify(self, data: bytes, signature: bytes, name: str, pins: Pins) -> None:
         if name not in pins or not verified(data, signature, pins[name], PURPOSE):
@@ -203,9 +208,9 @@ def signer(bundle: Bundle, instance: Instance) -> str | None:
     return key if verified(bundle.signed(instance), bundle.signature, key, PURPOSE) else None
 
 
-def pair_key(private: bytes, other: bytes, instance: Instance) -> bytes:
-    """The key of the mask between two sites; the one with the smaller name adds it, the other takes it away."""
-    return agree(private, other, f"pair {instance.digest.hex()}", KEY_SIZE)
+def pair_keys(private: bytes, others: Mapping[str, bytes], instance: Instance) -> dict[str, bytes]:
+    """The keys of the masks with ``others`` (site -> public key); of two sites, the one with the smaller name adds the mask."""
+    return dict(zip(others, agree(private, others.values(), f"pair {instance.digest.hex()}", KEY_SIZE), strict=True))
 
 
 def self_key(seed: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import prod
 
 from fedpeft.errors import PrivacyError
 
@@ -43,8 +44,9 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     if len(shares) < threshold:
         raise PrivacyError(f"secret sharing: {len(shares)} shares, {threshold} are needed")
     points = tuple(sorted(shares))
-    value = _at(points[:threshold], shares, 0)
-    if any(_at(points[:threshold], shares, x) != int.from_bytes(shares[x], "little") for x in points[threshold:]):
+    values = {x: int.from_bytes(shares[x], "little") for x in points}
+    value = _at(points[:threshold], values, 0)
+    if any(_at(points[:threshold], values, x) != values[x] for x in points[threshold:]):
         raise PrivacyError("secret sharing: the shares do not lie on one polynomial; one of them was tampered with")
     if value >= LIMIT:
         raise PrivacyError("secret sharing: the shares give no secret; one of them was tampered with")
@@ -59,19 +61,25 @@ def _evaluate(highest_first: Sequence[int], x: int) -> int:
     return total % PRIME
 
 
-def _at(points: tuple[int, ...], shares: Mapping[int, bytes], x: int) -> int:
+def _at(points: tuple[int, ...], values: Mapping[int, int], x: int) -> int:
     weights = _lagrange(points, x)
-    return sum(weight * int.from_bytes(shares[point], "little") for weight, point in zip(weights, points, strict=True)) % PRIME
+    return sum(weight * values[point] for weight, point in zip(weights, points, strict=True)) % PRIME
 
 
 @lru_cache(maxsize=4096)
 def _lagrange(points: tuple[int, ...], x: int) -> tuple[int, ...]:
     """Weights of the values at ``points`` in the value at ``x``: one set serves all secrets of a round."""
-    weights = []
-    for mine in points:
-        top = bottom = 1
-        for other in points:
-            if other != mine:
-                top, bottom = top * (x - other) % PRIME, bottom * (mine - other) % PRIME
-        weights.append(top * pow(bottom, -1, PRIME) % PRIME)
-    return tuple(weights)
+    whole = prod(x - point for point in points) % PRIME
+    return tuple(whole * weight * _inverse(x - point) % PRIME for point, weight in zip(points, _barycentric(points), strict=True))
+
+
+@lru_cache(maxsize=512)
+def _barycentric(points: tuple[int, ...]) -> tuple[int, ...]:
+    """1 / prod (x_j - x_m) over m != j: what the weights at all values of x share, so that each costs one product a point."""
+    return tuple(pow(prod(mine - other for other in points if other != mine), -1, PRIME) for mine in points)
+
+
+@lru_cache(maxsize=65536)
+def _inverse(step: int) -> int:
+    """1 / ``step`` in the field; differences of points are small and come again in every set of them."""
+    return pow(step, -1, PRIME)
