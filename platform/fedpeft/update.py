@@ -89,8 +89,7 @@ class Update:
         if not 0.0 < weight <= 1.0:
             raise UpdateError(f"update: weight {weight} is outside (0, 1]; it is the site's share of the plan's largest weight")
         weight = max(round(weight / WEIGHT_STEP), 1) * WEIGHT_STEP
-        scaled = np.multiply(delta.flat, weight / grid.step, dtype=np.float64)
-        peak = float(np.abs(scaled).max(initial=0.0))
+        peak = max(float(delta.flat.max(initial=0.0)), -float(delta.flat.min(initial=0.0))) * (weight / grid.step)
         if not isfinite(peak):
             raise UpdateError("update: the trained tensors are not finite; lower the learning rate or clip gradients")
         if peak > grid.limit:
@@ -98,8 +97,7 @@ class Update:
                 f"update: largest weighted delta is {peak * grid.step:.3g}, the plan allows {grid.limit * grid.step:.3g}; "
                 "lower the learning rate or raise wire.reach"
             )
-        codes = np.rint(scaled, out=scaled).astype(np.int32)
-        return Update(delta.layout, grid, codes, weight, snap_counters(counters), 1)
+        return Update(delta.layout, grid, _rounded(delta.flat, weight / grid.step), weight, snap_counters(counters), 1)
 
     def __add__(self, other: Update) -> Update:
         self.check(other)
@@ -126,6 +124,16 @@ class Update:
         flat = np.empty(self.layout.size, np.float32)
         np.multiply(self.codes, self.grid.step / self.weight, out=flat, dtype=np.float64, casting="same_kind")
         return Tensors(self.layout, flat)
+
+
+def _rounded(values: NDArray[np.float32], factor: float) -> Codes:
+    """``factor * values`` to the nearest integers, in float64 as ever, without a second vector in memory."""
+    codes, scaled = np.empty(values.shape, np.int32), np.empty(min(BLOCK, values.size), np.float64)
+    for start in range(0, values.size, BLOCK):
+        block = values[start : start + BLOCK]
+        part = np.multiply(block, factor, out=scaled[: block.size], dtype=np.float64)
+        np.copyto(codes[start : start + BLOCK], np.rint(part, out=part), casting="unsafe")
+    return codes
 
 
 def snap_counters(counters: Mapping[str, Sequence[float]]) -> Counters:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import PrivacyError
-from fedpeft.privacy.secagg import Box, Collector, Instance, Member, keystream, neighbours, shamir, shape
+from fedpeft.privacy.secagg import Box, Collector, Instance, Member, keystream, masks, neighbours, shamir, shape
 
 STEPS = ("bundle", "deal", "mask", "agree", "reveal")
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -352,3 +352,15 @@ def test_masks_cancel_and_streams_do_not_repeat():
     assert len(np.unique(one[:1000])) > 990
     assert np.array_equal(one[:65536], keystream(b"k" * 16, 65536))
     assert not np.array_equal(one[:65536], one[65536 : 2 * 65536])
+
+
+@pytest.mark.parametrize("size", [1, 65535, 65536, 65537, 200_001])
+def test_both_ways_to_a_stream_give_the_same_bytes(size, monkeypatch):
+    """A coordinator and its sites may be machines on which another one is faster."""
+    found = []
+    for way in (masks._ctr, masks._gcm):
+        monkeypatch.setattr(masks, "_fastest", lambda way=way: way)
+        found.append(keystream(b"k" * 16, size))
+    assert np.array_equal(*found)
+    slow = masks.Cipher(masks.algorithms.AES(b"k" * 16), masks.modes.CTR(bytes(15) + b"\2")).encryptor().update(bytes(4 * size))
+    assert np.array_equal(found[0], np.frombuffer(slow, "<i4"))
