@@ -46,7 +46,7 @@ class Peers:
             return {str(name): str(key) for name, key in rows.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError) as fault:
+        except (OSError, ValueError, AttributeError, RecursionError) as fault:
             raise StorageError(
                 f"{self.path}: cannot be read ({fault}); restore it, or list the sites under [peers] of the site's file"
             ) from None

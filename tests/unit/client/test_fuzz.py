@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedpeft import config
 from fedpeft.adapters import AdapterSpec
 from fedpeft.bases import HeadSpec
-from fedpeft.errors import FedpeftError, UpdateError
+from fedpeft.errors import FedpeftError, StorageError, UpdateError
 from fedpeft.methods import METHODS
 from fedpeft.schemes import SCHEMES
 from fedpeft.tasks import Classification
@@ -21,6 +21,7 @@ from fedpeft.tensors import Entry, Layout
 from fedpeft.training import TrainSettings
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_client import plan
+from fedpeft_client.peers import Peers
 
 LABELS = ("animal", "tool")
 LAYOUT = Layout.of(
@@ -93,3 +94,13 @@ def test_a_plan_that_claims_any_size_allocates_nothing(bounded):
         row["shape"] = [2**40 for _ in row["shape"]]
     with bounded(20_000_000), contextlib.suppress(FedpeftError):
         assert work(spec_json=json.dumps(table)).up.size > 2**80  # type: ignore[attr-defined]
+
+
+@given(data=st.data())
+def test_any_file_of_peers_is_read_or_a_storage_error(data, tables, spoilt, tmp_path_factory):
+    table = {"a": "ab" * 32, "b": "cd" * 32}
+    path = tmp_path_factory.mktemp("peers") / "peers.json"
+    garbled = tables(table).map(lambda one: json.dumps(one).encode())
+    path.write_bytes(data.draw(st.one_of(spoilt(json.dumps(table).encode()), garbled, st.sampled_from(HOSTILE).map(str.encode))))
+    with contextlib.suppress(StorageError):
+        assert all(isinstance(part, str) for pair in Peers(path, {}).known().items() for part in pair)

@@ -11,7 +11,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.errors import PrivacyError
+from fedpeft.errors import PrivacyError, StorageError
+from fedpeft.privacy.accounting import Event
+from fedpeft.privacy.ledger import Budget, Charge, Ledger
 from fedpeft.privacy.packing import Schema, unpack
 from fedpeft.privacy.secagg import Box, Bundle, Collector, Instance, Member, Reveal, shamir
 from fedpeft.tensors import Entry, Layout
@@ -128,3 +130,30 @@ def test_any_sum_unpacks_or_is_refused(codes, count):
     with contextlib.suppress(PrivacyError):
         found = unpack(np.array(codes, np.int32), SCHEMA, count)
         assert 0 < found.weight <= count
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Ledger:
+    ledger = Ledger(tmp_path_factory.mktemp("ledger"))
+    for number in range(3):
+        ledger.spend(Charge(f"round/{number}", "area", "adapter", Event(4.0, concentrated=True)), Budget(100.0, 1e-5))
+    return ledger
+
+
+@given(data=st.data())
+def test_a_garbled_ledger_is_a_storage_error_or_a_shorter_one(kept, data, tables, spoilt, tmp_path_factory):
+    """A line that was changed is named; lines cut off at the end are found by the head that others keep."""
+    lines = kept.path.read_bytes().splitlines()
+    place = data.draw(st.integers(0, 2))
+    table = tables(json.loads(lines[place])).map(lambda table: json.dumps(table).encode())
+    lines[place] = data.draw(st.one_of(spoilt(lines[place]), table, st.just(b"[" * 9999), st.just(b'{"hash": ' + b"9" * 5000 + b"}")))
+    spoiled = Ledger(tmp_path_factory.mktemp("spoiled"))
+    (spoiled.folder / "keys").symlink_to(kept.keys.folder)
+    spoiled.path.write_bytes(b"".join(line + b"\n" for line in lines))
+    try:
+        found = spoiled.entries()
+    except StorageError:
+        assert spoiled.verify()
+        return
+    assert found == kept.entries()[: len(found)]
+    assert len(found) == 3 or spoiled.verify(kept.head())
