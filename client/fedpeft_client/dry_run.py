@@ -16,9 +16,10 @@ from fedpeft import config
 from fedpeft.errors import ConfigError, DataError, PolicyError
 from fedpeft.methods import METHODS
 from fedpeft.privacy.packing import Schema
-from fedpeft.privacy.secagg import LEAST
+from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
 from fedpeft.schemes import SCHEMES, Scheme
+from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import TRAIN_COUNTERS, Grid
@@ -47,6 +48,7 @@ class Plain(BaseModel):
     base: dict[str, Any] = {}
     method: Any = "lora"
     scheme: Any = "alternating"
+    combine: Any = "sum"
     training: dict[str, Any] = {}
     cohort: dict[str, Any] = {}
     secure_aggregation: dict[str, Any] = {}
@@ -64,6 +66,17 @@ class Plain(BaseModel):
         """Whether the file promises masked sums; a plan must then bring them."""
         wanted = self.secure_aggregation.get("enabled", "auto")
         return self.least >= LEAST if wanted == "auto" else bool(wanted)
+
+    @property
+    def hidden(self) -> int:
+        """Fewest sites of a round, or in a masked sum that the coordinator sees: over the round, or over a group of its sites."""
+        if not self.masked:
+            return self.least
+        least = int(self.secure_aggregation.get("least", 0))
+        if self.combine in (None, "sum", {"kind": "sum"}):
+            return max(self.least, least)
+        rule = config.build(COMBINES, self.combine, "combine")
+        return least or enough(getattr(rule, "size", 0), float(self.secure_aggregation.get("dropping", 0.2)))
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,7 @@ def _ask(plain: Plain, spec: AdapterSpec, up: Layout, settings: TrainSettings, r
         method=type(spec.method).kind,
         rank=rank,
         upload_bytes=_codec(plain).most(up.size, 1) + FLAT_HEADER_BYTES,
-        cohort=max(plain.least, int(plain.secure_aggregation.get("least", 0))) if plain.masked else plain.least,
+        cohort=plain.hidden,
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,
     )

@@ -125,7 +125,7 @@ class Secure:
         if hidden < self.least:
             raise PolicyError(
                 f"min_cohort: the masked sum of task {plan.task!r} may be opened over {hidden} sites, allowed at least {self.least}; "
-                "raise cohort.min_sites of the federation, or lower policy.min_cohort"
+                "raise cohort.min_sites of the federation (combine.size where it sums groups), or lower policy.min_cohort"
             )
         member = self.members.find(asked, plan) or Member(instance, self.name)
         if member.instance != instance or instance.name != plan.masking.name:

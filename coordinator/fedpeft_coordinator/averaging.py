@@ -49,7 +49,9 @@ def _mean(setup: Setup, row: TaskRound, current: Tensors, updates: Gathered) -> 
     if isinstance(scheme, Gathers):
         return scheme.gather(current, list(updates.parts.values()), phase)
     if isinstance(rule, Buckets):
-        return rule.combine_sums(current, joined(updates.sums, rule.size), phase)
+        if setup.secure is None:
+            return rule.combine_sums(current, joined(updates.sums, rule.size), phase)
+        return rule.combine_sums(current, updates.sums, phase, setup.secure.grouped)
     if rule is not None:
         return _robust(rule, setup.limits.root, row, current, updates)
     return updates.total.mean()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
 from fedpeft.errors import BaseError, ConfigError, DataError
+from fedpeft.privacy.secagg import enough
+from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
 from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
@@ -117,6 +119,7 @@ def secure(config: FederationConfig) -> SecureAggregation | None:
         colluding=table.colluding,
         dropping=table.dropping,
         least=table.least or config.cohort.min_sites,
+        grouped=table.least or enough(config.combine.size if isinstance(config.combine, Buckets) else 0, table.dropping),
         deadline=table.deadline,
         identities=table.identities,
     )

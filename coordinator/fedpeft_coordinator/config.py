@@ -122,9 +122,9 @@ class SecureAggregation(Section):
     """Whether the coordinator sees sums over sites alone. ``auto`` is on where ``cohort.min_sites`` is 3 or more.
 
     ``colluding`` and ``dropping`` are the shares of a cohort that may help a curious coordinator, and vanish, while sums stay safe
-    and come out. ``least`` absent means ``cohort.min_sites``: a sum over fewer sites is never opened. ``deadline`` is in seconds,
-    for exchanges in which nobody trains. ``identities`` are public keys of sites (`fedpeft client identity`); others are
-    believed as first seen.
+    and come out. ``least`` absent means ``cohort.min_sites``, and of a group of ``combine.kind = "buckets"`` its size less those
+    that may vanish: a sum over fewer sites is never opened. ``deadline`` is in seconds, for exchanges in which nobody trains.
+    ``identities`` are public keys of sites (`fedpeft client identity`); others are believed as first seen.
     """
 
     enabled: bool | Literal["auto"] = "auto"

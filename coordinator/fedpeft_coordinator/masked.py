@@ -1,4 +1,4 @@
-"""The masked sums of one exchange: a machine for each task, what its sites said, and why a sum was given up."""
+"""The masked sums of one exchange: a machine for each group of a task's sites, what they said, and why a sum was given up."""
 
 from __future__ import annotations
 
@@ -17,39 +17,58 @@ from fedpeft.wire.v1.federation_pb2 import Masking, TaskResult
 from fedpeft_coordinator.collecting import Accept, line
 from fedpeft_coordinator.exchange import Drops
 
+Group = tuple[str, int]
+"""A task, and the place of a group of its sites; most tasks have one group."""
+
 
 @dataclass
 class Sums:
-    """Collectors by task; ``identities`` are sites' public keys, to which those that were never seen are added.
+    """Collectors by group; ``identities`` are sites' public keys, to which those that were never seen are added.
 
-    What a site sends is refused by `PrivacyError`, which makes it a drop-out; a task of which too little is left is ``lost``.
+    What a site sends is refused by `PrivacyError`, which makes it a drop-out; a group of which too little is left is ``given_up``.
     """
 
-    collectors: dict[str, Collector]
+    collectors: dict[Group, Collector]
     identities: MutableMapping[str, str]
     schemas: dict[str, Schema] = field(default_factory=dict)
     counters: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     drops: Drops = field(default_factory=lambda: defaultdict(dict))
-    lost: dict[str, str] = field(default_factory=dict)
+    given_up: dict[Group, str] = field(default_factory=dict)
 
     @property
-    def open(self) -> list[str]:
-        """Tasks that go on."""
-        return [name for name in self.collectors if name not in self.lost]
+    def open(self) -> list[Group]:
+        """Groups that go on."""
+        return [group for group in self.collectors if group not in self.given_up]
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Tasks of which no group goes on, and why."""
+        alive = {task for task, _ in self.open}
+        return {task: why for (task, _), why in self.given_up.items() if task not in alive}
+
+    def of(self, task: str) -> dict[Group, Collector]:
+        """The groups of ``task`` that go on."""
+        return {group: self.collectors[group] for group in self.open if group[0] == task}
+
+    def left_out(self, task: str) -> dict[str, str]:
+        """The sites of the groups of ``task`` that were given up, and why."""
+        groups = [group for group in self.given_up if group[0] == task]
+        return {site: self.given_up[group] for group in groups for site in self.collectors[group].instance.members}
 
     def asked(self, sites: Callable[[Collector], Iterable[str]]) -> dict[str, tuple[str, ...]]:
-        """The sites of each task that goes on; a task is lost where there are too few."""
-        found = {}
-        for name in self.open:
-            with self._losing(name):
-                found[name] = tuple(sorted(sites(self.collectors[name])))
-        return {name: names for name, names in found.items() if name not in self.lost}
+        """The sites of each task that goes on; a group is given up where there are too few."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for group in self.open:
+            with self._losing(group):
+                names = sites(self.collectors[group])
+                found[group[0]].extend(names)
+        return {task: tuple(sorted(names)) for task, names in found.items()}
 
     def require(self, count: Callable[[Collector], int], what: str) -> None:
-        """Give up the tasks of which too few sites are left."""
-        for name in self.open:
-            with self._losing(name):
-                self.collectors[name].instance.require(count(self.collectors[name]), what)
+        """Give up the groups of which too few sites are left."""
+        for group in self.open:
+            with self._losing(group):
+                self.collectors[group].instance.require(count(self.collectors[group]), what)
 
     def note(self, drops: Drops) -> None:
         """Remember who dropped out; the first reason counts."""
@@ -57,19 +76,20 @@ class Sums:
             for site, why in sites.items():
                 self.drops[task].setdefault(site, why)
 
-    def results(self) -> dict[str, Update]:
-        """The sums of the tasks that could be opened. The others are lost by name."""
-        found = {}
-        for name in self.open:
-            with self._losing(name):
-                collector = self.collectors[name]
-                found[name] = unpack(collector.result(), self.schemas[name], len(collector.survivors))
-        return found
+    def results(self) -> dict[str, list[Update]]:
+        """The sums of each task's groups that could be opened. The others are given up by name."""
+        found: dict[str, list[Update]] = defaultdict(list)
+        for group in self.open:
+            with self._losing(group):
+                collector = self.collectors[group]
+                total = unpack(collector.result(), self.schemas[group[0]], len(collector.survivors))
+                found[group[0]].append(total)
+        return dict(found)
 
     def say(self, step: str, site: str, task: str) -> Masking:
         """What a step tells ``site``."""
         tellers = {"keys": self._keys, "shares": self._shares, "vector": self._vector, "agree": self._agree, "reveal": self._reveal}
-        told = tellers[step](site, self.collectors[task])
+        told = tellers[step](site, self._at(site, task))
         if step == "vector":
             told.counters.update(self.counters.get(task, {}))
         return told
@@ -112,7 +132,7 @@ class Sums:
     # what sites answer ----------------------------------------------------------------------------------------------------
 
     def _take_keys(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
-        bundle, collector = masking.bundle_of(result.masked.bundle), self.collectors[result.task]
+        bundle, collector = masking.bundle_of(result.masked.bundle), self._at(site, result.task)
         key = signer(bundle, collector.instance) if bundle.site == site else None
         if key is None or self.identities.get(site, key) != key:
             raise PrivacyError(
@@ -125,24 +145,24 @@ class Sums:
         self.identities[site] = key
 
     def _take_shares(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
-        self.collectors[result.task].add_boxes(site, masking.boxes_of(result.masked.boxes))
+        self._at(site, result.task).add_boxes(site, masking.boxes_of(result.masked.boxes))
 
     def _take_vector(self, site: str, result: TaskResult, envelope: Envelope) -> None:
         schema = self.schemas[result.task]
         vector = envelope.array(result.task, schema.layout.fingerprint)
         if vector.shape != (schema.size,):
             raise UpdateError(f"{vector.size} masked values, the plan needs {schema.size}; do both sides run one version?")
-        self.collectors[result.task].add_vector(site, vector)
+        self._at(site, result.task).add_vector(site, vector)
 
     def _take_agreement(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
-        collector, signature = self.collectors[result.task], masking.signature_of(result.masked.signature)
+        collector, signature = self._at(site, result.task), masking.signature_of(result.masked.signature)
         what = agreed(collector.instance, collector.survivors, self.schemas[result.task].digest)
         if not verified(what, signature, self.identities.get(site, ""), PURPOSE):
             raise PrivacyError(f"secure aggregation: the signature of {site!r} on the survivors does not hold")
         collector.add_agreement(site, signature)
 
     def _take_reveal(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
-        self.collectors[result.task].add_reveal(masking.reveal_of(site, result.masked.reveal))
+        self._at(site, result.task).add_reveal(masking.reveal_of(site, result.masked.reveal))
 
     def _take_counters(self, result: TaskResult) -> None:
         """Names and lengths of an evaluation's counters: the vector holds all that any site has."""
@@ -153,10 +173,14 @@ class Sums:
             raise PrivacyError(f"secure aggregation: counters {clash} have other lengths than those of other sites")
         self.counters[result.task] = masking.counters_of({**known, **given})
 
+    def _at(self, site: str, task: str) -> Collector:
+        """The machine of the group of ``task`` that ``site`` is in."""
+        return next(one for (name, _), one in self.collectors.items() if name == task and site in one.instance.graph)
+
     @contextmanager
-    def _losing(self, name: str) -> Iterator[None]:
-        """What cannot be opened is lost by name; the other tasks go on."""
+    def _losing(self, group: Group) -> Iterator[None]:
+        """What cannot be opened is given up by name; the other groups go on."""
         try:
             yield
         except PrivacyError as fault:
-            self.lost[name] = line(fault)
+            self.given_up[group] = line(fault)

@@ -179,9 +179,11 @@ class Coordinator:
         """Open the masked sums. What cannot be opened is not asked for again: sites sign one sum of a round."""
         if self._secure is None:
             raise ConfigError(f"round {sealed.number} is a masked sum; set secure_aggregation.enabled back to true to open it")
-        opened, lost = self._secure.open(sealed)
-        rows = {name: self._combine(sealed.tasks[name], Opened(total)) for name, total in opened.items()}
-        rows |= {name: planning.skipped(sealed.tasks[name], why) for name, why in lost.items()}
+        sums, rows = self._secure.open(sealed), dict(sealed.tasks)
+        for name, found in sums.results().items():
+            drops = {**rows[name].drops, **sums.left_out(name)}
+            rows[name] = self._combine(replace(rows[name], drops=dict(sorted(drops.items()))), Opened(found))
+        rows |= {name: planning.skipped(rows[name], why) for name, why in sums.lost.items()}
         return self._told(sealed.at("combined", **rows))
 
     # combined --------------------------------------------------------------------------------------------------------------

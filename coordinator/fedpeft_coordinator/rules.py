@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes import Gathers
-from fedpeft.schemes.robust import Rooted
+from fedpeft.schemes.robust import Buckets, Rooted
 
 if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
@@ -95,10 +95,16 @@ def _secure_rule(federation: FederationConfig) -> None:
             f"scheme.kind = {federation.scheme.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): the scheme needs every "
             f"site's part, masks show their sum alone; take a scheme such as alternating, {off}"
         )
-    if federation.combine is not None:
+    rule = federation.combine
+    if rule is not None and not rule.sum_only:
         raise ValueError(
-            f"combine.kind = {federation.combine.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): the rule compares "
-            f"parts, masks show their sum alone; set combine = 'sum', {off}"
+            f"combine.kind = {rule.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): the rule compares parts, masks "
+            f"show their sum alone; set combine.kind = 'buckets', which compares masked sums of groups, or combine = 'sum', {off}"
+        )
+    if isinstance(rule, Buckets) and rule.size < (secure.least or LEAST):
+        raise ValueError(
+            f"combine.size = {rule.size} and secure_aggregation.least = {secure.least or LEAST}: no group's sum would ever be opened; "
+            "raise the former or lower the latter"
         )
     if secure.colluding + 2 * secure.dropping >= 1:
         raise ValueError(

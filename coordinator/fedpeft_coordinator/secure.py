@@ -7,7 +7,7 @@ coordinator that is started again asks for the same. Anything before that is don
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import Collector, Instance
 from fedpeft.tensors import Layout
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_coordinator import planning
 from fedpeft_coordinator.exchange import Around, Exchange, by_site
 from fedpeft_coordinator.journal import Journal
-from fedpeft_coordinator.masked import Sums
+from fedpeft_coordinator.masked import Group, Sums
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.setup import SecureAggregation, Setup
 from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.updates import up_layout
+from fedpeft_coordinator.updates import groups, up_layout
 
 Sites = Callable[[Collector], Iterable[str]]
 NOTE = "identities"
@@ -49,47 +49,52 @@ class Secure:
 
     def seal(self, plan: Round, writer: Writer) -> Round:
         """Train under masks: the round at ``sealed``, or at ``combined`` when not one sum can be opened. Raises `LinkError`."""
-        sums = self._begin("train", plan, {name: plan.tasks[name].cohort for name in plan.asked}, writer)
-        sums.schemas = {name: self._schema(plan.tasks[name]) for name in sums.collectors}
+        sums = self._begin("train", plan, {name: groups(self.setup, plan.tasks[name]) for name in plan.asked}, writer)
+        sums.schemas = {name: self._schema(plan.tasks[name]) for name in plan.asked}
         self._say("keys", plan, sums, lambda one: one.instance.members)
         self._shares(plan, sums)
         self._vectors("train", plan, sums, writer)
         rows = {name: self._sealed(plan.tasks[name], sums) for name in plan.asked}
         return plan.at("sealed" if any(row.sealed for row in rows.values()) else "combined", **rows)
 
-    def open(self, sealed: Round) -> tuple[dict[str, Update], dict[str, str]]:
-        """The sums of a sealed round, by task, and why others cannot be opened. Raises `LinkError`."""
-        rows = {name: row for name, row in sealed.tasks.items() if row.sealed}
-        sums = Sums({name: self._collector(row) for name, row in rows.items()}, self._identities())
-        sums.schemas = {name: self._schema(row) for name, row in rows.items()}
-        return self._opened(sealed, sums), sums.lost
+    def open(self, sealed: Round) -> Sums:
+        """The sums of a sealed round, for `Sums.results`. Raises `LinkError`."""
+        rows = [row for row in sealed.tasks.values() if row.sealed]
+        sums = Sums({group: one for row in rows for group, one in self._collectors(row).items()}, self._identities())
+        sums.schemas = {row.task: self._schema(row) for row in rows}
+        self._agree(sealed, sums)
+        return sums
 
     def score(self, done: Round, able: Mapping[str, tuple[str, ...]], writer: Writer) -> dict[str, Counters]:
         """Counters of held-out rows, per task whose masked sum could be opened. Raises `LinkError`.
 
         Where sites scored the round before, they alone are asked: they sign sums of it over the same sites only.
         """
-        sums = self._begin("evaluate", done, {name: self._scored.get((done.number, name), able[name]) for name in able}, writer)
+        sums = self._begin("evaluate", done, {name: [self._scored.get((done.number, name), able[name])] for name in able}, writer)
         self._ask("evaluate", done, sums, lambda one: one.instance.members, ("keys", writer))
         sums.schemas = {
-            name: Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]) for name, one in sums.collectors.items()
+            name: Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]) for (name, _), one in sums.collectors.items()
         }
         self._shares(done, sums)
         self._vectors("evaluate", done, sums, writer)
-        found = self._opened(done, sums)
-        self._scored |= {(done.number, name): sums.collectors[name].survivors for name in found}
+        self._agree(done, sums)
+        found = sums.results()
+        self._scored |= {(done.number, name): sums.collectors[name, 0].survivors for name in found}
         if sums.lost:
-            self.around.events("unscored", round=done.number, tasks=dict(sums.lost))
-        return {name: total.counters for name, total in found.items()}
+            self.around.events("unscored", round=done.number, tasks=sums.lost)
+        return {name: total.counters for name, (total,) in found.items()}
 
     # exchanges -------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, kind: str, plan: Round, cohorts: Mapping[str, tuple[str, ...]], writer: Writer) -> Sums:
+    def _begin(self, kind: str, plan: Round, cohorts: Mapping[str, Sequence[tuple[str, ...]]], writer: Writer) -> Sums:
+        """A machine for each group of sites in ``cohorts``."""
         sums = Sums({}, self._identities())
-        shares = self.settings.colluding, self.settings.dropping, self.settings.least
-        for name, members in cohorts.items():
-            instance = Instance(f"{writer.purpose(kind, plan, name)}#{secrets.token_hex(16)}", members, *shares)
-            sums.collectors[name] = Collector(instance)
+        for name, parted in cohorts.items():
+            least = self.settings.least if len(parted) == 1 else self.settings.grouped
+            purpose = writer.purpose(kind, plan, name)
+            for place, members in enumerate(parted):
+                fresh = f"{purpose}#{secrets.token_hex(16)}"
+                sums.collectors[name, place] = Collector(Instance(fresh, members, self.settings.colluding, self.settings.dropping, least))
         sums.require(lambda one: one.instance.shape.sites, "can be asked")
         return sums
 
@@ -103,10 +108,9 @@ class Secure:
         self._ask(kind, plan, sums, lambda one: one.dealers, ("vector", writer))
         sums.require(lambda one: len(one.delivered), "delivered")
 
-    def _opened(self, plan: Round, sums: Sums) -> dict[str, Update]:
+    def _agree(self, plan: Round, sums: Sums) -> None:
         self._say("agree", plan, sums, lambda one: one.survivors)
         self._say("reveal", plan, sums, lambda one: one.signatures)
-        return sums.results()
 
     def _say(self, step: str, plan: Round, sums: Sums, sites: Sites) -> None:
         """A short exchange of its own."""
@@ -132,21 +136,26 @@ class Secure:
     # what is kept ----------------------------------------------------------------------------------------------------------
 
     def _sealed(self, row: TaskRound, sums: Sums) -> TaskRound:
-        """``row`` with its masked sum in the store, or skipped when too few sites are in it."""
-        row = replace(row, drops=dict(sorted(sums.drops.get(row.task, {}).items())))
-        if row.task in sums.lost:
-            return planning.skipped(row, sums.lost[row.task])
-        collector, least = sums.collectors[row.task], self.setup.limits.min_sites
-        if len(collector.delivered) < least:
-            few = f"{len(collector.delivered)} of {len(row.cohort)} site(s) contributed, cohort.min_sites = {least}"
-            return planning.skipped(row, few)
-        assert collector.total is not None
-        arrays: dict[str, NDArray[Any]] = {"total": collector.total, "collector": np.frombuffer(collector.to_bytes(), np.uint8)}
+        """``row`` with its masked sums in the store, or skipped when too few sites are in them."""
+        drops, kept = sums.drops.get(row.task, {}), sums.of(row.task)
+        if not kept:
+            return planning.skipped(replace(row, drops=dict(sorted(drops.items()))), sums.lost[row.task])
+        row = replace(row, drops=dict(sorted({**sums.left_out(row.task), **drops}.items())))
+        count, least = sum(len(one.delivered) for one in kept.values()), self.setup.limits.min_sites
+        if count < least:
+            return planning.skipped(row, f"{count} of {len(row.cohort)} site(s) contributed, cohort.min_sites = {least}")
+        arrays: dict[str, NDArray[Any]] = {}
+        for (_, place), one in kept.items():
+            assert one.total is not None
+            arrays |= {f"total {place}": one.total, f"collector {place}": np.frombuffer(one.to_bytes(), np.uint8)}
         return replace(row, sealed=self.store.put_arrays(arrays))
 
-    def _collector(self, row: TaskRound) -> Collector:
+    def _collectors(self, row: TaskRound) -> dict[Group, Collector]:
         arrays = self.store.arrays(row.sealed)
-        return Collector.from_bytes(arrays["collector"].tobytes(), arrays["total"])
+        places = sorted(int(name.split()[1]) for name in arrays if name.startswith("total"))
+        return {
+            (row.task, place): Collector.from_bytes(arrays[f"collector {place}"].tobytes(), arrays[f"total {place}"]) for place in places
+        }
 
     def _schema(self, row: TaskRound) -> Schema:
         return Schema(up_layout(self.setup, row), planning.grid_of(row, self.setup.limits), TRAIN_COUNTERS)

@@ -51,12 +51,14 @@ class Limits:
 class SecureAggregation:
     """Masked sums: the shares of sites that may collude and vanish, the fewest that a sum is opened over, seconds for a short exchange.
 
-    ``identities`` are the public keys of sites that are not to be believed as they were first seen.
+    ``grouped`` is the fewest for a sum over one of several groups of sites. ``identities`` are the public keys of sites that are
+    not to be believed as they were first seen.
     """
 
     colluding: float = 0.1
     dropping: float = 0.2
     least: int = 3
+    grouped: int = 3
     deadline: float = 120.0
     identities: Mapping[str, str] = field(default_factory=dict)
 

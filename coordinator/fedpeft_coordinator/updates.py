@@ -45,14 +45,14 @@ class Gathered(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """A sum that came out of its masks: all that the coordinator ever sees of its sites."""
+    """Sums that came out of their masks, one for each group of sites: all that the coordinator ever sees of them."""
 
-    total: Update
+    sums: list[Update]
 
     @property
-    def sums(self) -> list[Update]:
-        """The one sum."""
-        return [self.total]
+    def total(self) -> Update:
+        """The sum over all sites."""
+        return reduce(add, self.sums)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -69,9 +69,9 @@ class TaskUpdates:
     def __init__(self, setup: Setup, row: TaskRound) -> None:
         self.layout, self.grid = up_layout(setup, row), grid_of(row, setup.limits)
         self.codec = codec_of(self.layout.size, self.grid.sites, setup.limits)
-        groups = _groups(setup, row)
-        self._group = {site: place for place, sites in enumerate(groups) for site in sites}
-        self._sums = [Sum(self.layout, self.grid) for _ in groups]
+        parted = groups(setup, row)
+        self._group = {site: place for place, sites in enumerate(parted) for site in sites}
+        self._sums = [Sum(self.layout, self.grid) for _ in parted]
         self._parts: dict[str, Part] | None = {} if setup.keeps_parts else None
 
     def add(self, site: str, update: Update) -> None:
@@ -108,7 +108,7 @@ class Updates:
         task.add(site, decode(result, envelope, task))
 
 
-def _groups(setup: Setup, row: TaskRound) -> list[tuple[str, ...]]:
+def groups(setup: Setup, row: TaskRound) -> list[tuple[str, ...]]:
     """The cohort in the groups that the rule wants, dealt by the round's seed; all in one where it wants none."""
     if not isinstance(setup.combine, Buckets):
         return [row.cohort]

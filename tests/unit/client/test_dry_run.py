@@ -146,6 +146,16 @@ def test_whether_sums_are_masked_is_said_and_judged(site: SiteConfig, plan: Path
     assert ("masks    on" in said) is masked
 
 
+@pytest.mark.parametrize(("least", "refused"), [(4, False), (5, True)])
+def test_a_rule_over_groups_is_judged_by_the_sites_of_a_group(site: SiteConfig, plan: Path, least: int, refused: bool) -> None:
+    text = FEDERATION.replace("min_sites = 3", "min_sites = 15").replace("enabled = false", "")
+    plan.write_text(text.replace("[cohort]", '[combine]\nkind = "buckets"\nsize = 5\n[cohort]'))
+    wary = site.model_copy(update={"policy": site.policy.model_copy(update={"min_cohort": least})})
+    (one,) = forecast(wary, read_plan(plan), 1)
+    assert (one.refused is not None) is refused
+    assert not refused or "asked a cohort of 4, allowed at least 5" in one.refused
+
+
 def test_the_identity_is_a_line_for_other_sites(site: SiteConfig) -> None:
     from fedpeft_client.secure import Secure
 

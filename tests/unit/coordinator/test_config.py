@@ -50,6 +50,13 @@ def test_masks_are_on_from_three_sites_unless_a_line_says_otherwise(sites: int, 
     assert not on or secure(federation).least == sites
 
 
+@pytest.mark.parametrize(("size", "least", "opened"), [(5, None, 4), (3, None, 3), (20, None, 16), (5, 3, 3)])
+def test_a_group_is_opened_without_those_that_may_vanish(size: int, least: int | None, opened: int) -> None:
+    table = {} if least is None else {"least": least}
+    federation = load(combine={"kind": "buckets", "size": size}, cohort={"min_sites": 60}, secure_aggregation=table)
+    assert secure(federation).grouped == opened
+
+
 def test_masks_are_turned_off_on_the_command_line() -> None:
     assert not load_federation(EXAMPLE, {"cohort.min_sites": "3", "secure_aggregation.enabled": "false"}).masks
     assert load_federation(EXAMPLE, {"cohort.min_sites": "3"}).masks
@@ -90,7 +97,15 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "masked rule": (
         {"combine": "median", "cohort": {"min_sites": 3}},
-        r"combine\.kind = 'median' and secure aggregation .*enabled = false",
+        r"combine\.kind = 'median' and secure aggregation .*set combine\.kind = 'buckets'.*enabled = false",
+    ),
+    "small groups": (
+        {"combine": {"kind": "buckets", "size": 2}, "cohort": {"min_sites": 6}},
+        r"combine\.size = 2 and secure_aggregation\.least = 3: no group's sum",
+    ),
+    "hidden groups": (
+        {"combine": {"kind": "buckets", "size": 4}, "cohort": {"min_sites": 12}, "secure_aggregation": {"least": 5}},
+        r"combine\.size = 4 and secure_aggregation\.least = 5: no group's sum",
     ),
     "no quorum": (
         {"cohort": {"min_sites": 3}, "secure_aggregation": {"colluding": 0.5, "dropping": 0.3}},

@@ -67,6 +67,11 @@ def shape(sites: int, colluding: float = 0.1, dropping: float = 0.2) -> Shape:
     return Shape(sites, sites - 1, max(2, quorum - 1), quorum)
 
 
+def enough(sites: int, dropping: float) -> int:
+    """The fewest of ``sites`` over which their sum is opened when no more vanish than the share ``dropping``; never below 3."""
+    return max(LEAST, sites - int(dropping * sites))
+
+
 def neighbours(members: Sequence[str], degree: int, seed: bytes) -> dict[str, tuple[str, ...]]:
     """Each site's neighbours, by name: a circulant graph over an order that ``seed`` draws, so that nobody picks its own."""
     order = sorted(members, key=lambda name: hashlib.sha256(seed + b"\0" + name.encode()).digest())

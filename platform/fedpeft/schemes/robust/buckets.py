@@ -68,16 +68,19 @@ class Buckets:
         dealt = [[parts[place] for place in places] for places in self.groups(len(parts), seed)]
         return self._over([Part(float(clamped(group).sum()), blend(group, shares(group))) for group in dealt], current, phase)
 
-    def combine_sums(self, current: Tensors, sums: Sequence[Update], phase: Phase) -> Tensors:
+    def combine_sums(self, current: Tensors, sums: Sequence[Update], phase: Phase, least: int = 0) -> Tensors:
         """Combine the groups' sums; of single sites nothing is needed.
+
+        A sum is over ``least`` sites or more (0: over ``size``), which is fewer than were dealt where some vanished.
 
         Raises:
             CohortError: too few groups for the rule.
-            UpdateError: a sum is of fewer than ``size`` sites, or as the rule over the groups.
+            UpdateError: a sum is over too few sites, or as the rule over the groups.
         """
+        needed = least or self.size
         for place, total in enumerate(sums):
-            if total.count < self.size:
-                raise UpdateError(f"buckets: group {place} is a sum over {total.count} sites, at least {self.size} must hide in it")
+            if total.count < needed:
+                raise UpdateError(f"buckets: group {place} is a sum over {total.count} sites, at least {needed} must hide in it")
         return self._over([Part(total.weight, total.mean()) for total in sums], current, phase)
 
     def _over(self, groups: list[Part], current: Tensors, phase: Phase) -> Tensors:
