@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -58,18 +59,30 @@ def load(folder: Path) -> Adapter:
         AdapterError: the method is unknown, or names, shapes or types are not those of the spec.
     """
     folder = Path(folder)
-    table = _table(folder)
+    return parse({name: _read(folder / name) for name in (SPEC, TENSORS)}, str(folder))
+
+
+def parse(files: Mapping[str, bytes], where: str) -> Adapter:
+    """The adapter in the ``files`` of a folder, which lies at ``where`` for people; raises what `load` raises."""
+    missing = [name for name in (SPEC, TENSORS) if name not in files]
+    if missing:
+        raise StorageError(f"{where}: {missing} are missing; an adapter folder holds {CONFIG}, {TENSORS} and {SPEC}")
+    table = _table(files[SPEC], f"{where}/{SPEC}")
     spec = AdapterSpec.from_json(table["spec"])
-    named = _tensors(folder)
-    _check_shapes(folder, spec, named)
+    named = _tensors(files[TENSORS], f"{where}/{TENSORS}")
+    _check_shapes(where, spec, named)
     adapter = Adapter(spec, Tensors.from_named(spec.layout, named))
     if adapter.digest != table.get("digest"):
-        raise StorageError(f"{folder}: the tensors do not match the digest in {SPEC}; the folder was changed, fetch the adapter again")
+        raise StorageError(f"{where}: the tensors do not match the digest in {SPEC}; the folder was changed, fetch the adapter again")
     return adapter
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make ``folder`` with ``files``, whole or not at all. Raises `StorageError` when it exists or cannot be written."""
+def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Make ``folder`` with ``files``, whole or not at all; files given as paths are moved here once the folder is complete.
+
+    Raises:
+        StorageError: it exists or cannot be written; files given as paths may be gone then, others are as they were.
+    """
     partial: Path | None = None
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -88,7 +101,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         raise StorageError(f"{folder}: cannot be written: {fault.strerror or fault}; free space or choose another place") from None
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        shutil.move(data, path)
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        return
     with open(path, "xb") as stream:
         write_synced(stream.fileno(), data)
 
@@ -106,32 +124,29 @@ def _read(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {fault.strerror or fault}") from None
 
 
-def _table(folder: Path) -> dict[str, Any]:
+def _table(data: bytes, where: str) -> dict[str, Any]:
     try:
-        table = json.loads(_read(folder / SPEC))
+        table = json.loads(data)
     except (ValueError, RecursionError) as fault:
-        raise StorageError(f"{folder / SPEC}: torn or not JSON ({fault}); fetch the adapter again") from None
+        raise StorageError(f"{where}: torn or not JSON ({fault}); fetch the adapter again") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT or "spec" not in table:
-        raise AdapterError(
-            f"{folder / SPEC}: not of format {FORMAT}; it was written by another version of fedpeft, upgrade or export it anew"
-        )
+        raise AdapterError(f"{where}: not of format {FORMAT}; it was written by another version of fedpeft, upgrade or export it anew")
     return table
 
 
-def _check_shapes(folder: Path, spec: AdapterSpec, named: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def _check_shapes(where: str, spec: AdapterSpec, named: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Before anything is allocated: a spec from outside may claim any size."""
     wrong = [entry.name for entry in spec.layout.entries if entry.name in named and named[entry.name].shape != entry.shape]
     if wrong:
-        raise AdapterError(f"{folder}: shapes of {wrong[:3]} in {TENSORS} are not those of {SPEC}; fetch the adapter again")
+        raise AdapterError(f"{where}: shapes of {wrong[:3]} in {TENSORS} are not those of {SPEC}; fetch the adapter again")
 
 
-def _tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    path = folder / TENSORS
+def _tensors(data: bytes, where: str) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        named: dict[str, np.ndarray[Any, Any]] = parse_safetensors(_read(path))
+        named: dict[str, np.ndarray[Any, Any]] = parse_safetensors(data)
     except (SafetensorError, KeyError, ValueError, TypeError) as fault:
-        raise StorageError(f"{path}: torn or not safetensors ({fault}); fetch the adapter again") from None
+        raise StorageError(f"{where}: torn or not safetensors ({fault}); fetch the adapter again") from None
     wrong = sorted(name for name, values in named.items() if values.dtype != np.float32)
     if wrong:
-        raise AdapterError(f"{path}: {wrong[:3]} are not float32; convert the tensors to float32")
+        raise AdapterError(f"{where}: {wrong[:3]} are not float32; convert the tensors to float32")
     return named

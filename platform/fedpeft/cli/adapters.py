@@ -61,7 +61,7 @@ def _metrics(version: Any) -> str:
 def show(ref: Ref, registry: Root = HERE) -> None:
     """Print one version's manifest: base, method, lineage, metrics, files."""
     version = _open(registry).get(ref)
-    output.emit({"digest": version.digest, "number": version.number, "path": str(version.path), **version.manifest.to_json()})
+    output.emit({"digest": version.digest, "number": version.number, "path": str(version.path or ""), **version.manifest.to_json()})
 
 
 @app.command()

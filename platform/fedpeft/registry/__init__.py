@@ -1,8 +1,10 @@
-"""Signed, content-addressed versions of adapters on disk (see README.md)."""
+"""Signed, content-addressed versions of adapters (see README.md)."""
 
 from __future__ import annotations
 
 from fedpeft.registry.manifest import Manifest
-from fedpeft.registry.registry import Registry, Version
+from fedpeft.registry.registry import Registry
+from fedpeft.registry.store import open_store
+from fedpeft.registry.version import Source, Version
 
-__all__ = ["Manifest", "Registry", "Version"]
+__all__ = ["Manifest", "Registry", "Source", "Version", "open_store"]

@@ -9,7 +9,6 @@ import pytest
 from fedpeft.adapters import load
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.registry import Manifest, Registry
-from fedpeft.registry.log import read
 from fedpeft.routing import Card
 
 LINEAGE = Manifest(
@@ -113,7 +112,7 @@ def test_publishing_again_is_the_same_version(registry, make_adapter):
     assert len(registry.history("area")) == 1
     fresh = registry.publish(make_adapter(1), LINEAGE, "other/1/area")
     assert (fresh.number, fresh.digest) == (2, one.digest)
-    assert len(list(registry.objects.folder.iterdir())) == 1
+    assert len(registry.objects.store.names()) == 1
     registry.publish(make_adapter(2), LINEAGE, "run/2/area")
     assert registry.publish(make_adapter(1), LINEAGE, "run/1/area") == one
     assert registry.publish(make_adapter(1), LINEAGE).number == 2, "without an origin, equal content is the same act"
@@ -223,7 +222,7 @@ def test_every_harm_is_named_refused_and_mended_by_publishing_again(registry, ma
     publish(registry, make_adapter, 1)
     assert registry.verify() == ()
     assert registry.load("area@1").digest == first.manifest.adapter
-    assert {path.name for path in registry.objects.folder.iterdir()} == {first.digest, second.digest}
+    assert {path.name for path in registry.objects.store.root.iterdir()} == {first.digest, second.digest}
 
 
 def test_a_forged_manifest_is_caught_by_its_signature(registry, make_adapter):
@@ -253,7 +252,7 @@ def test_a_torn_last_line_never_happened_and_is_cut_off(registry, make_adapter, 
     assert registry.verify() == ()
     again = publish(registry, make_adapter, 2)[0]
     assert again.number == 2
-    assert len(read(log)) == 2
+    assert len(registry.history("area")) == 2
 
 
 @pytest.mark.parametrize("line", [0, 1])
@@ -295,7 +294,7 @@ def test_writers_take_turns(registry, make_adapter):
 
 def test_leftovers_of_dead_writers_are_swept(registry, make_adapter):
     publish(registry, make_adapter, 1)
-    leftover = registry.objects.folder / ".abc.partial"
+    leftover = registry.objects.store.root / ".abc.partial"
     leftover.mkdir()
     (leftover / "adapter_model.safetensors").write_bytes(b"half")
     assert registry.verify() == ()

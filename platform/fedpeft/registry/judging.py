@@ -1,0 +1,64 @@
+"""Whether what a stranger pushes may be published: trusted signature, right base, and files that are what the manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+
+from fedpeft.adapters.folder import CONFIG, SPEC, TENSORS, parse
+from fedpeft.errors import AdapterError, BaseError, PolicyError, StorageError
+from fedpeft.registry.manifest import Manifest, complete, sha256
+from fedpeft.registry.store import Content
+from fedpeft.signing import Keys
+
+
+def judge(manifest: Manifest, files: Mapping[str, Content], signature: bytes, keys: Keys, base: str) -> None:
+    """Refuse a version that is not all that it claims to be. Raises as `Registry.accept` says."""
+    check_signer(manifest, signature, keys)
+    check_base(manifest, base)
+    check_files(manifest, set(files))
+    held = {name: content.read_bytes() if isinstance(content, Path) else content for name, content in files.items()}
+    for name, data in held.items():
+        if sha256(data) != manifest.files[name]:
+            raise StorageError(f"{name}: its SHA-256 is {sha256(data)[:12]}, the manifest says {manifest.files[name][:12]}; send it again")
+    adapter = parse(held, "push")
+    if not adapter.tensors.finite:
+        raise AdapterError(f"adapter {manifest.task}: holds NaN or infinite values; it is not published")
+    told = replace(complete(manifest, adapter, held), fedpeft=manifest.fedpeft)
+    wrong = [name for name in vars(told) if getattr(told, name) != getattr(manifest, name)]
+    if wrong:
+        raise AdapterError(f"manifest of {manifest.task}: {wrong} are not those of the adapter that comes with it; publish it anew")
+
+
+def check_signer(manifest: Manifest, signature: bytes, keys: Keys) -> None:
+    """Raise `PolicyError` unless a trusted key signed the manifest."""
+    fault = keys.fault(manifest.to_bytes(), signature)
+    if fault and "unknown key" in fault:
+        key = Keys.signer(signature)
+        raise PolicyError(
+            f"manifest of {manifest.task}: signed by key {key}, which this registry does not trust; its operator may run "
+            f"`fedpeft adapters trust {key}`"
+        )
+    if fault:
+        raise PolicyError(f"manifest of {manifest.task}: {fault}; publish it anew")
+
+
+def check_base(manifest: Manifest, base: str) -> None:
+    """Raise `BaseError` when the version is for another base than ``base`` (its identity; empty: any)."""
+    if base and manifest.base != base:
+        raise BaseError(
+            f"version of {manifest.task}: was trained on base {manifest.base[:12]} ({manifest.base_model}), this registry is for "
+            f"{base[:12]}; train it on the same weights and tokenizer, or push it to another registry"
+        )
+
+
+def check_files(manifest: Manifest, names: set[str]) -> None:
+    """Raise `AdapterError` unless manifest and ``names`` are the three files of an adapter, and the metrics are numbers."""
+    wanted = {CONFIG, TENSORS, SPEC}
+    if set(manifest.files) != wanted or names != wanted:
+        seen = sorted(set(manifest.files) | names)
+        raise AdapterError(f"version of {manifest.task}: has files {seen}, an adapter has {sorted(wanted)}; publish it anew")
+    if not all(isfinite(value) for value in manifest.metrics.values()):
+        raise AdapterError(f"manifest of {manifest.task}: a metric is not finite; publish it anew")
