@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fedpeft import config
 from fedpeft.errors import ConfigError, DataError, PolicyError
-from fedpeft.methods import METHODS
+from fedpeft.methods import read_method
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
@@ -168,7 +168,7 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Sche
     own = plain.tasks[name].get("training", {})
     try:
         task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
-        method = config.build(METHODS, plain.method, "method")
+        method = read_method(plain.method)
         scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")
         settings = TypeAdapter(TrainSettings).validate_python({**plain.training, **own})
     except ValidationError as faults:

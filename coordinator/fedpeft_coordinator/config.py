@@ -14,7 +14,7 @@ from fedpeft import config
 from fedpeft.bases import BaseSpec, Quantization
 from fedpeft.config import Section
 from fedpeft.errors import ConfigError
-from fedpeft.methods import METHODS
+from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.tasks import Source
 from fedpeft.training.settings import TrainSettings
@@ -197,7 +197,7 @@ class FederationConfig(Section):
     registry: Path | None = None
     database: str | None = None
     base: Base = Base()
-    method: Annotated[Any, BeforeValidator(lambda value: config.build(METHODS, value, "method"))] = Field(default_factory=METHODS["lora"])
+    method: Annotated[Any, BeforeValidator(read_method)] = Field(default_factory=METHODS["lora"])
     scheme: Annotated[Any, BeforeValidator(_scheme)] = Field(default="alternating", validate_default=True)
     server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
     combine: Annotated[Any, BeforeValidator(_combine)] = None

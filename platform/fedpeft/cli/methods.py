@@ -16,7 +16,7 @@ BaseName = Annotated[str | None, typer.Option("--base", help="Count parameters a
 SchemeName = Annotated[str, typer.Option(help="Federated averaging scheme that the bytes are for.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HINT = "Add --base MODEL for trained parameters and bytes per round."
-SCOPE = "Parameters and bytes leave the task's head out; `refused`: not on this base, show says why."
+SCOPE = "Parameters and bytes leave the task's head out; `refused`: not on this base, `weights`: counted by its weights; show says more."
 FACTS = ("averaging", "quantized bases", "client-level DP")
 COSTS = ("parameters", "sent/round")
 QUANTIZED = ("nf4", "int8", "ao-int8")
@@ -47,11 +47,17 @@ def show(
     name: Annotated[str, typer.Argument(help="A method of the list.")], base: BaseName = None, scheme: SchemeName = "alternating"
 ) -> None:
     """Explain one method: what it does, its paper, its tensors, its settings, what averaging it means."""
-    from fedpeft.methods import METHODS, SPECS
+    from fedpeft.bases import BaseSpec, load_base
+    from fedpeft.errors import ConfigError
+    from fedpeft.methods import METHODS, REFUSED, SPECS
     from fedpeft.methods.spec import AVERAGING
 
+    if name in REFUSED:
+        raise ConfigError(f"method: {name!r} is not offered: {REFUSED[name]}")
     _known(name, SPECS, "method")
     spec, row = SPECS[name], _row(name, _meta(base), scheme)
+    if row.get("refused") and METHODS[name]().needs_weights:
+        row = _row(name, load_base(BaseSpec(model=str(base)), "cpu"), scheme)
     print(f"{name}: {spec.summary}\n{spec.paper}\n")
     facts = {
         "family": spec.family,
@@ -135,7 +141,7 @@ def _families(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    costs = () if "refused" not in row else (("refused", "-") if row["refused"] else (f"{row['parameters']:,}", _bytes(row)))
+    costs = () if "refused" not in row else ((_why(row["method"]), "-") if row["refused"] else (f"{row['parameters']:,}", _bytes(row)))
     quantized = [name for name in QUANTIZED if name in row["bases"]]
     return (
         row["method"],
@@ -144,6 +150,12 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         "all" if len(quantized) == len(QUANTIZED) else ", ".join(quantized) or "none",
         row["privacy"],
     )
+
+
+def _why(name: str) -> str:
+    from fedpeft.methods import METHODS
+
+    return "weights" if METHODS[name]().needs_weights else "refused"
 
 
 def _short(averaging: str) -> str:

@@ -12,7 +12,7 @@ from fedpeft import config
 from fedpeft.bases import BaseSpec
 from fedpeft.config import Section
 from fedpeft.errors import FedpeftError
-from fedpeft.methods import METHODS
+from fedpeft.methods import METHODS, read_method
 from fedpeft.tasks import TASKS, Source
 from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
 from fedpeft.training.settings import TrainSettings
@@ -73,7 +73,7 @@ class CentralConfig(Section):
     name: Name
     seed: int = Field(default=0, ge=0, lt=1 << 62)
     base: Annotated[Any, _record(BaseSpec, "base")]
-    method: Annotated[Any, _reader(METHODS, "method")] = Field(default_factory=METHODS["lora"])
+    method: Annotated[Any, BeforeValidator(read_method)] = Field(default_factory=METHODS["lora"])
     training: Annotated[Any, _record(TrainSettings, "training")] = TrainSettings()
     deepspeed: DeepSpeed = DeepSpeed()
     mixing: Annotated[Any, _reader(MIXINGS, "mixing")] = Proportional()

@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft.cli.main import run
 from fedpeft.errors import ConfigError
-from fedpeft.methods import SPECS
+from fedpeft.methods import REFUSED, SPECS
 
 
 def said(capsys, *arguments: str) -> str:
@@ -36,6 +36,18 @@ def test_costs_are_those_of_the_layout(capsys):
     assert rows["lora"]["parameters"] == 6 * per_layer
     assert rows["lora"]["bytes"] == 4 * 6 * per_layer // 2  # alternating: one factor a round
     assert all(row["family"] == "reparameterized" for row in rows.values())
+
+
+def test_what_only_the_weights_can_count_is_counted_from_them(capsys):
+    table = said(capsys, "--base", "minilm", "--family", "selective")
+    assert [line.split()[1] for line in table.splitlines() if line.strip().startswith("shira ")] == ["weights"]
+    assert "parameters:           " in said(capsys, "show", "shira", "--base", "minilm")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_peft_has_and_is_not_offered_says_why(name, capsys):
+    assert run(["methods", "show", name]) == ConfigError.exit_code
+    assert REFUSED[name] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["show", "lorra"], ["--family", "additive"], ["--scheme", "fedfoo"]])

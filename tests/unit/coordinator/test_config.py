@@ -117,6 +117,8 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "no samples": ({"start": "eva"}, r"start\.kind = 'eva' needs start\.data"),
     "idle samples": ({"start": {"kind": "pissa", "data": "x.jsonl"}}, r"start\.kind = 'pissa' and start\.data: .*leave start\.data out"),
     "unknown start": ({"start": "svd"}, r"start: unknown kind 'svd'"),
+    "lost router": ({"method": "xlora"}, r"method: 'xlora' is not offered: its router .*use a mixture of LoRA experts"),
+    "silent method": ({"method": {"kind": "kasa", "r": 4}}, r"method: 'kasa' is not offered: it rewrites the base"),
     "momentum": ({"training": {"momentum": 0.9}}, r"training\.momentum = 0\.9 and training\.optimizer = 'adamw'"),
     "learning rate": ({"training": {"lr": -1}}, r"lr"),
 }

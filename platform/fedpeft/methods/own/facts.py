@@ -51,6 +51,7 @@ OWN_SPECS: dict[str, MethodSpec] = {
         mergeable=True,
         learning_rate=5e-3,
         privacy="good",
+        note="shifts merge only where the base has biases",
     ),
     "peqa": MethodSpec(
         family="quantized",

@@ -32,8 +32,8 @@ class Tuner:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a trained role starts at what peft makes of the base."""
-        return bool(self.row.spec.trained - set(self.row.start))
+        """Whether peft takes the start or the places of a trained role from the base's weights."""
+        return self.row.measures or bool(self.row.spec.trained - set(self.row.start))
 
     def attach(self, model: nn.Module, head: HeadSpec) -> nn.Module:
         """Put peft's layers on ``model`` and return the module to call. Raises `AdapterError` when peft cannot."""

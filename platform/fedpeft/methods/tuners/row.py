@@ -63,7 +63,8 @@ class Row:
     ``roles``: dotted part of a tensor's name -> role, the first that is found. ``fixed``: arguments of peft's config that are no
     setting here. ``start``: role -> how it is drawn; a role that is not there starts at what peft makes of the base. ``targets``:
     the default of that setting, for tuners of linear layers. ``portable``: stock peft loads what we save. ``in_place``: its
-    forward writes into what the layer below answers. ``reads``: its forward multiplies a dense layer's weight itself.
+    forward writes into what the layer below answers. ``reads``: its forward multiplies a dense layer's weight itself. ``measures``:
+    peft lays its tensors out with the base's weights at hand.
     """
 
     peft: str
@@ -77,6 +78,7 @@ class Row:
     portable: bool = True
     in_place: bool = False
     reads: bool = False
+    measures: bool = False
 
     def role(self, name: str) -> tuple[str, str]:
         """(role, module) of the tensor ``name``. Raises `KeyError` where the table names none of its parts."""

@@ -187,6 +187,7 @@ STRUCTURED: dict[str, Row] = {
         start={"values": ZERO},
         portable=False,
         reads=True,
+        measures=True,
         spec=MethodSpec(
             family="selective",
             acts_on="entries of linear weights",
