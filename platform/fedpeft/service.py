@@ -1,23 +1,30 @@
 """Service: a registry's served adapters on one warm base; routes a request, answers it, scores rows.
 
-What ``fedpeft route`` and ``fedpeft evaluate`` call. One base is loaded once, adapters are attached one at a time.
+What ``fedpeft route`` and ``fedpeft evaluate`` call. One base is loaded once, adapters are attached one at a time, or as one mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import config
 from fedpeft.errors import AdapterError, BaseError, DataError
-from fedpeft.registry import Registry, Version
-from fedpeft.routing import Card, CentroidRouter, Route, TaskRouter
+from fedpeft.registry import Registry, Version, router_card
+from fedpeft.routing import Request, Route, Router, RouterCard, make_router
+from fedpeft.routing.cards import common_encoder
+from fedpeft.update import Counters, add_counters
 
 if TYPE_CHECKING:
+    from fedpeft.adapters import Adapter
     from fedpeft.bases import Base
     from fedpeft.tasks import Row, Task
+
+DEFAULT = "chain"
+"""The router of a service that is told none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Service:
     registry: Registry
     versions: dict[str, Version]
     tasks: dict[str, Task]
-    router: CentroidRouter
+    cards: dict[str, RouterCard]
 
     @staticmethod
     def open(root: Path, quantization: str = "none") -> Service:
@@ -37,6 +44,7 @@ class Service:
         Raises:
             AdapterError: the registry is missing or empty.
             BaseError: the base at hand is another one than the adapters were trained on.
+            StorageError: a router card is damaged.
         """
         from fedpeft.bases import BaseSpec, load_base
         from fedpeft.tasks import TASKS
@@ -53,38 +61,93 @@ class Service:
         tasks: dict[str, Task] = {
             name: config.build(TASKS, version.manifest.task_settings, f"task {name}") for name, version in versions.items()
         }
-        cards = {name: Card.from_json(version.manifest.card) for name, version in versions.items() if version.manifest.card}
-        return Service(base, registry, versions, tasks, CentroidRouter(cards))
+        return Service(base, registry, versions, tasks, {name: router_card(registry, v.digest) for name, v in versions.items()})
 
-    def route(self, text: str, task: str | None = None) -> Route:
-        """The task that ``text`` belongs to: the named one, or the nearest by its card. Raises `AdapterError` when unknown."""
-        if task is not None:
-            return TaskRouter(tuple(self.versions)).route(task)
-        return self.router.route(self.base.embed([text])[0])
+    def router(self, kind: str = DEFAULT) -> Router:
+        """The router ``kind`` over the served adapters. Raises `AdapterError` when there is none, or their cards lack what it needs."""
+        return make_router(kind, self.cards)
 
-    def answer(self, text: str, task: str) -> str:
-        """The answer of ``task``'s adapter to ``text``."""
-        with self._live(task) as live:
-            return self.tasks[task].answer(live.model, self.base, text)
+    def request(self, text: str, task: str | None = None) -> Request:
+        """``text`` as routers see it: embedded by what the router cards were made with, and read by the base, when first looked at."""
+        modules = sorted({module for card in self.cards.values() for module in (*card.arrows, *card.gates)})
+        return Request(task, lambda: self.encoder.embed([text])[0], lambda: self.base.watch(text, modules), self.named_encoder)
 
-    def evaluate(self, rows: Sequence[Row], routed: bool = True) -> dict[str, dict[str, Any]]:
-        """Score rows per task; with ``routed`` a row only counts for its task when its text is routed there.
+    def route(self, text: str, task: str | None = None, router: str = DEFAULT) -> Route:
+        """Where ``text`` goes: the named task, or what ``router`` makes of it. Raises `AdapterError` when either is unknown."""
+        return self.router("task" if task is not None else router).route(self.request(text, task))
+
+    def answer(self, text: str, route: Route) -> str | None:
+        """The answer of the route's mixture to ``text``; the base's own where it generates text, else None."""
+        if route.task is None:
+            return self._base_answer(text)
+        with self._live(route) as live:
+            return self.tasks[route.task].answer(live.model, self.base, text)
+
+    def evaluate(self, rows: Sequence[Row], router: str | None = DEFAULT) -> dict[str, dict[str, Any]]:
+        """Score rows per task, each answered by what ``router`` sends it to; by its own task's adapter with None.
+
+        A row of a classification task that goes elsewhere has no label there and is left out of the scores; text has a likelihood under
+        any mixture, and under the base.
 
         Returns:
-            Per task: number of rows, share routed to their own task, and the scores of the rows so answered.
+            Per task: number of rows, shares ``routed right`` (their own task weighs most) and ``to the base``, how many were ``scored``,
+            and the scores.
         """
         groups = self._by_task(rows)
-        return {name: self._evaluate(name, group, routed) for name, group in groups.items()}
+        return {name: self._evaluate(name, group, router or "task") for name, group in groups.items()}
 
-    def _evaluate(self, name: str, rows: list[Row], routed: bool) -> dict[str, Any]:
+    @cached_property
+    def named_encoder(self) -> str:
+        """What the router cards say embedded their texts. Raises `AdapterError` when they differ."""
+        return common_encoder({name: card.card for name, card in self.cards.items() if card.card is not None})
+
+    @cached_property
+    def encoder(self) -> Base:
+        """The model that embeds requests: the base itself, or the small encoder that the cards name.
+
+        Raises:
+            BaseError: that encoder cannot be found, or is another one here.
+        """
+        from fedpeft.bases import BaseSpec, load_base
+
+        if self.named_encoder in ("", self.base.encoder):
+            return self.base
+        model, _, identity = self.named_encoder.partition("@")
+        found = load_base(BaseSpec(model=model))
+        if found.fingerprint.identity != identity:
+            raise BaseError(
+                f"the router cards were made with {model} {identity[:12]}, {model} here is {found.fingerprint.identity[:12]}; "
+                "get the same weights and tokenizer"
+            )
+        return found
+
+    def _evaluate(self, name: str, rows: list[Row], kind: str) -> dict[str, Any]:
+        task, router = self.tasks[name], self.router(kind)
+        routes = [router.route(self.request(task.text_of(row), name if kind == "task" else None)) for row in rows]
+        scored = [pair for pair in zip(rows, routes, strict=True) if task.head.kind == "lm" or pair[1].task == name]
+        counters: Counters = {}
+        for _, pairs in _alike(scored).items():
+            counters = add_counters(counters, self._counters(name, [row for row, _ in pairs], pairs[0][1]))
+        return {
+            "rows": len(rows),
+            "routed right": sum(route.task == name for route in routes) / len(rows),
+            "to the base": sum(route.task is None for route in routes) / len(rows),
+            "scored": len(scored),
+            "scores": task.scores(counters) if counters else {},
+        }
+
+    def _counters(self, name: str, rows: list[Row], route: Route) -> Counters:
+        """Counters of rows that all go the same way."""
         task = self.tasks[name]
-        chosen = [self.router.route(vector).task for vector in self.base.embed([task.text_of(row) for row in rows])] if routed else []
-        kept = [row for row, found in zip(rows, chosen, strict=True) if found == name] if routed else rows
-        report: dict[str, Any] = {"rows": len(rows), "routed right": len(kept) / len(rows), "scores": {}}
-        if kept:
-            with self._live(name) as live:
-                report["scores"] = task.scores(task.evaluate(live.model, task.encode(kept, self.base), self.base))
-        return report
+        data = task.encode(rows, self.base)
+        if route.task is None:
+            return task.evaluate(self.base.shell(task.head), data, self.base)
+        with self._live(route) as live:
+            return task.evaluate(live.model, data, self.base)
+
+    def _base_answer(self, text: str) -> str | None:
+        found = next((task for _, task in sorted(self.tasks.items()) if task.head.kind == "lm"), None)
+        return found.answer(self.base.shell(found.head), self.base, text) if found is not None else None
 
     def _by_task(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         only = next(iter(self.versions)) if len(self.versions) == 1 else None
@@ -96,13 +159,33 @@ class Service:
             groups.setdefault(name, []).append(row)
         return groups
 
-    def _live(self, task: str) -> Any:
+    def _live(self, route: Route) -> Any:
         from fedpeft.adapters import attach
 
-        adapter = self.registry.load(self.versions[task].digest)
+        adapter = self._mixed(route)
         live = attach(self.base, adapter.spec)
         live.load(adapter.tensors)
         return live
+
+    def _mixed(self, route: Route) -> Adapter:
+        """The route's mixture as one adapter, exactly: ``sum_e w_e B_e A_e`` by stacked ranks; labels have no mixture, so the first's."""
+        from fedpeft.merging import make_rule, merge
+
+        assert route.task is not None
+        first = self.registry.load(self.versions[route.task].digest)
+        if route.weights == {route.task: 1.0}:
+            return first
+        others = {name: self.registry.load(self.versions[name].digest) for name in sorted(route.weights)}
+        kept = {name: adapter for name, adapter in others.items() if adapter.spec.head == first.spec.head}
+        return merge(list(kept.values()), [route.weights[name] for name in kept], make_rule("cat"), task=route.task)
+
+
+def _alike(pairs: Sequence[tuple[Row, Route]]) -> dict[tuple[tuple[str, float], ...], list[tuple[Row, Route]]]:
+    """Rows by where they go."""
+    groups: dict[tuple[tuple[str, float], ...], list[tuple[Row, Route]]] = {}
+    for row, route in pairs:
+        groups.setdefault(tuple(sorted(route.weights.items())), []).append((row, route))
+    return groups
 
 
 def _same_base(base: Base, versions: dict[str, Version]) -> None:

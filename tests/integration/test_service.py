@@ -16,6 +16,7 @@ from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
 from fedpeft.service import Service
 from fedpeft.tasks import Classification
+from fedpeft.tensors import Tensors
 
 pytestmark = pytest.mark.integration
 
@@ -50,18 +51,68 @@ def test_a_request_goes_to_its_task_and_a_stranger_to_the_base(registry):
     assert service.route("the price of shares and bank interest").task == "money"
     assert service.route("quantum chromodynamics on a lattice").task is None
     assert service.route("anything at all", "money").task == "money"
-    answer = service.answer("the bank pays", "money")
+    answer = service.answer("the bank pays", service.route("the bank pays", "money"))
     assert any(label in answer for label in LABELS["money"])
 
 
 def test_rows_are_scored_with_and_without_routing(registry):
     rows = [{"task": name, "text": text, "label": LABELS[name][0]} for name, texts in TEXTS.items() for text in texts]
     service = Service.open(registry.root)
-    routed, named = service.evaluate(rows), service.evaluate(rows, routed=False)
+    routed, named = service.evaluate(rows), service.evaluate(rows, None)
     assert {name: report["rows"] for name, report in routed.items()} == {"animals": 3, "money": 3}
     assert all(report["routed right"] >= 2 / 3 for report in routed.values())
     assert all(report["routed right"] == 1.0 for report in named.values())
     assert all(0.0 <= report["scores"]["accuracy"] <= 1.0 for report in named.values())
+
+
+def test_every_router_says_what_it_chose_and_why(registry):
+    service, text = Service.open(registry.root), "the bank raised its interest rate"
+    for kind in ("chain", "centroid", "centroid3", "cluster"):
+        route = service.route(text, router=kind)
+        assert (route.task, route.router) == ("money", kind if kind == "cluster" else "centroid")
+        assert "money" in route.why
+    assert service.route(text, router="mean").weights == {"animals": 0.5, "money": 0.5}
+    with pytest.raises(AdapterError, match=r"router gate: none of \['animals', 'money'\] has gates"):
+        service.router("gate")
+    with pytest.raises(AdapterError, match="router arrow: none of"):
+        service.router("arrow")  # adapters of round 0 stretch no direction
+    with pytest.raises(AdapterError, match="router 'psychic' is not known"):
+        service.router("psychic")
+
+
+def test_a_router_over_tokens_reads_the_base(registry, base):
+    for name in TEXTS:
+        adapter = registry.load(name)
+        drawn = np.random.default_rng(len(name)).standard_normal(adapter.tensors.flat.size).astype(np.float32)
+        moved = dataclasses.replace(adapter, tensors=Tensors(adapter.spec.layout, adapter.tensors.flat + 0.01 * drawn))
+        registry.publish(moved, registry.get(name).manifest, origin=f"moved/{name}")
+    service = Service.open(registry.root)
+    for kind in ("arrow", "spectr"):
+        route = service.route("a dog barks", router=kind)
+        assert route.level == "token"
+        assert sum(route.weights.values()) == pytest.approx(1.0, abs=1e-5)
+        assert all(0 <= score <= 1 for score in route.scores.values())
+        assert service.answer("a dog barks", route)
+    named, told = service.request("a dog barks"), service.base.watch("a dog barks", ["bert.encoder.layer.0.attention.self.query"])
+    assert set(told) < set(named.states)
+    assert all(np.array_equal(named.states[module], values) for module, values in told.items())
+
+
+def test_cards_of_another_encoder_are_embedded_by_it_and_not_mixed(registry, base):
+    service = Service.open(registry.root)
+    alien = {
+        name: dataclasses.replace(card, card=dataclasses.replace(card.card, encoder="minilm@" + "0" * 64))
+        for name, card in service.cards.items()
+    }
+    with pytest.raises(BaseError, match="router cards were made with minilm 000000"):
+        dataclasses.replace(service, cards=alien).route("a dog")
+    same = {
+        name: dataclasses.replace(card, card=dataclasses.replace(card.card, encoder=f"minilm@{base.fingerprint.identity}"))
+        for name, card in service.cards.items()
+    }
+    assert dataclasses.replace(service, cards=same).route(TEXTS["animals"][0]).task == "animals"
+    with pytest.raises(AdapterError, match="make all cards with one encoder"):
+        dataclasses.replace(service, cards={"animals": same["animals"], "money": alien["money"]}).route("a dog")
 
 
 def test_a_row_of_no_known_task_is_named(registry):

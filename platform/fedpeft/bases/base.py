@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from fedpeft.errors import BaseError
 
 if TYPE_CHECKING:
     from torch import nn
+
+OWN = "base"
+"""Stands for the model's name where a base embeds for itself."""
 
 
 @dataclass(eq=False)
@@ -57,6 +60,22 @@ class Base:
 
         self.require_free("embed")
         return embed(self, texts)
+
+    def watch(self, text: str, modules: Collection[str]) -> dict[str, NDArray[np.float32]]:
+        """What ``modules`` of the bare base read for the N tokens of ``text``: (N, n) each.
+
+        Raises:
+            BaseError: an adapter is attached.
+            AdapterError: the base has no such module.
+        """
+        from fedpeft.bases.watch import watch
+
+        return watch(self, text, modules)
+
+    @property
+    def encoder(self) -> str:
+        """What router cards call this base where it embeds its own texts."""
+        return f"{OWN}@{self.fingerprint.identity}"
 
     def require_free(self, what: str) -> None:
         """Raise `BaseError` when an adapter is attached."""

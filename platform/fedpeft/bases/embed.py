@@ -20,15 +20,15 @@ def embed(base: Base, texts: Sequence[str]) -> NDArray[np.float32]:
     """Mean of the last hidden state over each text's tokens, L2-normalised: (N, D) float32, in the order given."""
     if base.device == "meta":
         raise BaseError(f"embed: base {base.spec.model} was built without weights; use load_base")
-    rows = [_tokens(base, text) for text in texts]
+    rows = [tokens(base, text) for text in texts]
     out = np.zeros((len(rows), int(base.config.get_text_config().hidden_size)), np.float32)
-    with torch.no_grad(), _evaluating(base.trunk):
+    with torch.no_grad(), evaluating(base.trunk):
         for batch in _batches(rows):
             out[batch] = _forward(base, [rows[index] for index in batch])
     return out
 
 
-def _tokens(base: Base, text: str) -> list[int]:
+def tokens(base: Base, text: str) -> list[int]:
     """Token ids, never none: an empty text is a lone padding token."""
     ids = base.tokenizer(text, truncation=True, max_length=base.spec.max_tokens)["input_ids"]
     return list(ids) or [base.tokenizer.pad_token_id]
@@ -56,7 +56,8 @@ def _forward(base: Base, rows: Sequence[list[int]]) -> NDArray[np.float32]:
 
 
 @contextmanager
-def _evaluating(trunk: nn.Module) -> Iterator[None]:
+def evaluating(trunk: nn.Module) -> Iterator[None]:
+    """Inside, without dropout."""
     was = trunk.training
     trunk.eval()
     try:

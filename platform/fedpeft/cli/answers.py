@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 from fedpeft.cli import output
 from fedpeft.cli.adapters import HERE, AsJson, Root
+
+Which = Annotated[str, typer.Option(help="Who routes: chain, centroid, centroid3, gate, arrow, spectr, cluster, mean.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -21,22 +24,28 @@ def register(app: typer.Typer) -> None:
 def route(
     text: Annotated[str, typer.Argument(help="The request; - reads standard input.")],
     task: Annotated[str | None, typer.Option(help="Ask this task's adapter instead of routing.")] = None,
+    router: Which = "chain",
     registry: Root = HERE,
     quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, int8, nf4.")] = "none",
     json: AsJson = False,
 ) -> None:
-    """Route a text to the task adapter it belongs to, or to the base alone, and answer it."""
+    """Route a text to the mixture of task adapters it belongs to, or to the base alone; say why, and answer it."""
     from fedpeft.service import Service
 
     request = sys.stdin.read() if text == "-" else text
     service = Service.open(registry, quantization)
-    found = service.route(request, task)
-    answer = service.answer(request, found.task) if found.task else None
+    found = service.route(request, task, router)
+    answer = service.answer(request, found)
     if json:
-        return output.emit({"task": found.task, "score": found.score, "scores": found.scores, "answer": answer})
+        return output.emit({**asdict(found), "task": found.task, "answer": answer})
     for name, score in sorted(found.scores.items(), key=lambda pair: -pair[1]):
-        print(f"  {name:<20} {score:.3f}{'  <- chosen' if name == found.task else ''}")
-    print(answer if found.task else "no task is close enough: this request goes to the base alone")
+        weight = found.weights.get(name, 0.0)
+        print(f"  {name:<20} {score:.3f}{f'  <- weight {weight:.2f}' if weight else ''}")
+    print(f"{found.router}: {found.why}")
+    if found.task is None:
+        print("no task is close enough: this request goes to the base alone")
+    if answer is not None:
+        print(answer)
     return None
 
 
@@ -45,6 +54,7 @@ def evaluate(
     registry: Root = HERE,
     quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, int8, nf4.")] = "none",
     routed: Annotated[bool, typer.Option(help="Choose the adapter by routing instead of by the task's name.")] = True,
+    router: Which = "chain",
     json: AsJson = False,
 ) -> None:
     """Score the registry's adapters on rows, each row answered by the adapter it is routed to."""
@@ -52,10 +62,12 @@ def evaluate(
     from fedpeft.tasks import Source, read_rows
 
     rows = read_rows(Source(path=str(data)))
-    report = Service.open(registry, quantization).evaluate(rows, routed)
+    report = Service.open(registry, quantization).evaluate(rows, router if routed else None)
     if json:
         return output.emit(report)
-    lines = [(task, line["rows"], line["routed right"], *line["scores"].items()) for task, line in report.items()]
-    return output.table(
-        str(data), ("task", "rows", "routed right", "score"), [(t, n, r, ", ".join(f"{k} {v:.3f}" for k, v in s)) for t, n, r, *s in lines]
-    )
+    columns = ("rows", "routed right", "to the base", "scored")
+    lines = [
+        (task, *(line[column] for column in columns), ", ".join(f"{name} {score:.3f}" for name, score in line["scores"].items()))
+        for task, line in report.items()
+    ]
+    return output.table(str(data), ("task", *columns, "score"), lines)

@@ -11,6 +11,7 @@ from fedpeft.adapters.folder import CONFIG, SPEC, TENSORS, parse
 from fedpeft.errors import AdapterError, BaseError, PolicyError, StorageError
 from fedpeft.registry.manifest import Manifest, complete, sha256
 from fedpeft.registry.store import Content
+from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
 
 
@@ -26,6 +27,8 @@ def judge(manifest: Manifest, files: Mapping[str, Content], signature: bytes, ke
     adapter = parse(held, "push")
     if not adapter.tensors.finite:
         raise AdapterError(f"adapter {manifest.task}: holds NaN or infinite values; it is not published")
+    if FILE in held:
+        RouterCard.from_bytes(held[FILE])
     told = replace(complete(manifest, adapter, held), fedpeft=manifest.fedpeft)
     wrong = [name for name in vars(told) if getattr(told, name) != getattr(manifest, name)]
     if wrong:
@@ -55,8 +58,8 @@ def check_base(manifest: Manifest, base: str) -> None:
 
 
 def check_files(manifest: Manifest, names: set[str]) -> None:
-    """Raise `AdapterError` unless manifest and ``names`` are the three files of an adapter, and the metrics are numbers."""
-    wanted = {CONFIG, TENSORS, SPEC}
+    """Raise `AdapterError` unless manifest and ``names`` are the files of an adapter (a router card may lack), and metrics are numbers."""
+    wanted = {CONFIG, TENSORS, SPEC} | ({FILE} & names)
     if set(manifest.files) != wanted or names != wanted:
         seen = sorted(set(manifest.files) | names)
         raise AdapterError(f"version of {manifest.task}: has files {seen}, an adapter has {sorted(wanted)}; publish it anew")

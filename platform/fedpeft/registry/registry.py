@@ -2,7 +2,7 @@
 
 ::
 
-    objects/<digest>/   adapter_config.json adapter_model.safetensors fedpeft.json manifest.json manifest.sig
+    objects/<digest>/   adapter_config.json adapter_model.safetensors fedpeft.json router.safetensors manifest.json manifest.sig
     refs/<task>/log     one line per event, hash-chained (`fedpeft.registry.log`)
     refs/<task>/aliases one line per move of an alias, hash-chained and signed (`fedpeft.registry.aliases`)
     keys/               signing.key (0600) signing.pub trusted/*.pub
@@ -29,8 +29,10 @@ from fedpeft.registry.judging import judge
 from fedpeft.registry.log import Action, Entry
 from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, complete
 from fedpeft.registry.objects import Objects
+from fedpeft.registry.router_cards import derived
 from fedpeft.registry.store import Content, FolderStore, Store
 from fedpeft.registry.version import Source, Version, log_name, moves_name
+from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -58,8 +60,10 @@ class Registry:
         """Events and moves of aliases."""
         return self.lists or FileHistories(self.root)
 
-    def publish(self, adapter: Adapter, manifest: Manifest, origin: str = "") -> Version:
-        """Store ``adapter`` with its lineage and make it its task's latest version.
+    def publish(self, adapter: Adapter, manifest: Manifest, origin: str = "", router: RouterCard | None = None) -> Version:
+        """Store ``adapter`` with its lineage and its router card and make it its task's latest version.
+
+        ``router`` is the card where sites added to it (gates); what follows from the adapter alone is derived.
 
         ``origin`` names the act (say ``run/round/task``): publishing it again gives the version of the first time. Without one,
         equal content counts as the same act.
@@ -69,6 +73,7 @@ class Registry:
             StorageError: no space or permission; the registry is as it was.
         """
         files = contents(adapter)
+        files[FILE] = (router or derived(adapter, manifest)).to_bytes()
         whole = complete(manifest, adapter, files)
         log_name(whole.task)
         return self._record(whole.task, "publish", self.objects.put(whole, files), origin)

@@ -2,9 +2,55 @@
 
 from __future__ import annotations
 
-from fedpeft.routing.cards import BINS, Card, calibrate, centroid, histogram, make_card
-from fedpeft.routing.routers import CentroidRouter, Route, TaskRouter
+from fedpeft.routing.cardfile import FILE, RouterCard, derive
+from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, histogram, make_card
+from fedpeft.routing.chain import Calibrated, Chain, thresholds
+from fedpeft.routing.fewshot import FewShot
+from fedpeft.routing.policies import make_router
+from fedpeft.routing.requests import Request, Route, Router
+from fedpeft.routing.routers import CentroidRouter, ClusterRouter, FixedRouter, MeanRouter, TaskRouter
+from fedpeft.routing.tokens import ArrowRouter, GateRouter, SpectrRouter, TokenRouter
 
-ROUTERS: dict[str, type[TaskRouter] | type[CentroidRouter]] = {"centroid": CentroidRouter, "task": TaskRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "task": TaskRouter,
+    "centroid": CentroidRouter,
+    "gate": GateRouter,
+    "arrow": ArrowRouter,
+    "spectr": SpectrRouter,
+    "cluster": ClusterRouter,
+    "mean": MeanRouter,
+    "fewshot": FixedRouter,
+    "calibrated": Calibrated,
+    "chain": Chain,
+}
 
-__all__ = ["BINS", "ROUTERS", "Card", "CentroidRouter", "Route", "TaskRouter", "calibrate", "centroid", "histogram", "make_card"]
+__all__ = [
+    "BINS",
+    "FILE",
+    "ROUTERS",
+    "ArrowRouter",
+    "Calibrated",
+    "Card",
+    "CentroidRouter",
+    "Chain",
+    "ClusterRouter",
+    "FewShot",
+    "FixedRouter",
+    "GateRouter",
+    "MeanRouter",
+    "Request",
+    "Route",
+    "Router",
+    "RouterCard",
+    "SpectrRouter",
+    "TaskRouter",
+    "TokenRouter",
+    "calibrate",
+    "centroid",
+    "counts_of",
+    "derive",
+    "histogram",
+    "make_card",
+    "make_router",
+    "thresholds",
+]

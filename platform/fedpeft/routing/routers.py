@@ -1,75 +1,169 @@
-"""From a request to the task whose adapter answers it, or to nobody: then the base answers alone."""
+"""Routers that weigh whole requests: by the task's name, by centroid, by cluster, and by weights fitted before."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from math import exp
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing.cards import Card
+from fedpeft.routing.cards import Card, common_encoder
+from fedpeft.routing.requests import Request, Route
 
-
-@dataclass(frozen=True)
-class Route:
-    """Where a request goes: a task, or None for the base alone; its score, and the scores of all tasks."""
-
-    task: str | None
-    score: float
-    scores: dict[str, float] = field(default_factory=dict)
+Top = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True)
 class TaskRouter:
-    """The caller names the task."""
+    """The caller names the task; a request without a name is nobody's."""
 
     tasks: tuple[str, ...]
     kind: ClassVar[str] = "task"
 
-    def route(self, request: str) -> Route:
-        """``request`` is a task's name. Raises `AdapterError` when no such task is served."""
-        if request not in self.tasks:
-            raise AdapterError(f"task {request!r} is not served here; tasks are {sorted(self.tasks)}")
-        return Route(request, 1.0, {task: float(task == request) for task in self.tasks})
+    def route(self, request: Request) -> Route:
+        """All weight on the named task. Raises `AdapterError` when no such task is served."""
+        if request.task is None:
+            return Route({}, 0.0, router=self.kind, why="the request names no task")
+        if request.task not in self.tasks:
+            raise AdapterError(f"task {request.task!r} is not served here; tasks are {sorted(self.tasks)}")
+        scores = {task: float(task == request.task) for task in self.tasks}
+        return Route({request.task: 1.0}, 1.0, scores, self.kind, "the request names it")
 
 
 @dataclass(frozen=True)
 class CentroidRouter:
-    """The task with the nearest centroid, among those whose own threshold the request reaches; else none (ALGORITHMS B2)."""
+    """The ``top`` tasks with the nearest centroids, among those whose own threshold the request reaches; else none (ALGORITHMS B2).
+
+    Centroids are compared at unit length, so that no task wins by a long one. Weights are the softmax of cosines over
+    ``temperature`` (LORAUTER, arXiv 2601.21795; LoraRetriever, 2402.09997); all weight on the nearest with ``top = 1``.
+    """
 
     cards: Mapping[str, Card]
+    top: Top = 1
+    temperature: Temperature = 0.1
     kind: ClassVar[str] = "centroid"
 
-    def route(self, request: NDArray[np.floating[Any]]) -> Route:
-        """``request`` is an embedding (D,) of any length above 0. Raises `AdapterError` on another D than the cards'."""
-        return self.route_all(np.asarray(request)[None])[0]
+    def route(self, request: Request) -> Route:
+        """By the request's embedding. Raises `AdapterError` for one of another size or encoder than the cards'."""
+        common_encoder(self.cards, request.encoder)
+        return self.route_all(np.asarray(request.vector)[None])[0]
 
     def route_all(self, requests: NDArray[np.floating[Any]]) -> Sequence[Route]:
-        """One route per row of ``requests`` (N, D)."""
-        names, rows = sorted(self.cards), np.asarray(requests, np.float64)
-        if not names:
-            return [Route(None, -1.0) for _ in rows]
-        if rows.shape[1:] != self._matrix.shape[1:]:
-            raise AdapterError(
-                f"router: an embedding has {rows.shape[-1]} values, the cards have {self._matrix.shape[1]}; they were made by another base"
-            )
-        norms = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        return [self._choose(dict(zip(names, scores, strict=True))) for scores in (rows / norms @ self._matrix.T).tolist()]
+        """One route per row of ``requests`` (N, D), embeddings of any length above 0."""
+        if not self.cards:
+            return [Route({}, -1.0, router=self.kind, why="no task has a card") for _ in requests]
+        return [self._choose(dict(zip(sorted(self.cards), scores, strict=True))) for scores in cosines(self._matrix, requests).tolist()]
 
     def _choose(self, scores: dict[str, float]) -> Route:
         near = [name for name, score in scores.items() if score >= self.cards[name].threshold]
         best = max(near or scores, key=lambda name: scores[name])
-        return Route(best if near else None, scores[best], scores)
+        if not near:
+            least = f"cosine {scores[best]:.3f} to the nearest, {best!r}, is below its threshold {self.cards[best].threshold:.3f}"
+            return Route({}, scores[best], scores, self.kind, least)
+        kept = sorted(near, key=lambda name: -scores[name])[: self.top]
+        why = ", ".join(f"cosine {scores[name]:.3f} >= {self.cards[name].threshold:.3f} to {name!r}" for name in kept)
+        return Route(softmax({name: scores[name] / self.temperature for name in kept}), scores[best], scores, self.kind, why)
 
     @cached_property
     def _matrix(self) -> NDArray[np.float64]:
-        sizes = {name: len(card.centroid) for name, card in sorted(self.cards.items())}
-        if len(set(sizes.values())) > 1:
-            raise AdapterError(f"router: cards differ in their number of values {sizes}; they were made by different bases")
-        matrix: NDArray[np.float64] = np.array([self.cards[name].centroid for name in sizes], np.float64)
-        norms: NDArray[np.float64] = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-        return matrix / norms
+        return matrix(self.cards)
+
+
+@dataclass(frozen=True)
+class ClusterRouter:
+    """Equal weights over the cluster that the request is in (MBC-mu, Ostapenko et al. 2024, arXiv 2405.11157; ALGORITHMS B1).
+
+    The cluster is that of the nearest task among those whose looser threshold, the ``quantile`` of their own texts' cosines, is
+    reached; for a card without counts, its threshold. Tasks in none of ``clusters`` make one of their own together.
+    """
+
+    cards: Mapping[str, Card]
+    clusters: tuple[tuple[str, ...], ...] = ()
+    quantile: Share = 0.01
+    kind: ClassVar[str] = "cluster"
+
+    def route(self, request: Request) -> Route:
+        """By the request's embedding. Raises `AdapterError` for one of another size or encoder than the cards'."""
+        common_encoder(self.cards, request.encoder)
+        if not self.cards:
+            return Route({}, -1.0, router=self.kind, why="no task has a card")
+        (row,) = cosines(matrix(self.cards), np.asarray(request.vector)[None]).tolist()
+        scores = dict(zip(sorted(self.cards), row, strict=True))
+        near = [name for name, score in scores.items() if score >= self.cards[name].loosened(self.quantile)]
+        best = max(near or scores, key=lambda name: scores[name])
+        if not near:
+            least = f"cosine {scores[best]:.3f} to the nearest, {best!r}, is below {self.cards[best].loosened(self.quantile):.3f}"
+            return Route({}, scores[best], scores, self.kind, least)
+        members = self._members(best)
+        why = f"in the cluster of {best!r}: the mean of {len(members)}"
+        return Route(dict.fromkeys(members, 1.0 / len(members)), scores[best], scores, self.kind, why)
+
+    def _members(self, name: str) -> list[str]:
+        named = {task for cluster in self.clusters for task in cluster}
+        groups = [*self.clusters, tuple(sorted(set(self.cards) - named))]
+        return next(sorted(set(group) & set(self.cards)) for group in groups if name in group)
+
+
+@dataclass(frozen=True)
+class MeanRouter:
+    """Equal weights over all adapters, whatever the request: the uniform mean."""
+
+    tasks: tuple[str, ...]
+    kind: ClassVar[str] = "mean"
+
+    def route(self, request: Request) -> Route:
+        """The same for every request."""
+        each = dict.fromkeys(self.tasks, 1.0 / max(len(self.tasks), 1))
+        return Route(each, 1.0, each, self.kind, f"the mean of {len(each)}")
+
+
+@dataclass(frozen=True)
+class FixedRouter:
+    """Weights that were fitted before on a few rows (`fewshot.fit`): every request gets them."""
+
+    mixture: Mapping[str, float]
+    kind: ClassVar[str] = "fewshot"
+    source: str = field(default="weights fitted on a few rows", compare=False)
+
+    def route(self, request: Request) -> Route:
+        """The same for every request; adapters of weight 0 are left out."""
+        kept = {name: weight for name, weight in self.mixture.items() if weight != 0.0}
+        return Route(kept, max(kept.values(), default=0.0), dict(self.mixture), self.kind, self.source)
+
+
+def matrix(cards: Mapping[str, Card]) -> NDArray[np.float64]:
+    """The unit-norm centroids (E, D), by name. Raises `AdapterError` when their sizes differ."""
+    sizes = {name: len(card.centroid) for name, card in sorted(cards.items())}
+    if len(set(sizes.values())) > 1:
+        raise AdapterError(f"router: cards differ in their number of values {sizes}; they were made by different bases")
+    found: NDArray[np.float64] = np.array([cards[name].centroid for name in sizes], np.float64)
+    norms: NDArray[np.float64] = np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    return found / norms
+
+
+def cosines(centroids: NDArray[np.float64], requests: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Cosines (N, E) of ``requests`` (N, D) to unit-norm ``centroids`` (E, D). Raises `AdapterError` on another D."""
+    rows = np.asarray(requests, np.float64)
+    if rows.shape[1:] != centroids.shape[1:]:
+        raise AdapterError(
+            f"router: an embedding has {rows.shape[-1]} values, the cards have {centroids.shape[1]}; they were made by another base"
+        )
+    norms: NDArray[np.float64] = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    found: NDArray[np.float64] = rows / norms @ centroids.T
+    return found
+
+
+def softmax(logits: Mapping[str, float]) -> dict[str, float]:
+    """Shares that add up to 1."""
+    peak = max(logits.values())
+    shares = {name: exp(value - peak) for name, value in logits.items()}
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}

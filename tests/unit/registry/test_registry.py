@@ -39,7 +39,7 @@ def test_a_version_holds_the_whole_story(registry, make_adapter):
     assert manifest.method["kind"] == "lora"
     assert manifest.metrics == {"accuracy": 0.5}
     assert manifest.adapter == adapter.digest
-    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors", "fedpeft.json"}
+    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors", "fedpeft.json", "router.safetensors"}
     assert (manifest.scheme, manifest.round, manifest.parents, manifest.sites) == ("alternating", 3, ("a" * 64,), 3)
     assert Card.from_json(manifest.card) == Card((1.0, 0.0), 0.25, 100)
     assert Manifest.from_bytes((version.path / "manifest.json").read_bytes()).to_bytes() == manifest.to_bytes()

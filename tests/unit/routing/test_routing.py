@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing import BINS, ROUTERS, Card, CentroidRouter, TaskRouter, calibrate, centroid, histogram, make_card
+from fedpeft.routing import BINS, ROUTERS, Card, CentroidRouter, Request, TaskRouter, calibrate, centroid, histogram, make_card
 
 D = 16
 
@@ -63,7 +63,10 @@ def test_a_card_survives_json_bit_for_bit():
     again = Card.from_json(json.loads(json.dumps(card.to_json())))
     assert again == card
     assert again.vector.tobytes() == card.vector.tobytes()
-    for bad in ({}, {"centroid": [1], "threshold": "x", "count": 1}, {"centroid": 3, "threshold": 0, "count": 1}):
+    good = {"centroid": [1.0], "threshold": 0.0, "count": 1}
+    assert Card.from_json(good).encoder == ""
+    wrong = [{"count": -1}, {"threshold": "x"}, {"threshold": float("nan")}, {"centroid": 3}, {"centroid": []}, {"counts": [1.0]}]
+    for bad in ({}, *({**good, **fault} for fault in wrong)):
         with pytest.raises(AdapterError, match="router card"):
             Card.from_json(bad)
 
@@ -95,7 +98,7 @@ def test_texts_go_to_their_task_and_one_in_twenty_to_the_base(router):
 
 def test_strangers_go_to_the_base(router):
     for row in texts(7, 50, axis(9)):
-        route = router.route(row)
+        route = router.route(Request.of(row))
         assert route.task is None
         assert set(route.scores) == set(router.cards)
         assert route.score == max(route.scores.values())
@@ -103,35 +106,36 @@ def test_strangers_go_to_the_base(router):
 
 def test_scores_are_cosines_whatever_the_length(router):
     row = texts(3, 1, axis(1), 0.2)[0]
-    short, long = router.route(row), router.route(row * 37)
+    short, long = router.route(Request.of(row)), router.route(Request.of(row * 37))
     assert short.task == long.task == "kind"
     for name, card in router.cards.items():
         assert short.scores[name] == pytest.approx(float(row @ card.vector), abs=1e-6)
         assert long.scores[name] == pytest.approx(short.scores[name], abs=1e-6)
-    assert router.route(np.zeros(D)).task is None
+    assert router.route(Request.of(np.zeros(D))).task is None
 
 
 def test_a_task_whose_threshold_is_not_reached_gives_way_to_one_whose_is():
     near, far = Card(tuple(axis(0).tolist()), 0.99, 1), Card(tuple(axis(1).tolist()), 0.1, 1)
     row = np.array([0.9, 0.4] + [0.0] * (D - 2))
-    assert CentroidRouter({"strict": near, "lenient": far}).route(row).task == "lenient"
-    assert CentroidRouter({"strict": near}).route(row).task is None
-    twins = CentroidRouter({"b": far, "a": far}).route(axis(1))
+    assert CentroidRouter({"strict": near, "lenient": far}).route(Request.of(row)).task == "lenient"
+    assert CentroidRouter({"strict": near}).route(Request.of(row)).task is None
+    twins = CentroidRouter({"b": far, "a": far}).route(Request.of(axis(1)))
     assert (twins.task, twins.score) == ("a", 1.0)
 
 
 def test_faults_are_named(router):
     with pytest.raises(AdapterError, match="an embedding has 3 values, the cards have 16"):
-        router.route(np.ones(3))
+        router.route(Request.of(np.ones(3)))
     mixed = CentroidRouter({"a": Card((1.0,), 0.0, 1), "b": Card((1.0, 0.0), 0.0, 1)})
     with pytest.raises(AdapterError, match=r"cards differ in their number of values \{'a': 1, 'b': 2\}"):
-        mixed.route(np.ones(1))
-    assert CentroidRouter({}).route(np.ones(3)).task is None
+        mixed.route(Request.of(np.ones(1)))
+    assert CentroidRouter({}).route(Request.of(np.ones(3))).task is None
 
 
 def test_the_task_router_takes_the_callers_word():
     router = TaskRouter(("area", "kind"))
-    assert router.route("kind").task == "kind"
+    assert router.route(Request("kind")).task == "kind"
     with pytest.raises(AdapterError, match=r"task 'verb' is not served here; tasks are \['area', 'kind'\]"):
-        router.route("verb")
-    assert {kind: made.kind for kind, made in ROUTERS.items()} == {"task": "task", "centroid": "centroid"}
+        router.route(Request("verb"))
+    assert router.route(Request()).task is None
+    assert all(kind == made.kind for kind, made in ROUTERS.items())

@@ -1,0 +1,53 @@
+"""What the bare base's modules read, token by token: what gates, Arrow and SpectR look at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedpeft.bases.base import Base
+from fedpeft.bases.embed import evaluating, tokens
+from fedpeft.errors import AdapterError
+
+States = dict[str, NDArray[np.float32]]
+
+
+def watch(base: Base, text: str, modules: Collection[str]) -> States:
+    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``.
+
+    Raises:
+        BaseError: an adapter is attached; what the base reads must not depend on it.
+        AdapterError: the base has no such module.
+    """
+    base.require_free("watch")
+    ids = torch.tensor([tokens(base, text)], device=base.device)
+    with torch.no_grad(), evaluating(base.trunk), watching(base.model, modules) as seen:
+        base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return {module: states.float().flatten(0, -2).cpu().numpy() for module, states in seen.items()}
+
+
+@contextmanager
+def watching(model: nn.Module, modules: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, what ``modules`` of ``model`` read in the last forward, by name. Raises `AdapterError` when it has no such module."""
+    seen: dict[str, Tensor] = {}
+    known = dict(model.named_modules())
+    missing = sorted(set(modules) - set(known))
+    if missing:
+        raise AdapterError(f"router: {type(model).__name__} has no modules {missing[:3]}; the router cards are of another base")
+    handles = [known[module].register_forward_pre_hook(partial(_see, seen, module)) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _see(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    seen[name] = inputs[0]

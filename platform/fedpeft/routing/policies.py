@@ -1,0 +1,105 @@
+"""Routers made from the router cards of what is served, by name: what a service, a site and a benchmark ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from fedpeft.errors import AdapterError
+from fedpeft.routing.cardfile import RouterCard
+from fedpeft.routing.cards import Card, calibrate
+from fedpeft.routing.chain import Calibrated, Chain
+from fedpeft.routing.requests import Router
+from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MeanRouter, TaskRouter
+from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter
+
+Cards = Mapping[str, RouterCard]
+"""Router cards by adapter."""
+ORDER = ("task", "centroid", "gate", "arrow", "cluster")
+"""Who is asked before whom in a chain (ALGORITHMS B2)."""
+NEEDS = {
+    **dict.fromkeys(("centroid", "centroid3", "cluster"), "a centroid: its sites sent no embeddings"),
+    "gate": "gates: set routing.gates = true in the federation",
+    "arrow": "a direction: it is no LoRA adapter, or it did not train yet",
+    "spectr": "a spectrum: it is no LoRA adapter, or it did not train yet",
+}
+
+
+def make_router(kind: str, cards: Cards) -> Router:
+    """The router ``kind`` over the adapters of ``cards``; ``chain`` asks all that can abstain in `ORDER`, then the base answers.
+
+    Gate and Arrow abstain below the scores of training texts where the cards tell them; a chain leaves them out where they do not, since
+    they would never abstain.
+
+    Raises:
+        AdapterError: no such router, or none of the adapters has what it needs.
+    """
+    if kind == "chain":
+        return Chain(tuple(router for kind in ORDER if (router := _of_chain(kind, cards)) is not None))
+    if kind not in MAKERS:
+        raise AdapterError(f"router {kind!r} is not known; choose one of {sorted([*MAKERS, 'chain'])}")
+    made = MAKERS[kind](cards)
+    if made is None:
+        raise AdapterError(f"router {kind}: none of {sorted(cards)} has {NEEDS[kind]}")
+    return made
+
+
+def _of_chain(kind: str, cards: Cards) -> Router | None:
+    made = MAKERS[kind](cards)
+    silent = isinstance(made, Calibrated) and not set(made.least) >= {name for name, card in cards.items() if card.arrows or card.gates}
+    return None if silent else made
+
+
+def _centroids(cards: Cards) -> dict[str, Card]:
+    return {name: card.card for name, card in cards.items() if card.card is not None}
+
+
+def _task(cards: Cards) -> Router:
+    return TaskRouter(tuple(sorted(cards)))
+
+
+def _mean(cards: Cards) -> Router:
+    return MeanRouter(tuple(sorted(cards)))
+
+
+def _centroid(cards: Cards, top: int = 1) -> Router | None:
+    known = _centroids(cards)
+    return CentroidRouter(known, top) if known else None
+
+
+def _cluster(cards: Cards) -> Router | None:
+    known = _centroids(cards)
+    return ClusterRouter(known) if known else None
+
+
+def _gate(cards: Cards) -> Router | None:
+    known: Prototypes = {name: card.gates for name, card in cards.items() if card.gates}
+    return Calibrated(GateRouter(known), _least("gate", cards)) if known else None
+
+
+def _arrow(cards: Cards) -> Router | None:
+    known: Prototypes = {name: card.arrows for name, card in cards.items() if card.arrows}
+    return Calibrated(ArrowRouter(known), _least("arrow", cards)) if known else None
+
+
+def _spectr(cards: Cards) -> Router | None:
+    known: Prototypes = {name: card.spectra for name, card in cards.items() if card.spectra}
+    return SpectrRouter(known) if known else None
+
+
+def _least(kind: str, cards: Cards, quantile: float = 0.05) -> dict[str, float]:
+    return {name: calibrate(card.counts[kind], quantile) for name, card in cards.items() if kind in card.counts}
+
+
+MAKERS: dict[str, Callable[[Cards], Router | None]] = {
+    "task": _task,
+    "centroid": _centroid,
+    "centroid3": partial(_centroid, top=3),
+    "gate": _gate,
+    "arrow": _arrow,
+    "spectr": _spectr,
+    "cluster": _cluster,
+    "mean": _mean,
+}
+NAMES: Sequence[str] = (*MAKERS, "chain")
+"""What `make_router` knows."""
