@@ -89,6 +89,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         combine=config.combine,
         renew=renewed,
         secure=secure(config),
+        sharing=config.sharing,
     )
     return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
 
@@ -136,6 +137,8 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
         "server": describe(config.server),
         "tasks": {name: dict(table) for name, table in tasks.items()},
     }
+    if config.sharing is not None:
+        found["sharing"] = asdict(config.sharing)
     if config.combine is not None:
         found["combine"] = describe(config.combine)
     if config.start is not None:
@@ -186,7 +189,7 @@ def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
 
 
 def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
-    task, seed = config.tasks[spec.task].task, derive(config.seed, 0, spec.task)
+    task, seed = config.tasks[spec.task].task, derive(config.seed, 0, spec.task if config.sharing is None else "")
     return TaskSetup(
         name=spec.task,
         layout=spec.layout,

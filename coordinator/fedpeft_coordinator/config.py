@@ -16,6 +16,7 @@ from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
+from fedpeft.schemes.sharing import Sharing
 from fedpeft.tasks import Source
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.rules import RULES
@@ -205,6 +206,7 @@ class FederationConfig(Section):
     training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
     secure_aggregation: SecureAggregation = SecureAggregation()
+    sharing: Sharing | None = None
     wire: Wire = Wire()
     link: Link = Link()
     evaluate_every: int = Field(default=0, ge=0)

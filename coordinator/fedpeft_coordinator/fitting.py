@@ -26,6 +26,10 @@ def check_fit(config: FederationConfig, layout: Layout) -> None:
         scheme.check(layout)
     except UpdateError as fault:
         raise ConfigError(f"scheme.kind = {scheme.kind!r} and method.kind = {method.kind!r}: {fault}") from None
+    if config.sharing is not None and not {"A", "B"} <= layout.roles:
+        raise ConfigError(
+            f"sharing.share = {config.sharing.share!r} and method.kind = {method.kind!r}: the method has no factors; take lora"
+        )
     if config.wire.budget is not None:
         for phase in (scheme.phase(number, layout) for number in ROUNDS):
             choose(config.wire.budget, scheme.travels(layout, phase).size, masked=False)

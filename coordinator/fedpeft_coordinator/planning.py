@@ -12,6 +12,7 @@ from fedpeft.schemes import Phase, check_start
 from fedpeft.tensors import Tensors
 from fedpeft.update import Grid
 from fedpeft.wire.codecs import DeltaCodec, as_delta, choose
+from fedpeft_coordinator import sharing
 from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
@@ -21,11 +22,12 @@ Load = Callable[[TaskSetup, str], Tensors]
 
 @dataclass(frozen=True)
 class Known:
-    """What a plan is made from: the rounds so far, the sites, and the store."""
+    """What a plan is made from: the rounds so far, the sites, and the store (``shelf`` where tasks share factors)."""
 
     history: Sequence[Round]
     sites: Iterable[Site]
     load: Load
+    shelf: sharing.Shelf | None = None
 
 
 def holders(task: str, sites: Iterable[Site]) -> list[Site]:
@@ -43,35 +45,52 @@ def cohort(names: Sequence[str], limits: Limits, seed: int) -> tuple[str, ...]:
 def plan_round(setup: Setup, number: int, attempt: int, known: Known) -> Round:
     """Round ``number``: per task the phase, the cohort, the seed and the adapter to start from.
 
-    A task's phases count the rounds in which it moved, not the federation's: a round that it misses must not be one of B's.
+    A task's phases count the rounds in which it moved, not the federation's: a round that it misses must not be one of B's. Tasks that
+    share factors count together.
     """
+    known = replace(known, history=[row for row in known.history if row.number < number], sites=list(known.sites))
     tasks = {name: _check(setup, task, _plan(setup, task, number, known), known.load) for name, task in setup.tasks.items()}
     return Round(number, attempt, "planned", tasks)
 
 
 def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound:
-    past = [row.tasks[task.name] for row in known.history if row.number < number and task.name in row.tasks]
-    own = 1 + sum(bool(row.after) for row in past)
+    begin, own = _begin(setup, task, known)
     phase, seed = setup.scheme.phase(own, task.layout), derive(setup.seed, number, task.name)
     able = {site.name: site.train[task.name] for site in holders(task.name, known.sites)}
     names = cohort(list(able), setup.limits, seed)
-    return TaskRound(
+    early = begin.aligned and sharing.waits(setup.sharing, phase)
+    if early or len(names) < setup.limits.min_sites:  # nothing trains, so nothing is taken over
+        begin = sharing.plainly(setup.tasks, task.name, known.history, known.load)
+    plan = TaskRound(
         task=task.name,
         phase=phase.name,
         roles=tuple(sorted(phase.roles & task.layout.roles)),
         cohort=names,
         seed=seed,
         weight_cap=min(setup.limits.max_examples, max((able[name] for name in names), default=1)),
-        before=past[-1].current if past else known.load(task, "").digest,
-        state=past[-1].current_state if past else "",
+        before=begin.before,
+        state=begin.state,
+        group=begin.group if setup.sharing else "",
         number=own,
         private=tuple(sorted(phase.private & task.layout.roles)),
         settles=tuple(sorted(phase.settles & task.layout.roles)),
     )
+    return skipped(plan, "it was away while its group's factor moved, and comes back in the next round of its own") if early else plan
+
+
+def _begin(setup: Setup, task: TaskSetup, known: Known) -> tuple[sharing.Begin, int]:
+    """Where ``task`` starts, and the number of its round."""
+    if setup.sharing is None or known.shelf is None:
+        begin = sharing.plainly(setup.tasks, task.name, known.history, known.load)
+        return begin, sharing.next_number([task.name], known.history)
+    begin = sharing.begin(setup.sharing, setup.tasks, task.name, known.history, known.shelf)
+    return begin, sharing.next_number([task.name, *sharing.members(begin.group, setup.tasks, known.history)], known.history)
 
 
 def _check(setup: Setup, task: TaskSetup, plan: TaskRound, load: Load) -> TaskRound:
     """``plan``, or ``plan`` skipped when it cannot be carried out."""
+    if plan.outcome == "skipped":
+        return plan
     if len(plan.cohort) < setup.limits.min_sites:
         return skipped(plan, f"{len(plan.cohort)} site(s) hold it, cohort.min_sites = {setup.limits.min_sites}")
     if not plan.roles:
@@ -118,11 +137,15 @@ def changed_since(task: str, have: str, history: Sequence[Round], current: str) 
     if have == current:
         return frozenset()
     roles: frozenset[str] = frozenset()
+    wanted = current
     for past in reversed(history):
         row = past.tasks.get(task)
         if row is None or not row.after:
             continue
+        if wanted not in (row.after, row.alone):  # the task took over its group's factor in between
+            return None
         roles |= row.moves
-        if row.before == have:
+        if have in (row.before, row.alone):
             return roles
+        wanted = row.before
     return None

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fedpeft.errors import CohortError, ConfigError, UpdateError
-from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
-from fedpeft_coordinator import averaging, gathering, planning, scoring
+from fedpeft_coordinator import averaging, gathering, planning, scoring, sharing
+from fedpeft_coordinator.advancing import Advance
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.exchange import Around
 from fedpeft_coordinator.journal import Journal
@@ -60,7 +60,7 @@ class Coordinator:
         self._around = Around(self.transport, self.roster, self.events)
         self._secure = self._masks()
         self._cache: dict[str, Tensors] = {}
-        self._means: dict[str, Tensors] = {}
+        self._advance = Advance(self.setup, self.store, self._load, self._remember)
 
     def run(self) -> list[Round]:
         """Run until the last round is published; returns all rounds.
@@ -124,7 +124,8 @@ class Coordinator:
         return plan
 
     def _planned(self, number: int, attempt: int) -> Round:
-        return planning.plan_round(self.setup, number, attempt, Known(self.history, self.roster.refresh().values(), self._load))
+        known = Known(self.history, self.roster.refresh().values(), self._load, sharing.Shelf(self._load, self.store))
+        return planning.plan_round(self.setup, number, attempt, known)
 
     def _open(self, plan: Round) -> Round:
         return plan.at("collecting")
@@ -160,7 +161,7 @@ class Coordinator:
         except UpdateError as fault:
             return planning.skipped(plan, str(fault))
         digest = self.store.put_tensors(mean)
-        self._means[digest] = mean
+        self._advance.means[digest] = mean
         kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean))
         return replace(kept, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters))
 
@@ -189,22 +190,7 @@ class Coordinator:
     # combined --------------------------------------------------------------------------------------------------------------
 
     def _commit(self, done: Round) -> Round:
-        moved = {name: self._advance(done.tasks[name]) for name in done.updated}
-        return done.at("committed", **moved)
-
-    def _advance(self, row: TaskRound) -> TaskRound:
-        task = self.setup.tasks[row.task]
-        mean = self._means.pop(row.mean, None) or self.store.tensors(row.mean, averaging.mean_layout(self.setup, row))
-        state = self._state(row)
-        try:
-            after, kept = self.setup.scheme.advance(self._load(task, row.before), mean, planning.phase_of(row), self.setup.server, state)
-        except UpdateError as fault:
-            return planning.skipped(row, str(fault))
-        if not after.finite:
-            return planning.skipped(row, "the server optimizer's step is not finite; lower server.lr")
-        digest = self.store.put_tensors(after)
-        self._cache[f"{task.name} {digest}"] = after
-        return replace(row, after=digest, state_after=self.store.put_arrays(kept) if kept else "")
+        return done.at("committed", **self._advance(done))
 
     # committed -------------------------------------------------------------------------------------------------------------
 
@@ -216,9 +202,14 @@ class Coordinator:
         """Score the round where that is due; everything that a version will say is in the journal before it is published."""
         if not (self._due(done.number) or due(done.number, self.setup.evaluate_every)):
             return done.at("scored")
+        unshared = sharing.counterfactual(done)
+        without = self._score(unshared) if unshared.tasks else {}
         counters = self._evaluate(done, cards=self._due(done.number))
         rows = {name: self._rated(row, counters.get(name, {})) for name, row in done.tasks.items()}
         self.events("scores", round=done.number, tasks={name: dict(row.scores) for name, row in rows.items()})
+        if self.setup.sharing is not None and without:
+            rows |= sharing.judged(self.setup.sharing, rows, (counters, without), self.history)
+            self.events("sharing", round=done.number, tasks=sharing.told(rows))
         return done.at("scored", **rows)
 
     def _rated(self, row: TaskRound, counters: Counters) -> TaskRound:
@@ -271,18 +262,17 @@ class Coordinator:
         return None if secure is None else Secure(self.setup, secure, self.run_id, self.journal, self.store, self._around)
 
     def _writer(self, plan: Round) -> Writer:
-        return Writer(self.setup, self.run_id, self.history, self._load, self._state, self.centroids)
+        return Writer(self.setup, self.run_id, self.history, self._load, self._advance.state, self.centroids)
 
-    def _state(self, row: TaskRound) -> State:
-        """The server's state before ``row``."""
-        return self.store.arrays(row.state) if row.state else {}
+    def _remember(self, task: TaskSetup, tensors: Tensors) -> None:
+        self._cache[f"{task.name} {tensors.digest}"] = tensors
 
     def _load(self, task: TaskSetup, digest: str) -> Tensors:
         """Tensors by digest, the latest few kept in memory; round 0 is made from the seed and kept in the store."""
         if not digest:
             made = task.initial()
             digest = self.store.put_tensors(made)
-            self._cache[f"{task.name} {digest}"] = made
+            self._remember(task, made)
         key = f"{task.name} {digest}"
         if key not in self._cache:
             self._cache[key] = self.store.tensors(digest, task.layout)

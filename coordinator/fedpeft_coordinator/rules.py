@@ -113,6 +113,29 @@ def _secure_rule(federation: FederationConfig) -> None:
         )
 
 
+def _sharing_rule(federation: FederationConfig) -> None:
+    sharing = federation.sharing
+    if sharing is None:
+        return
+    if federation.scheme.kind != "alternating" or federation.combine is not None:
+        raise ValueError(
+            f"sharing.share = {sharing.share!r} with scheme.kind = {federation.scheme.kind!r}: one factor must stand still while the "
+            "other moves, and steps of tasks are added up; set scheme.kind = 'alternating' and no combine rule, or leave [sharing] out"
+        )
+    if len(federation.tasks) < 2:
+        raise ValueError("[sharing] needs two tasks or more; with one there is nobody to share with")
+    if federation.start is not None and federation.start.how.needs_samples:
+        raise ValueError(
+            f"[sharing] and start.kind = {federation.start.how.kind!r}: the start would give each task a factor of its own; take "
+            "pissa or olora, which look at weights alone, or leave start out"
+        )
+    if (sharing.report or sharing.split_after) and not (sharing.report and federation.evaluate_every):
+        raise ValueError(
+            f"sharing.report = {str(sharing.report).lower()}, sharing.split_after = {sharing.split_after} and evaluate_every = "
+            f"{federation.evaluate_every}: what sharing gains is seen where rounds are scored; set report = true and evaluate_every >= 1"
+        )
+
+
 def _wire_rule(federation: FederationConfig) -> None:
     wire = federation.wire
     if wire.budget is not None and wire.codec.kind != "none":
@@ -125,4 +148,15 @@ def _wire_rule(federation: FederationConfig) -> None:
         )
 
 
-RULES = (_cohort_rule, _training_rule, _checkpoint_rule, _gathers_rule, _least_rule, _root_rule, _start_rule, _secure_rule, _wire_rule)
+RULES = (
+    _cohort_rule,
+    _training_rule,
+    _checkpoint_rule,
+    _gathers_rule,
+    _least_rule,
+    _root_rule,
+    _start_rule,
+    _secure_rule,
+    _sharing_rule,
+    _wire_rule,
+)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft.errors import ConfigError
-from fedpeft.schemes import Gathers, Scheme, ServerOptimizer
+from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
@@ -87,6 +87,7 @@ class Setup:
     combine: CombineRule | None = None
     renew: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     secure: SecureAggregation | None = None
+    sharing: Sharing | None = None
 
     @property
     def keeps_parts(self) -> bool:

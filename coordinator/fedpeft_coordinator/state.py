@@ -18,7 +18,8 @@ class TaskRound:
     to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores``, ``card`` and ``kinds`` (how
     the sites held the base) are known once the round is scored; ``version`` is set where it was published. ``number`` is the task's
     own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost. ``sealed`` is
-    the digest of its masked sum, empty where sites sent theirs in the clear.
+    the digest of its masked sum, empty where sites sent theirs in the clear. ``group`` is whom the task shares factors with, ``alone`` the
+    adapter had it not shared this step, ``gain`` what the two lose on held-out rows, ``moved_to`` the group that it leaves for.
     """
 
     task: str
@@ -46,6 +47,10 @@ class TaskRound:
     settles: tuple[str, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
     sealed: str = ""
+    group: str = ""
+    alone: str = ""
+    gain: Mapping[str, float] = field(default_factory=dict)
+    moved_to: str = ""
 
     @property
     def moves(self) -> frozenset[str]:

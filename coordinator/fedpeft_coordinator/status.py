@@ -47,6 +47,8 @@ def _task(name: str, rounds: list[Round]) -> dict[str, Any]:
         "scores": dict(scored[-1].scores) if scored else {},
         "masked": bool(rows and rows[-1].sealed),
         "drift": next((dict(row.drift) for row in reversed(rows) if row.drift), {}),
+        "group": (rows[-1].moved_to or rows[-1].group) if rows else "",
+        "gain": next((dict(row.gain) for row in reversed(rows) if row.gain), {}),
         "version": versions[-1] if versions else None,
         "last_reason": rows[-1].reason if rows else "",
     }

@@ -29,6 +29,7 @@ def summary(plan: Round) -> dict[str, Any]:
             "weight": row.weight,
             "loss": _loss(row.counters),
             "drift": dict(row.drift),
+            "group": row.group,
         }
         for name, row in plan.tasks.items()
     }

@@ -18,6 +18,7 @@ from fedpeft.schemes.flexlora import FlexLoRA
 from fedpeft.schemes.flora import FLoRA
 from fedpeft.schemes.optimizers import SGD, Adagrad, Adam, Momentum, ServerOptimizer, State, Yogi, pack_state, unpack_state
 from fedpeft.schemes.scaffold import Scaffold
+from fedpeft.schemes.sharing import Sharing, realign
 from fedpeft.schemes.sketch import Sketch
 from fedpeft.schemes.slots import Slots
 from fedpeft.schemes.union import Union
@@ -71,6 +72,7 @@ __all__ = [
     "Scaffold",
     "Scheme",
     "ServerOptimizer",
+    "Sharing",
     "SiteContext",
     "Sketch",
     "Slots",
@@ -80,5 +82,6 @@ __all__ = [
     "Yogi",
     "check_start",
     "pack_state",
+    "realign",
     "unpack_state",
 ]

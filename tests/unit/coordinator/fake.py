@@ -151,6 +151,7 @@ class Site:
             "adapter.count": (100.0,),
             "base.correct": (1.0,),
             "base.count": (100.0,),
+            "adapter.loss": (100.0 * float(np.sum((begin.flat - goal(self.name, task.task, self.layout)) ** 2)),),
         }
         if task.want_embedding:
             found |= {"embedding.sum": (3.0, 4.0), "embedding.count": (5.0,)}

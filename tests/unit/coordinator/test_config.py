@@ -68,6 +68,7 @@ def test_overrides_of_the_command_line() -> None:
     assert type(federation.scheme).kind == "fedavg"
 
 
+TWO = {name: {"kind": "classification", "labels": ["a", "b"]} for name in ("t", "u")}
 CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "quorum": ({"cohort": {"min_sites": 3, "wait_for_sites": 2}}, r"cohort\.wait_for_sites = 2 .* cohort\.min_sites = 3"),
     "auth": ({"link": {"node_auth": True}}, r"link\.node_auth = true needs \[link\.tls\]"),
@@ -119,6 +120,17 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "unknown start": ({"start": "svd"}, r"start: unknown kind 'svd'"),
     "lost router": ({"method": "xlora"}, r"method: 'xlora' is not offered: its router .*use a mixture of LoRA experts"),
     "silent method": ({"method": {"kind": "kasa", "r": 4}}, r"method: 'kasa' is not offered: it rewrites the base"),
+    "shared pairs": (
+        {"sharing": {"share": "B"}, "scheme": "fedavg"},
+        r"sharing\.share = 'B' with scheme\.kind = 'fedavg': .*'alternating'",
+    ),
+    "nobody to share with": ({"sharing": {}}, r"\[sharing\] needs two tasks or more"),
+    "a start of its own": (
+        {"sharing": {}, "tasks": TWO, "start": {"kind": "eva", "data": "x.jsonl"}},
+        r"\[sharing\] and start\.kind = 'eva': .*pissa or olora",
+    ),
+    "no report": ({"sharing": {"split_after": 2}, "tasks": TWO}, r"split_after = 2 and evaluate_every = 0: .*report = true"),
+    "unknown sharing": ({"sharing": {"shares": "A"}, "tasks": TWO}, r"sharing\.shares: Unexpected"),
     "momentum": ({"training": {"momentum": 0.9}}, r"training\.momentum = 0\.9 and training\.optimizer = 'adamw'"),
     "learning rate": ({"training": {"lr": -1}}, r"lr"),
 }
@@ -141,6 +153,11 @@ MISFITS: dict[str, tuple[dict[str, object], Layout, str]] = {
         r"scheme\.kind = 'fedsa' and method\.kind = 'ia3': .*set method\.kind = \"lora\"",
     ),
     "no fold": ({"scheme": "fedex"}, LORA, r"scheme\.kind = 'fedex' and method\.kind = 'lora': .*method\.extra"),
+    "no factors to share": (
+        {"sharing": {}, "method": "ia3", "tasks": TWO},
+        IA3,
+        r"sharing\.share = 'A' and method\.kind = 'ia3': .*take lora",
+    ),
     "products": ({"scheme": "fedavg", "combine": "median"}, LORA, r"combine\.kind = 'median' and scheme\.kind = 'fedavg': .*multiply"),
     "masses": ({"scheme": "slots", "combine": "median"}, LORA, r"combine\.kind = 'median' and scheme\.kind = 'slots': .*\['mass'\]"),
 }

@@ -13,6 +13,7 @@ import pytest
 
 from fedpeft.errors import CohortError, FedpeftError, PrivacyError
 from fedpeft.privacy.secagg import Collector
+from fedpeft.schemes import Sharing
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Layout
 from fedpeft.update import Grid
@@ -125,6 +126,18 @@ def test_adapters_weights_counters_and_scores_are_those_of_the_run_in_the_clear(
             assert row.card == theirs.tasks[name].card
             assert row.sealed
     assert not list((tmp_path / "blobs").glob(f"{rounds[-1].tasks['area'].sealed}*"))
+
+
+def test_tasks_that_share_a_factor_need_nothing_but_their_sums(fake: ModuleType, tmp_path: Path) -> None:
+    common, finals = fake.start("area").pick({"A"}), []
+    for kind in (clear, masked):
+        ours = kind(fake, tmp_path / kind.__name__, rounds=4, server="momentum")
+        tasks = {name: replace(task, initial=lambda n=name: fake.start(n).patch(common)) for name, task in ours.setup.tasks.items()}
+        ours.setup = replace(ours.setup, tasks=tasks, sharing=Sharing("A", report=True))
+        last = ours.open().run()[-1]
+        assert all(row.gain for row in last.tasks.values())
+        finals.append((ours.final(), {name: row.gain for name, row in last.tasks.items()}))
+    assert finals[0] == finals[1]
 
 
 def test_nothing_in_the_clear_is_on_the_wire(fake: ModuleType, tmp_path: Path) -> None:
