@@ -9,13 +9,14 @@ structure, never from what was seen before, so that a resumed run computes what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.methods.attached import ADAPTER
-from fedpeft.methods.lowrank import low_rank
+from fedpeft.methods.lowrank import Base, low_rank
 
 
 class Family:
@@ -25,11 +26,11 @@ class Family:
         self.members: list[Forward] = []
         self._ready: tuple[Tensor, tuple[object, ...], dict[Forward, Tensor]] | None = None
 
-    def answer(self, member: Forward, x: Tensor) -> Tensor:
-        """The output of ``member`` for ``x`` (..., I), prepared or computed."""
-        state, ready = (x._version, member.active_dropout, torch.is_grad_enabled()), self._ready
+    def answer(self, member: Forward, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output of ``member`` for ``x`` (..., I) in ``dtype``, prepared or computed."""
+        state, ready = (x._version, member.active_dropout, torch.is_grad_enabled(), dtype), self._ready
         if ready is None or ready[0] is not x or ready[1] != state or member not in ready[2]:
-            ready = (x, state, dict(zip(self.members, _run(x, self.members, member.active_dropout), strict=True)))
+            ready = (x, state, dict(zip(self.members, _run(x, self.members, member.active_dropout, dtype), strict=True)))
         found = ready[2].pop(member)
         self._ready = ready if ready[2] else None
         return found
@@ -45,6 +46,7 @@ class Forward:
         self.down, self.up, self.stock = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.forward
         self.turned = type(self.base) is Conv1D
         self.dense = (self.turned or type(self.base) is nn.Linear) and type(self.base.weight) is nn.Parameter
+        self.packed = hasattr(self.base.weight, "quant_state")
         self.family = family
         family.members.append(self)
 
@@ -53,27 +55,38 @@ class Forward:
         """The dropout rate now."""
         return self.dropout if self.layer.training else 0.0
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen layer's (O, I)."""
-        return cast(Tensor, self.base.weight.t() if self.turned else self.base.weight)
+    def frozen(self, dtype: torch.dtype) -> Base:
+        """The frozen layer's weight (O, I) and bias in ``dtype``; what is not so in memory becomes so whenever it is multiplied."""
+        weight, bias = self.base.weight, self.base.bias
+        bias = bias if bias is None else bias.to(dtype)
+        if self.packed:
+            return partial(_unpacked, weight, dtype), bias
+        weight = weight.t() if self.turned else weight
+        return (weight if weight.dtype == dtype else partial(weight.to, dtype)), bias
 
-    def plain(self, x: Tensor) -> bool:
-        """Whether ``x``, the factors and a frozen dense layer are of one dtype, and nothing else is hung on that layer."""
-        if not self.dense or self.base.weight.requires_grad or self.base._forward_hooks or self.base._forward_pre_hooks:
+    def joins(self, dtype: torch.dtype, autocast: bool) -> bool:
+        """Whether the frozen layer can be computed here, in ``dtype``: of a known kind, frozen, and nothing else is hung on it.
+
+        A 4-bit layer computes itself where no gradient is wanted: its own kernel for few tokens never makes the weight dense.
+        """
+        base, weight = self.base, self.base.weight
+        if not (self.dense or (self.packed and torch.is_grad_enabled() and weight.quant_state is not None)) or weight.requires_grad:
             return False
-        fixed = self.base.bias is None or not self.base.bias.requires_grad
-        return fixed and x.dtype == self.down.weight.dtype == self.base.weight.dtype
+        if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
+            return False
+        native = weight.quant_state.dtype if self.packed else weight.dtype
+        return autocast or dtype == self.down.weight.dtype == native
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., I) -> (..., O)."""
         if args or kwargs or self.layer.disable_adapters or self.layer.merged:
             return cast(Tensor, self.stock(x, *args, **kwargs))
         autocast = torch.is_autocast_enabled(x.device.type)
-        if not autocast and all(member.plain(x) for member in self.family.members):
-            return self.family.answer(self, x)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if all(member.joins(dtype, autocast) for member in self.family.members):
+            return self.family.answer(self, x, dtype)
         y: Tensor = self.base(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.down.weight.dtype
+        dtype = dtype if autocast else self.down.weight.dtype
         (low,) = low_rank(x.to(dtype), self.active_dropout, [None], self.down.weight.to(dtype), self.up.weight.to(dtype))
         return y + low.to(y.dtype)
 
@@ -85,7 +98,13 @@ def fuse(layers: Sequence[Any], dropout: float) -> None:
         object.__setattr__(layer, "forward", Forward(layer, dropout, family))
 
 
-def _run(x: Tensor, members: Sequence[Forward], p: float) -> tuple[Tensor, ...]:
-    bases = [(member.weight, member.base.bias) for member in members]
-    factors = [member.down.weight for member in members] + [member.up.weight for member in members]
-    return low_rank(x, p, bases, *factors)
+def _run(x: Tensor, members: Sequence[Forward], p: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    factors = [member.down.weight.to(dtype) for member in members] + [member.up.weight.to(dtype) for member in members]
+    return low_rank(x.to(dtype), p, [member.frozen(dtype) for member in members], *factors)
+
+
+def _unpacked(weight: Any, dtype: torch.dtype) -> Tensor:
+    """A 4-bit weight (O, I), dense."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state)).to(dtype)

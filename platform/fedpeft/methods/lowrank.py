@@ -3,7 +3,8 @@
 What it saves over peft's forward: no dropped-out copy of the input, no separate product of the branch and the sum (B's product
 accumulates into the base's output), no weight gradient of the base. Layers that read one input (query, key and value; gate and
 up) share their reading: one product with all their A's stacked, one dropout mask, one input gradient that the layers' products
-accumulate into. For the backward pass only x and ``h = A x'`` are kept, and with A frozen not even x.
+accumulate into. For the backward pass only x and ``h = A x'`` are kept, and with A frozen not even x. A quantized base is made dense
+where it is multiplied, in either pass, one weight at a time, and never kept.
 
 Shape legend: N tokens, I in, O out, R rank (all layers' together where stacked), G groups of tokens, L tokens per group.
 
@@ -15,7 +16,7 @@ have at least `GROUP` tokens each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,11 +24,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-Base = tuple[Tensor, Tensor | None]
-"""Weight (O, I) and bias of a frozen layer."""
+Weight = Tensor | Callable[[], Tensor]
+"""(O, I) in the input's dtype, or what makes it whenever it is multiplied."""
+
+Base = tuple[Weight, Tensor | None]
+"""Weight and bias of a frozen layer."""
 
 GROUP = 128
 """Fewest tokens that share one dropout mask, where there are as many."""
+
+
+def dense(weight: Weight) -> Tensor:
+    """The weight (O, I) itself."""
+    return weight if isinstance(weight, Tensor) else weight()
 
 
 def masks(tokens: int, columns: int, p: float, like: Tensor) -> Tensor | None:
@@ -153,16 +162,16 @@ def _output(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, base: Base | None) ->
     if base is None:
         torch.mm(h.t(), b.t(), out=rows)
         return y
-    weight, bias = base
+    weight, bias = dense(base[0]), base[1]
     _ = torch.mm(flat, weight.t(), out=rows) if bias is None else torch.addmm(bias, flat, weight.t(), out=rows)
     rows.addmm_(h.t(), b.t())
     return y
 
 
-def _push(total: Tensor, g: Tensor, weight: Tensor | None, started: bool) -> bool:
+def _push(total: Tensor, g: Tensor, weight: Weight | None, started: bool) -> bool:
     """``total = g W``, or ``total += g W`` once it has ``started``; whether it has now."""
     if weight is not None:
-        _ = total.addmm_(g, weight) if started else torch.mm(g, weight, out=total)
+        _ = total.addmm_(g, dense(weight)) if started else torch.mm(g, dense(weight), out=total)
     return started or weight is not None
 
 

@@ -73,6 +73,8 @@ class Prompted(nn.Module):
             )
         self.shell.activation_checkpointing_enable(*settings)  # type: ignore[operator]
 
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
     def _packed(self, input_ids: Tensor, position_ids: Tensor, **rest: Any) -> Any:
         starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
         lengths = [end - start for start, end in zip(starts, [*starts[1:], input_ids.numel()], strict=True)]

@@ -1,4 +1,4 @@
-"""The loss of causal language models: sequences packed into one row, output layer on labelled positions only.
+"""The loss of causal language models: sequences packed into one row, output layer on labelled positions only, no logits kept.
 
 Shape suffixes in comments: N tokens of the packed row, K labelled positions, S sequences, T longest sequence, V vocabulary.
 """
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedpeft.tasks.chunked import head_of, losses_at
 from fedpeft.tasks.protocol import Batch, Encoded, Ids
 
 IGNORED = -100
 PACK = 2048
-"""Most tokens of one packed forward: attention over a packed row costs the square of its length."""
+"""Most tokens of one packed forward on a CPU: attention over a packed row can cost the square of its length."""
+PACK_CUDA = 8192
+"""The same on other devices, which need long rows to be busy."""
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -52,7 +55,8 @@ def _shifted(ids: Ids, start: int) -> torch.Tensor:
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy (K,) in nats of every labelled token of a packed batch, in its order."""
     forward = _packed_losses if packs(model) else _padded_losses
-    return torch.cat([forward(model, part) for part in _parts(batch)])
+    limit = PACK if device_of(model).type == "cpu" else PACK_CUDA
+    return torch.cat([forward(model, part) for part in _parts(batch, limit)])
 
 
 def owners(batch: Batch) -> torch.Tensor:
@@ -76,9 +80,13 @@ def packs(model: torch.nn.Module) -> bool:
 def _packed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     device = device_of(model)
     keep = (batch.labels[0] != IGNORED).nonzero()[:, 0]
-    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
-    logits = model(**inputs, logits_to_keep=keep.to(device), use_cache=False).logits[0]  # (K, V)
-    return cross_entropy(logits.float(), batch.labels[0, keep].to(device), reduction="none")
+    inputs: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+    inputs |= {"logits_to_keep": keep.to(device), "use_cache": False}
+    labels, head = batch.labels[0, keep].to(device), head_of(model)
+    if head is None:
+        return cross_entropy(model(**inputs).logits[0].float(), labels, reduction="none")  # of (K, V)
+    with losses_at(head, labels):
+        return model(**inputs).logits[0].float()  # type: ignore[no-any-return]
 
 
 def _padded_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -98,11 +106,11 @@ def _lengths(batch: Batch) -> list[int]:
     return [after - before for before, after in zip(starts, [*starts[1:], len(positions)], strict=True)]
 
 
-def _parts(batch: Batch) -> Iterator[Batch]:
-    """Runs of whole sequences of at most `PACK` tokens (a longer sequence stays alone); usually the batch itself."""
+def _parts(batch: Batch, limit: int) -> Iterator[Batch]:
+    """Runs of whole sequences of at most ``limit`` tokens (a longer sequence stays alone); usually the batch itself."""
     start = end = 0
     for length in _lengths(batch):
-        if end > start and end + length - start > PACK:
+        if end > start and end + length - start > limit:
             yield _part(batch, start, end)
             start = end
         end += length

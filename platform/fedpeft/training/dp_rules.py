@@ -123,7 +123,9 @@ def low_rank(recorder: Recorder, func: Any, x: Tensor, dropout: float, bases: An
     if not dropout:
         return lowrank.apply(x, None, bases, taker, *factors)
     branches = lowrank.apply(x * mask(recorder.rows, x, dropout), None, [None] * len(bases), taker, *factors)
-    return tuple(low if base is None else low + F.linear(x, *base) for low, base in zip(branches, bases, strict=True))
+    return tuple(
+        low if base is None else low + F.linear(x, lowrank.dense(base[0]), base[1]) for low, base in zip(branches, bases, strict=True)
+    )
 
 
 def same(recorder: Recorder, func: Any, value: Any, *arguments: Any, **named: Any) -> Any:

@@ -121,7 +121,7 @@ class LocalRun:
             tensors = {"value": param, **self.optimizer.state.get(param, {})}
             if role in self.gradients.total:
                 tensors["gradient"] = self.gradients.total[role]
-            arrays |= {f"{role}.{key}": np.array(tensor.detach().cpu().numpy(), copy=True) for key, tensor in tensors.items()}
+            arrays |= {f"{role}.{key}": _array(value) for key, value in tensors.items()}
         return arrays
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -134,7 +134,7 @@ class LocalRun:
                 if "gradient" in found:
                     self.gradients.total[role].copy_(found.pop("gradient"))
             if found:
-                self.optimizer.state[param] = {key: value.to(param.device) for key, value in found.items()}
+                self.optimizer.state[param] = _placed(found, param.device, self.settings)
 
     def gradient(self, steps: int) -> NDArray[np.float32] | None:
         """See `Run.gradient`."""
@@ -182,9 +182,24 @@ def _slices(live: Live, roles: frozenset[str]) -> dict[str, torch.nn.Parameter]:
     return params
 
 
+def _array(value: Any) -> NDArray[Any]:
+    """A copy on the host; the 8-bit optimizer counts its steps in a plain number."""
+    return np.array(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value, copy=True)
+
+
+def _placed(found: Mapping[str, torch.Tensor], device: torch.device, settings: TrainSettings) -> dict[str, Any]:
+    """One parameter's state as its optimizer holds it."""
+    state: dict[str, Any] = {key: value.to(device) for key, value in found.items()}
+    return state | {"step": int(state["step"])} if settings.optimizer == "adamw8bit" else state
+
+
 def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, weight_decay=settings.weight_decay)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 

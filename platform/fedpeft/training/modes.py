@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,18 +11,31 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedpeft.errors import UpdateError
+from fedpeft.tasks.chunked import whole_logits
+from fedpeft.training.kernels import fused_kernels, tensor_cores
+from fedpeft.training.offload import checkpointer
 from fedpeft.training.packed import by_sequence
 from fedpeft.training.settings import TrainSettings
+
+NAMES = ("activation", "gradient")
+"""What transformers calls its switch, newest name first."""
+KIND = next(name for name in NAMES if hasattr(PreTrainedModel, f"{name}_checkpointing_enable"))
+ENABLE, DISABLE = f"{KIND}_checkpointing_enable", f"{KIND}_checkpointing_disable"
 
 
 @contextmanager
 def training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
-    """Training mode of the adapter's layers, of the whole model with ``base_dropout``, and checkpointing where asked.
+    """Training mode of the adapter's layers, of the whole model with ``base_dropout``, and the levers of memory and speed asked for.
 
     Raises:
         UpdateError: the model cannot checkpoint activations.
     """
-    with _restored(model), by_sequence(model), _checkpointing(model, settings.checkpoint_activations):
+    with ExitStack() as stack:
+        for lever in (_restored(model), by_sequence(model), whole_logits(not settings.chunked_loss)):
+            stack.enter_context(lever)
+        stack.enter_context(_checkpointing(model, settings))
+        stack.enter_context(fused_kernels(model, settings.fused_kernels))
+        stack.enter_context(tensor_cores(settings.precision == "bf16"))
         model.train(settings.base_dropout)
         if not settings.base_dropout:
             _wake(model, settings.checkpoint_activations)
@@ -62,17 +75,21 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Activation checkpointing (non-reentrant) through transformers' switch."""
-    if not wanted:
+def _checkpointing(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
+    """Activation checkpointing (non-reentrant) where transformers' switch puts it, with our function, which can offload."""
+    if not settings.checkpoint_activations:
         yield
         return
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None or not inner.supports_gradient_checkpointing:
         raise UpdateError(f"training.checkpoint_activations: {type(model).__name__} cannot checkpoint activations; set it to false")
-    outer: Any = next(module for module in model.modules() if hasattr(module, "activation_checkpointing_enable"))
-    outer.activation_checkpointing_enable({"use_reentrant": False})  # a wrapper may have to refuse
+    outer: Any = next(module for module in model.modules() if hasattr(module, ENABLE))
+    getattr(outer, ENABLE)({"use_reentrant": False})  # a wrapper may have to refuse
+    run = checkpointer(settings.offload_activations)
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            object.__setattr__(module, "_gradient_checkpointing_func", run)
     try:
         yield
     finally:
-        inner.activation_checkpointing_disable()
+        getattr(inner, DISABLE)()

@@ -20,7 +20,7 @@ from fedpeft.privacy.accounting import Event
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class TrainSettings:
     which takes ``momentum`` and counts ``weight_decay`` as gradient; AdamW decouples it. With ``base_dropout`` the frozen
     model's own dropout is on as well; off is the default, because it regularises weights that do not train and costs 15 times
     the adapter's own work on a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
+
+    Memory and speed: ``checkpoint_activations`` keeps one hidden state a layer and computes the rest again in the backward pass,
+    ``offload_activations`` keeps even these in host memory; ``chunked_loss`` never holds more than a part of a language model's logits;
+    ``optimizer = "adamw8bit"`` (Dettmers et al. 2022, arXiv 2110.02861) holds moments in a byte each; ``fused_kernels`` are Liger's,
+    on CUDA where that package is installed.
     """
 
     steps: Count = 20
@@ -46,6 +51,9 @@ class TrainSettings:
     clip: Amount = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_activations: bool = False
+    offload_activations: bool = False
+    chunked_loss: bool = True
+    fused_kernels: bool = True
     base_dropout: bool = False
     save_every: Count = 10
     proximal: Amount = 0.0
@@ -62,9 +70,17 @@ class TrainSettings:
         for name, rate in (("lr", self.lr), *((f"lr_by_role.{role}", rate) for role, rate in self.lr_by_role.items())):
             if not (isfinite(rate) and rate > 0):
                 raise ConfigError(f"training.{name} is {rate}; it must be finite and above 0")
-        if self.momentum and self.optimizer == "adamw":
+        if self.offload_activations and not self.checkpoint_activations:
+            raise ConfigError("training.offload_activations moves what checkpoint_activations = true keeps; set both or neither")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.offload_activations and not self.checkpoint_activations:
+            raise ConfigError("training.offload_activations moves what checkpoint_activations = true keeps; set both or neither")
+        if self.momentum and self.optimizer != "sgd":
             raise ConfigError(
-                f"training.momentum = {self.momentum} and training.optimizer = 'adamw': AdamW has moments of its own; set optimizer = 'sgd'"
+                f"training.momentum = {self.momentum} and training.optimizer = {self.optimizer!r}: "
+                "AdamW has moments of its own; set optimizer = 'sgd'"
             )
 
     @property

@@ -134,7 +134,7 @@ def _int8():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [_nf4, _int8])
-def test_quantized_bases_are_called_and_equal_stock_peft(make):
+def test_quantized_bases_equal_stock_peft(make):
     torch.manual_seed(1)
     layer = stock(make())
     parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
@@ -143,6 +143,41 @@ def test_quantized_bases_are_called_and_equal_stock_peft(make):
     fused.fuse([layer], 0.0)
     assert not layer.forward.dense
     close(gradients(layer, x, parameters), theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_four_bit_layers_of_one_family_are_made_dense_one_at_a_time_and_never_kept():
+    torch.manual_seed(1)
+    layers = [stock(_nf4()) for _ in range(2)]
+    parameters = [layer.get_parameter(f"lora_{factor}.fp.weight") for layer in layers for factor in "AB"]
+    x, kept, made = torch.randn(5, 64), [], []
+    theirs = gradients(lambda y: sum(layer(y) for layer in layers), x, parameters)
+    fused.fuse(layers, 0.0)
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        patch.setattr(fused, "_unpacked", lambda weight, dtype, own=fused._unpacked: made.append(1) or own(weight, dtype))
+        close(gradients(lambda y: sum(layer(y) for layer in layers), x, parameters), theirs)
+    assert len(made) == 4
+    assert torch.Size([32, 64]) not in kept
+    with torch.no_grad():
+        own = layers[0].base_layer(x)
+        close([layers[0](x)], [own + x @ parameters[0].t() @ parameters[1].t()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [_nf4, lambda: nn.Linear(64, 32).requires_grad_(False)])
+def test_under_autocast_layers_are_fused_in_its_dtype(make):
+    torch.manual_seed(1)
+    layer = stock(make())
+    parameters = [layer.lora_A["fp"].weight, layer.lora_B["fp"].weight]
+    x = torch.randn(3, 4, 64)
+    exact = gradients(layer, x, parameters)
+    fused.fuse([layer], 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        ours = gradients(layer, x, parameters)
+    assert out.dtype == torch.bfloat16
+    assert all(parameter.grad.dtype == torch.float32 for parameter in parameters)
+    close([grad.float() for grad in ours], exact, 2e-2)
 
 
 @pytest.mark.filterwarnings("ignore")
