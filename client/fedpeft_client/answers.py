@@ -10,6 +10,7 @@ import numpy as np
 
 from fedpeft.update import Counters, Update
 from fedpeft.wire import flat
+from fedpeft.wire.codecs import Lanes
 from fedpeft.wire.v1.federation_pb2 import TaskResult
 
 LENGTH = struct.Struct("<Q")
@@ -54,6 +55,12 @@ def of_update(task: str, update: Update, seconds: float, adapter_digest: str, me
     _put(result, update.counters)
     values = update.codes if message is None else np.frombuffer(message, np.uint8)
     return Answer(result, flat.pack(update.layout.fingerprint, values))
+
+
+def narrowed(answer: Answer, lanes: Lanes) -> Answer:
+    """``answer`` with its codes, which are rounded to public scales, in as few bits as ``lanes`` have."""
+    fingerprint, codes = flat.unpack(answer.array, verify=False)
+    return Answer(answer.result, flat.pack(fingerprint, lanes.write(lanes.shrink(codes.astype(np.int32)))))
 
 
 def of_counters(task: str, counters: Counters, seconds: float, adapter_digest: str) -> Answer:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fedpeft import config
@@ -23,7 +24,7 @@ from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import TRAIN_COUNTERS, Grid
-from fedpeft.wire.codecs import CODECS, Codec
+from fedpeft.wire.codecs import CODECS, Codec, Lanes, Ring, as_ring, choose
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.plan import FLAT_HEADER_BYTES, rank_of
@@ -60,6 +61,11 @@ class Plain(BaseModel):
     def least(self) -> int:
         """Fewest sites of a round."""
         return int(self.cohort.get("min_sites", 1))
+
+    @property
+    def expected(self) -> int:
+        """Sites of a round, as far as the file says."""
+        return int(self.cohort.get("wait_for_sites") or self.least)
 
     @property
     def masked(self) -> bool:
@@ -146,7 +152,8 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
     counters = {**TRAIN_COUNTERS, **_router(base)}
     rank = rank_of(scheme, spec.method, site.policy.max_rank)
-    asked = _ask(plain, spec, up, settings, rank, base.fingerprint.identity)
+    upload, each = _upload(plain, up, phase.roles)
+    asked = _ask(plain, spec, upload, settings, rank, base.fingerprint.identity)
     try:
         rules, refused = policy.check(asked, site), None
     except PolicyError as fault:
@@ -155,9 +162,8 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     beside = CODE_BYTES * (Schema(up, Grid(plain.least), TRAIN_COUNTERS).size - up.size) if plain.masked else 0
     size = asked.upload_bytes + (beside or FLOAT_BYTES * sum(TRAIN_COUNTERS.values()))
     private = tuple(sorted(phase.private & spec.layout.roles))
-    return Forecast(
-        name, phase.name, examples, weight, _lines(up, _codec(plain)), counters, size, EPSILON, rules, refused, private, plain.masked
-    )
+    lines = tuple(Line(entry.name, entry.role, entry.shape, round(each[entry.role] * entry.size)) for entry in up.entries)
+    return Forecast(name, phase.name, examples, weight, lines, counters, size, EPSILON, rules, refused, private, plain.masked)
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -179,30 +185,38 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Sche
     return task, make_spec(name, base, method, task.head), scheme, settings
 
 
-def _ask(plain: Plain, spec: AdapterSpec, up: Layout, settings: TrainSettings, rank: int, identity: str) -> Ask:
+def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, rank: int, identity: str) -> Ask:
     return Ask(
         task=spec.task,
         base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), identity))),
         method=type(spec.method).kind,
         rank=rank,
-        upload_bytes=_codec(plain).most(up.size, 1) + FLAT_HEADER_BYTES,
+        upload_bytes=upload + FLAT_HEADER_BYTES,
         cohort=plain.hidden,
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,
     )
 
 
-def _codec(plain: Plain) -> Codec:
+def _upload(plain: Plain, up: Layout, roles: frozenset[str]) -> tuple[int, dict[str, float]]:
+    """The most bytes of values that leave, and of one value of each role."""
+    codec = _codec(plain, up.size)
+    if isinstance(codec, Ring):
+        lanes = Lanes(up, roles & up.roles, codec, np.zeros(0, np.uint8), plain.expected if plain.masked else 1)
+        return lanes.bytes(), {role: lanes.width / 8 if role in lanes.roles else CODE_BYTES for role in up.roles}
+    most = codec.most(up.size, 1)
+    return most, dict.fromkeys(up.roles, most / max(up.size, 1))
+
+
+def _codec(plain: Plain, size: int) -> Codec:
+    """The codec of ``size`` values, which a budget picks where there is one, and which is a ring under masks."""
+    if plain.wire.get("budget"):
+        return choose(int(plain.wire["budget"]), size, plain.masked, plain.expected)
     try:
         codec: Codec = config.build(CODECS, plain.wire.get("codec", "none"), "wire.codec")
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    return codec
-
-
-def _lines(up: Layout, codec: Codec) -> tuple[Line, ...]:
-    each = codec.most(up.size, 1) / max(up.size, 1)
-    return tuple(Line(entry.name, entry.role, entry.shape, round(each * entry.size)) for entry in up.entries)
+    return (as_ring(codec) or codec) if plain.masked else codec
 
 
 def _router(base: Base) -> dict[str, int]:

@@ -17,7 +17,7 @@ from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
-from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Plain, as_delta
+from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
@@ -43,7 +43,7 @@ class MissingVersion(AdapterError):  # noqa: N818 - it says what happened, as it
 class Work:
     """One task of a round, read: everything but rows, base and start values. ``round`` is the task's own.
 
-    ``codec`` None sends the grid's 32-bit codes.
+    ``codec`` and ``lanes`` None send the grid's 32-bit codes; only one of them is ever there.
     """
 
     round: int
@@ -54,6 +54,14 @@ class Work:
     phase: Phase
     settings: TrainSettings
     codec: DeltaCodec | None = None
+    lanes: Lanes | None = None
+
+    @property
+    def upload_bytes(self) -> int:
+        """The most bytes of values that travel up, without weight and counters."""
+        if self.lanes is not None:
+            return self.lanes.bytes()
+        return (self.codec or Plain()).most(self.up.size, 1)
 
     @property
     def grid(self) -> Grid:
@@ -92,7 +100,11 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     except (ValueError, KeyError, TypeError) as fault:
         raise UpdateError(f"plan of task {plan.task!r} cannot be read: {fault}; do both sides run one version?") from None
     number = plan.task_round or round_plan.round
-    return _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings, _codec(plan)))
+    work = _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings))
+    codec = _codec(plan)
+    if isinstance(codec, Ring):
+        return dataclasses.replace(work, lanes=Lanes.told(work.up, work.phase.roles, codec, plan.scales, work.grid))
+    return dataclasses.replace(work, codec=as_delta(codec))
 
 
 def _json(text: str) -> Any:
@@ -112,22 +124,18 @@ def _settings(table: Any) -> TrainSettings:
     return TypeAdapter(TrainSettings).validate_python(table)
 
 
-def _codec(plan: TaskPlan) -> DeltaCodec | None:
+def _codec(plan: TaskPlan) -> Codec:
     """The codec of what travels up. Raises `UpdateError` when it cannot be read, or does not go with the rest of the plan."""
     try:
         codec: Codec = config.build(CODECS, _json(plan.codec_json), "codec") if plan.codec_json else Plain()
     except ValueError as fault:
         raise UpdateError(f"plan of task {plan.task!r}: {fault}; do both sides run one version?") from None
-    if isinstance(codec, Plain):
-        return None
-    if codec.masked:
-        raise UpdateError(f"plan of task {plan.task!r}: codec {codec.kind} needs the scales of the last mean, which plans do not carry")
-    if plan.secure_aggregation or plan.HasField("masking"):
+    if not codec.masked and (plan.secure_aggregation or plan.HasField("masking")):
         raise UpdateError(
             f"plan of task {plan.task!r}: codec {codec.kind} and secure aggregation: messages of scales of the site's own have no sum; "
-            "the coordinator must set codec none"
+            "the coordinator must send codec ring with the round's scales"
         )
-    return as_delta(codec)
+    return codec
 
 
 def _checked(work: Work) -> Work:
@@ -167,7 +175,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         base=tuple(dict.fromkeys((work.spec.base_model, work.spec.base, identity))),
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
-        upload_bytes=(work.codec or Plain()).most(work.up.size, 1) + FLAT_HEADER_BYTES,
+        upload_bytes=work.upload_bytes + FLAT_HEADER_BYTES,
         cohort=plan.cohort if instance is None else fewest(instance),
         steps=work.settings.steps * work.settings.accumulate,
         secure_aggregation=instance is not None,

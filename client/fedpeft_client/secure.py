@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from fedpeft.errors import PolicyError, PrivacyError
-from fedpeft.privacy.packing import Schema, pack
+from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import PURPOSE, Bundle, Instance, Member
 from fedpeft.signing import Keys
 from fedpeft.tensors import Layout
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.update import Counters, Update
 from fedpeft.wire import flat, masking
 from fedpeft.wire.v1.federation_pb2 import Masked, Masking, RoundPlan, TaskPlan, TaskResult
+from fedpeft.wire.vector import Vector
 from fedpeft_client.answers import Answer
 from fedpeft_client.marks import Marks
 from fedpeft_client.members import Members
@@ -97,18 +98,17 @@ class Secure:
         said.counters.update({name: len(values.values) for name, values in answer.result.counters.items()})
         return Answer(_bare(answer.result, said))
 
-    def masked(self, asked: RoundPlan, plan: TaskPlan, answer: Answer, layout: Layout, grid: Grid) -> Answer:
-        """``answer`` under its masks: values of ``layout`` on ``grid``, weight and counters are in one vector.
+    def masked(self, asked: RoundPlan, plan: TaskPlan, answer: Answer, vector: Vector) -> Answer:
+        """``answer`` under its masks: values, weight and counters are in one ``vector``.
 
         Raises:
             PrivacyError: it has counters that the plan does not know, or see `Member.mask`.
         """
-        member = self.members.get(asked, plan)
-        schema = Schema(layout, grid, TRAIN_COUNTERS if answer.array else masking.counters_of(plan.masking.counters))
-        vector = pack(_update(answer, schema), schema)
-        sealed = member.mask(vector, masking.boxes_of(plan.masking.boxes), list(plan.masking.dealers), schema.digest)
+        member, schema = self.members.get(asked, plan), vector.schema
+        codes = vector.pack(_update(answer, schema))
+        sealed = member.mask(codes, masking.boxes_of(plan.masking.boxes), list(plan.masking.dealers), schema.digest)
         self.members.put(asked, member)
-        return Answer(_bare(answer.result), flat.pack(layout.fingerprint, sealed))
+        return Answer(_bare(answer.result), flat.pack(schema.layout.fingerprint, vector.write(sealed)))
 
     @property
     def _steps(self) -> dict[int, Callable[[RoundPlan, TaskPlan], Masked]]:

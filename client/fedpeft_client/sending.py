@@ -1,4 +1,4 @@
-"""What of a task's delta leaves: the grid's 32-bit codes, or the bytes of the plan's codec with what it loses kept for the next round."""
+"""What of a task's delta leaves: codes of the grid, or the bytes of the plan's codec; what either loses is kept for the next round."""
 
 from __future__ import annotations
 
@@ -29,13 +29,25 @@ def contribution(work: Work, delta: Tensors, weighted: tuple[float, Counters], o
     Raises:
         UpdateError: the delta is not finite or leaves the round's grid.
     """
-    if work.codec is None:
+    if work.codec is None and work.lanes is None:
         return Sent(Update.encode(delta, *weighted, work.grid)), own
     kept = kept_roles(work)
     residual = own.residual(delta.layout) if kept else None
     seed = None if kept else seed_of(work.plan.seed, work.plan.task, site)
-    message, lost = send(work.codec, delta, residual, seed)
-    return Sent(Update.encode(receive(work.codec, message, delta), *weighted, work.grid), message), own.with_residual(lost.pick(kept))
+    sent, lost = _written(work, delta, residual, weighted, seed)
+    return sent, own.with_residual(lost.pick(kept))
+
+
+def _written(
+    work: Work, delta: Tensors, residual: Tensors | None, weighted: tuple[float, Counters], seed: int | None
+) -> tuple[Sent, Tensors]:
+    if work.codec is not None:
+        message, lost = send(work.codec, delta, residual, seed)
+        return Sent(Update.encode(receive(work.codec, message, delta), *weighted, work.grid), message), lost
+    assert work.lanes is not None
+    whole = Update.encode(delta if residual is None else delta + residual, *weighted, work.grid)
+    update, lost = work.lanes.send(whole, seed)
+    return Sent(update), lost
 
 
 def kept_roles(work: Work) -> frozenset[str]:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 from fedpeft import bases
 from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError, PrivacyError
 from fedpeft.files import write_atomic
+from fedpeft.privacy.packing import Schema
 from fedpeft.tensors import Tensors
-from fedpeft.update import Counters, Grid
-from fedpeft.wire import Envelope
+from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
+from fedpeft.wire import Envelope, masking
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
+from fedpeft.wire.vector import Vector
 from fedpeft_client import answers, audit, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
@@ -53,12 +55,14 @@ class Done:
     @property
     def tensors(self) -> dict[str, int]:
         """Bytes of values by role; of a codec's message, each role's share by number of values."""
-        if self.work is None or not self.answer.array:
+        if self.work is None or not self.answer.array or not self.answer.result.layout_fingerprint:
             return {}
-        up, codec = self.work.up, self.work.codec
-        spans = {role: span.stop - span.start for role, span in up.role_spans.items()}
-        each = 4.0 if codec is None else (len(self.answer.array) - FLAT_HEADER_BYTES) / max(up.size, 1)
-        return {role: round(each * size) for role, size in spans.items()}
+        up, lanes = self.work.up, self.work.lanes
+        if lanes is not None and not self.work.plan.HasField("masking"):
+            lanes = lanes.alone
+        each = 4.0 if self.work.codec is None else (len(self.answer.array) - FLAT_HEADER_BYTES) / max(up.size, 1)
+        narrow = {role: lanes.width / 8 for role in lanes.roles} if lanes is not None else {}
+        return {role: round(narrow.get(role, each) * (span.stop - span.start)) for role, span in up.role_spans.items()}
 
 
 @dataclass
@@ -194,12 +198,13 @@ class Worker:
     def _leaving(self, asked: RoundPlan, work: Work, instance: Instance | None, answer: Answer) -> Answer:
         """``answer`` as it leaves: in the clear, as keys alone, or under the masks of ``instance``."""
         if instance is None:
-            return answer
+            return answers.narrowed(answer, work.lanes.alone) if answer.array and work.lanes is not None else answer
         if work.plan.masking.step == Masking.STEP_KEYS:
             return self.secure.keyed(asked, work.plan, answer)
         if answer.array:
-            return self.secure.masked(asked, work.plan, answer, work.up, work.grid)
-        return self.secure.masked(asked, work.plan, answer, NOTHING, Grid(len(instance.members)))
+            return self.secure.masked(asked, work.plan, answer, Vector(Schema(work.up, work.grid, TRAIN_COUNTERS), work.lanes))
+        counters = masking.counters_of(work.plan.masking.counters)
+        return self.secure.masked(asked, work.plan, answer, Vector(Schema(NOTHING, Grid(len(instance.members)), counters)))
 
     def _local(self, kind: str, task: str) -> str:
         """What of this site, beside the plan, determines an answer."""

@@ -14,7 +14,6 @@ from fedpeft.errors import BaseError, ConfigError, DataError
 from fedpeft.privacy.secagg import enough
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
-from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
@@ -104,7 +103,7 @@ def limits(config: FederationConfig) -> Limits:
         deadline=cohort.deadline,
         retries=cohort.retries,
         reach=config.wire.reach,
-        codec=as_delta(config.wire.codec),
+        codec=config.wire.codec,
         budget=config.wire.budget or 0,
         max_examples=config.max_examples,
         root=cohort.root or "",
@@ -199,6 +198,7 @@ def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
         initial=cache(lambda: _round_zero(config, base, spec, seed)),
         seed=seed,
         scores=task.scores,
+        travel=lambda role: config.settings(spec.task).travel(role) * spec.method.lr_scale(role),
     )
 
 

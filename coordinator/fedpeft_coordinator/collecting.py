@@ -12,7 +12,7 @@ from fedpeft.errors import FedpeftError, PrivacyError, UpdateError
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
-from fedpeft.wire.codecs import DeltaCodec
+from fedpeft.wire.codecs import DeltaCodec, Lanes
 from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
 from fedpeft_coordinator.state import Round
 from fedpeft_coordinator.transport import Answer, Failure
@@ -103,11 +103,12 @@ class Tally:
 
 
 class Expected(Protocol):
-    """What the updates of a task must look like; ``codec`` None is the grid's 32-bit codes."""
+    """What the updates of a task must look like; without ``codec`` and ``lanes`` they are the grid's 32-bit codes."""
 
     layout: Layout
     grid: Grid
     codec: DeltaCodec | None
+    lanes: Lanes | None
 
 
 def decode(result: TaskResult, envelope: Envelope, expected: Expected) -> Update:
@@ -116,6 +117,9 @@ def decode(result: TaskResult, envelope: Envelope, expected: Expected) -> Update
     if result.layout_fingerprint != layout.fingerprint:
         raise UpdateError(f"layout is {result.layout_fingerprint[:12]!r}, the plan has {layout.fingerprint[:12]}; it trained other tensors")
     values = envelope.array(result.task, layout.fingerprint)
+    if expected.lanes is not None:
+        codes = expected.lanes.grow(expected.lanes.read(values), 1)
+        return Update(layout, expected.grid, codes, result.weight, counters_of(result), 1)
     wanted = np.int32 if codec is None else np.uint8
     if values.dtype != wanted:
         raise UpdateError(f"values are {values.dtype}, {np.dtype(wanted)} codes were expected; do both sides run one version?")

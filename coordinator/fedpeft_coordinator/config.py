@@ -56,8 +56,7 @@ def _start(value: Any) -> Any:
 def _codec(value: Any) -> Any:
     from fedpeft.wire.codecs import CODECS
 
-    # A ring's scales follow the last mean, and plans do not carry them.
-    return config.build({kind: codec for kind, codec in CODECS.items() if kind != "ring"}, value, "codec")
+    return config.build(CODECS, value, "codec")
 
 
 def _server(value: Any) -> Any:
@@ -140,7 +139,7 @@ class Wire(Section):
     """``reach``: the largest weighted change of any single value that a site may send.
 
     ``codec``: how it writes a delta (`fedpeft.wire.codecs`); or ``budget``: bytes that it may send of a task in a round, for which
-    the codec that keeps most is taken.
+    the codec that keeps most is taken. Where sums are masked, int8 to int2 are rings of as many bits, on scales of the last mean.
     """
 
     reach: float = Field(default=2.0, gt=0.0, allow_inf_nan=False)

@@ -8,6 +8,7 @@ from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout
 from fedpeft.wire.codecs import choose
 from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.planning import fitting_ring
 
 ROUNDS = range(1, 5)
 """Rounds of a task in which every phase of every scheme has come."""
@@ -31,10 +32,18 @@ def check_fit(config: FederationConfig, layout: Layout) -> None:
             f"sharing.share = {config.sharing.share!r} and method.kind = {method.kind!r}: the method has no factors; take lora"
         )
     if config.wire.budget is not None:
-        for phase in (scheme.phase(number, layout) for number in ROUNDS):
-            choose(config.wire.budget, scheme.travels(layout, phase).size, masked=False)
+        _check_budget(config, layout, config.wire.budget)
     if config.combine is not None:
         _check_rule(scheme, config.combine, layout)
+
+
+def _check_budget(config: FederationConfig, layout: Layout, budget: int) -> None:
+    for phase in (config.scheme.phase(number, layout) for number in ROUNDS):
+        up = config.scheme.travels(layout, phase)
+        if config.masks:
+            fitting_ring(budget, up.subset(phase.roles).size, up.size, config.cohort.expected)
+        else:
+            choose(budget, up.size, masked=False)
 
 
 def _check_rule(scheme: Scheme, rule: CombineRule, layout: Layout) -> None:

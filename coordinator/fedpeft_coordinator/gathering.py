@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedpeft.update import Counters
+from fedpeft.wire.codecs import Lanes
 from fedpeft_coordinator.collecting import Tally
 from fedpeft_coordinator.exchange import Around, Drops, Exchange, by_site
 from fedpeft_coordinator.requests import Writer
-from fedpeft_coordinator.state import Round
+from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.updates import Updates
 
 
-def train(plan: Round, writer: Writer, around: Around) -> tuple[Updates, Drops]:
+def train(plan: Round, writer: Writer, around: Around, lanes: Callable[[TaskRound], Lanes | None]) -> tuple[Updates, Drops]:
     """The updates of every task that ``plan`` asks for, and who dropped out of which. Raises `LinkError`."""
-    updates = Updates(plan, writer.setup)
+    updates = Updates(plan, writer.setup, lanes)
     exchange = Exchange(
         "train",
         plan,

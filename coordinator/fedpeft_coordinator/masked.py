@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fedpeft.errors import PrivacyError, UpdateError
-from fedpeft.privacy.packing import Schema, unpack
+from fedpeft.errors import PrivacyError
 from fedpeft.privacy.secagg import PURPOSE, Collector, agreed, signer
 from fedpeft.signing import verified
 from fedpeft.update import Update
 from fedpeft.wire import Envelope, masking
 from fedpeft.wire.v1.federation_pb2 import Masking, TaskResult
+from fedpeft.wire.vector import Vector
 from fedpeft_coordinator.collecting import Accept, line
 from fedpeft_coordinator.exchange import Drops
 
@@ -30,7 +30,7 @@ class Sums:
 
     collectors: dict[Group, Collector]
     identities: MutableMapping[str, str]
-    schemas: dict[str, Schema] = field(default_factory=dict)
+    vectors: dict[str, Vector] = field(default_factory=dict)
     counters: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     drops: Drops = field(default_factory=lambda: defaultdict(dict))
     given_up: dict[Group, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Sums:
         for group in self.open:
             with self._losing(group):
                 collector = self.collectors[group]
-                total = unpack(collector.result(), self.schemas[group[0]], len(collector.survivors))
+                total = self.vectors[group[0]].open(collector.result(), len(collector.survivors))
                 found[group[0]].append(total)
         return dict(found)
 
@@ -139,7 +139,7 @@ class Sums:
                 f"secure aggregation: keys of {site!r} are not signed by the identity it is known by; where it was set up anew, put its "
                 "public key under [secure_aggregation.identities] and tell the other sites"
             )
-        if result.task not in self.schemas:
+        if result.task not in self.vectors:
             self._take_counters(result)
         collector.add_bundle(bundle)
         self.identities[site] = key
@@ -148,15 +148,12 @@ class Sums:
         self._at(site, result.task).add_boxes(site, masking.boxes_of(result.masked.boxes))
 
     def _take_vector(self, site: str, result: TaskResult, envelope: Envelope) -> None:
-        schema = self.schemas[result.task]
-        vector = envelope.array(result.task, schema.layout.fingerprint)
-        if vector.shape != (schema.size,):
-            raise UpdateError(f"{vector.size} masked values, the plan needs {schema.size}; do both sides run one version?")
-        self._at(site, result.task).add_vector(site, vector)
+        vector = self.vectors[result.task]
+        self._at(site, result.task).add_vector(site, vector.read(envelope.array(result.task, vector.schema.layout.fingerprint)))
 
     def _take_agreement(self, site: str, result: TaskResult, _envelope: Envelope) -> None:
         collector, signature = self._at(site, result.task), masking.signature_of(result.masked.signature)
-        what = agreed(collector.instance, collector.survivors, self.schemas[result.task].digest)
+        what = agreed(collector.instance, collector.survivors, self.vectors[result.task].schema.digest)
         if not verified(what, signature, self.identities.get(site, ""), PURPOSE):
             raise PrivacyError(f"secure aggregation: the signature of {site!r} on the survivors does not hold")
         collector.add_agreement(site, signature)

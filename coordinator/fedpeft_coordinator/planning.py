@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from fedpeft.errors import UpdateError
+from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Phase, check_start
-from fedpeft.tensors import Tensors
-from fedpeft.update import Grid
-from fedpeft.wire.codecs import DeltaCodec, as_delta, choose
+from fedpeft.tensors import Layout, Tensors
+from fedpeft.update import TRAIN_COUNTERS, Grid
+from fedpeft.wire.codecs import Codec, DeltaCodec, Ring, as_delta, as_ring, choose
 from fedpeft_coordinator import sharing
 from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
 from fedpeft_coordinator.state import Round, Site, TaskRound
@@ -61,6 +62,7 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
     early = begin.aligned and sharing.waits(setup.sharing, phase)
     if early or len(names) < setup.limits.min_sites:  # nothing trains, so nothing is taken over
         begin = sharing.plainly(setup.tasks, task.name, known.history, known.load)
+    past = sharing.latest(task.name, known.history)
     plan = TaskRound(
         task=task.name,
         phase=phase.name,
@@ -74,6 +76,7 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
         number=own,
         private=tuple(sorted(phase.private & task.layout.roles)),
         settles=tuple(sorted(phase.settles & task.layout.roles)),
+        means=dict(past.means) if past else {},
     )
     return skipped(plan, "it was away while its group's factor moved, and comes back in the next round of its own") if early else plan
 
@@ -113,12 +116,32 @@ def grid_of(plan: TaskRound, limits: Limits) -> Grid:
 
 
 def codec_of(size: int, sites: int, limits: Limits) -> DeltaCodec | None:
-    """How a site writes ``size`` values: the federation's codec, or what its byte budget picks; None sends the grid's 32-bit codes.
+    """How a site writes ``size`` values in scales of its own: the federation's codec, or what its byte budget picks; None sends codes.
 
     Raises:
         ConfigError: no codec fits the budget.
     """
-    return as_delta(choose(limits.budget, size, masked=False, sites=sites)) if limits.budget else limits.codec
+    return as_delta(choose(limits.budget, size, masked=False, sites=sites) if limits.budget else limits.codec)
+
+
+def ring_of(setup: Setup, narrow: int, size: int, sites: int) -> Ring | None:
+    """The ring of ``narrow`` of the ``size`` values that a site sends; None where all keep 32 bits. Raises as `fitting_ring` does."""
+    limits = setup.limits
+    if setup.secure is None:
+        found: Codec | None = limits.codec
+    else:
+        found = fitting_ring(limits.budget, narrow, size, sites) if limits.budget else as_ring(limits.codec)
+    return found if isinstance(found, Ring) and narrow else None
+
+
+def fitting_ring(budget: int, narrow: int, size: int, sites: int) -> Codec:
+    """The ring that keeps most of ``narrow`` of ``size`` values within ``budget`` bytes, counting the rest, weight and counters.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    beside = size - narrow + Schema(Layout(()), Grid(sites), TRAIN_COUNTERS).size
+    return choose(budget, narrow, masked=True, sites=sites, beside=4 * beside)
 
 
 def skipped(plan: TaskRound, reason: str) -> TaskRound:

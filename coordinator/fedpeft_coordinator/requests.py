@@ -16,6 +16,7 @@ from fedpeft.wire.v1.federation_pb2 import Centroid, Masking, RoundPlan, TaskPla
 from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
+from fedpeft_coordinator.updates import up_layout
 
 Centroids = Mapping[str, tuple[float, ...]]
 
@@ -32,6 +33,7 @@ class Writer:
     history: Sequence[Round]
     load: Load
     state: Callable[[TaskRound], State]
+    scales: Callable[[TaskRound], bytes] = lambda _row: b""
     centroids: Centroids = field(default_factory=dict)
     masking: Callable[[str, str], Masking | None] = lambda _site, _task: None
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
@@ -89,10 +91,18 @@ class Writer:
         )
         if kind == "evaluate":
             self._want_card(message)
-        codec = codec_of(self.setup.scheme.travels(task.layout, phase_of(plan)).size, grid.sites, self.setup.limits)
-        if kind == "train" and codec is not None:
-            message.codec_json = json.dumps(describe(codec))
+        else:
+            self._want_codec(message, plan)
         return message
+
+    def _want_codec(self, message: TaskPlan, plan: TaskRound) -> None:
+        """Say how the site writes what travels up: a ring on public scales, or scales of its own; nothing for 32-bit codes."""
+        if plan.ring is not None:
+            message.codec_json, message.scales = json.dumps(dict(plan.ring)), self.scales(plan)
+            return
+        codec = codec_of(up_layout(self.setup, plan).size, message.grid_sites, self.setup.limits)
+        if codec is not None:
+            message.codec_json = json.dumps(describe(codec))
 
     def _control(self, message: TaskPlan, plan: TaskRound) -> dict[str, bytes]:
         """The scheme's global control as a second array beside the plan, where it has one."""

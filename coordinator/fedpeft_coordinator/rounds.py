@@ -23,6 +23,7 @@ from fedpeft_coordinator.planning import Known
 from fedpeft_coordinator.release import Publisher, due, moved_since_version, release_of
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.roster import Roster
+from fedpeft_coordinator.scaling import Scaling
 from fedpeft_coordinator.secure import Secure
 from fedpeft_coordinator.setup import Setup, TaskSetup, same_facts
 from fedpeft_coordinator.state import Round, TaskRound
@@ -58,6 +59,7 @@ class Coordinator:
         self.history = self.journal.rounds()
         self.roster = Roster(self.setup, self.journal, self.transport, self.events)
         self._around = Around(self.transport, self.roster, self.events)
+        self._scaling = Scaling(self.setup, self.store)
         self._secure = self._masks()
         self._cache: dict[str, Tensors] = {}
         self._advance = Advance(self.setup, self.store, self._load, self._remember)
@@ -125,7 +127,7 @@ class Coordinator:
 
     def _planned(self, number: int, attempt: int) -> Round:
         known = Known(self.history, self.roster.refresh().values(), self._load, sharing.Shelf(self._load, self.store))
-        return planning.plan_round(self.setup, number, attempt, known)
+        return self._scaling.planned(planning.plan_round(self.setup, number, attempt, known))
 
     def _open(self, plan: Round) -> Round:
         return plan.at("collecting")
@@ -137,7 +139,7 @@ class Coordinator:
         if self._secure is not None:
             sealed = self._secure.seal(plan, self._writer(plan))
             return sealed if sealed.step == "sealed" else self._repeat(self._told(sealed))
-        updates, drops = gathering.train(plan, self._writer(plan), self._around)
+        updates, drops = gathering.train(plan, self._writer(plan), self._around, self._scaling.lanes)
         rows = {name: replace(plan.tasks[name], drops=drops.get(name, {})) for name in plan.asked}
         done = self._told(plan.at("combined", **{name: self._combine(row, updates.tasks[name]) for name, row in rows.items()}))
         return done if done.updated else self._repeat(done)
@@ -162,7 +164,7 @@ class Coordinator:
             return planning.skipped(plan, str(fault))
         digest = self.store.put_tensors(mean)
         self._advance.means[digest] = mean
-        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean))
+        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean), means=self._scaling.learned(plan, digest))
         return replace(kept, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters))
 
     def _repeat(self, done: Round) -> Round:
@@ -259,10 +261,10 @@ class Coordinator:
 
     def _masks(self) -> Secure | None:
         secure = self.setup.secure
-        return None if secure is None else Secure(self.setup, secure, self.run_id, self.journal, self.store, self._around)
+        return None if secure is None else Secure(self.setup, secure, self.run_id, self.journal, self._scaling, self._around)
 
     def _writer(self, plan: Round) -> Writer:
-        return Writer(self.setup, self.run_id, self.history, self._load, self._advance.state, self.centroids)
+        return Writer(self.setup, self.run_id, self.history, self._load, self._advance.state, self._scaling.shifts, self.centroids)
 
     def _remember(self, task: TaskSetup, tensors: Tensors) -> None:
         self._cache[f"{task.name} {tensors.digest}"] = tensors

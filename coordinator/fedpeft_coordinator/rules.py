@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes import Gathers
 from fedpeft.schemes.robust import Buckets, Rooted
+from fedpeft.wire.codecs import Ring, as_ring
 
 if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
@@ -140,11 +141,23 @@ def _wire_rule(federation: FederationConfig) -> None:
     wire = federation.wire
     if wire.budget is not None and wire.codec.kind != "none":
         raise ValueError(f"wire.codec = {wire.codec.kind!r} and wire.budget = {wire.budget}: the budget picks the codec; set one of them")
-    if federation.masks and (wire.budget is not None or wire.codec.kind != "none"):
-        setting = f"codec = {wire.codec.kind!r}" if wire.budget is None else f"budget = {wire.budget}"
+    if federation.masks and wire.codec.kind != "none" and as_ring(wire.codec) is None:
         raise ValueError(
-            f"wire.{setting} and secure aggregation (on from cohort.min_sites = {LEAST}): sites would write in scales of their own, which "
-            "have no sum under masks; leave it out, or let sites send in the clear with secure_aggregation.enabled = false"
+            f"wire.codec = {wire.codec.kind!r} and secure aggregation (on from cohort.min_sites = {LEAST}): sites would write in scales of "
+            "their own, which have no sum under masks; take ring, int8, int4, int3 or int2, or let sites send in the clear with "
+            "secure_aggregation.enabled = false"
+        )
+
+
+def _scales_rule(federation: FederationConfig) -> None:
+    """A ring's first scales are of what training can move a value by."""
+    wire = federation.wire
+    narrow = isinstance(wire.codec, Ring) or (federation.masks and (wire.budget is not None or wire.codec.kind != "none"))
+    boundless = [name for name in federation.tasks if narrow and not federation.settings(name).travel("")]
+    if boundless:
+        raise ValueError(
+            f"wire.codec or budget with public scales, and training.optimizer = 'sgd' with clip = 0 (tasks {boundless}): nothing says how "
+            "far the first round moves a value, which its scales need; set training.clip, or leave codec and budget out"
         )
 
 
@@ -159,4 +172,5 @@ RULES = (
     _secure_rule,
     _sharing_rule,
     _wire_rule,
+    _scales_rule,
 )

@@ -21,14 +21,15 @@ from fedpeft.tensors import Layout
 from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
+from fedpeft.wire.vector import Vector
 from fedpeft_coordinator import planning
 from fedpeft_coordinator.exchange import Around, Exchange, by_site
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.masked import Group, Sums
 from fedpeft_coordinator.requests import Writer
+from fedpeft_coordinator.scaling import Scaling
 from fedpeft_coordinator.setup import SecureAggregation, Setup
 from fedpeft_coordinator.state import Round, TaskRound
-from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.updates import groups, up_layout
 
 Sites = Callable[[Collector], Iterable[str]]
@@ -43,14 +44,14 @@ class Secure:
     settings: SecureAggregation
     run: str
     journal: Journal
-    store: Store
+    scaling: Scaling
     around: Around
     _scored: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
 
     def seal(self, plan: Round, writer: Writer) -> Round:
         """Train under masks: the round at ``sealed``, or at ``combined`` when not one sum can be opened. Raises `LinkError`."""
         sums = self._begin("train", plan, {name: groups(self.setup, plan.tasks[name]) for name in plan.asked}, writer)
-        sums.schemas = {name: self._schema(plan.tasks[name]) for name in plan.asked}
+        sums.vectors = {name: self._vector(plan.tasks[name]) for name in plan.asked}
         self._say("keys", plan, sums, lambda one: one.instance.members)
         self._shares(plan, sums)
         self._vectors("train", plan, sums, writer)
@@ -61,7 +62,7 @@ class Secure:
         """The sums of a sealed round, for `Sums.results`. Raises `LinkError`."""
         rows = [row for row in sealed.tasks.values() if row.sealed]
         sums = Sums({group: one for row in rows for group, one in self._collectors(row).items()}, self._identities())
-        sums.schemas = {row.task: self._schema(row) for row in rows}
+        sums.vectors = {row.task: self._vector(row) for row in rows}
         self._agree(sealed, sums)
         return sums
 
@@ -72,8 +73,9 @@ class Secure:
         """
         sums = self._begin("evaluate", done, {name: [self._scored.get((done.number, name), able[name])] for name in able}, writer)
         self._ask("evaluate", done, sums, lambda one: one.instance.members, ("keys", writer))
-        sums.schemas = {
-            name: Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]) for (name, _), one in sums.collectors.items()
+        sums.vectors = {
+            name: Vector(Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]))
+            for (name, _), one in sums.collectors.items()
         }
         self._shares(done, sums)
         self._vectors("evaluate", done, sums, writer)
@@ -148,17 +150,18 @@ class Secure:
         for (_, place), one in kept.items():
             assert one.total is not None
             arrays |= {f"total {place}": one.total, f"collector {place}": np.frombuffer(one.to_bytes(), np.uint8)}
-        return replace(row, sealed=self.store.put_arrays(arrays))
+        return replace(row, sealed=self.scaling.store.put_arrays(arrays))
 
     def _collectors(self, row: TaskRound) -> dict[Group, Collector]:
-        arrays = self.store.arrays(row.sealed)
+        arrays = self.scaling.store.arrays(row.sealed)
         places = sorted(int(name.split()[1]) for name in arrays if name.startswith("total"))
         return {
             (row.task, place): Collector.from_bytes(arrays[f"collector {place}"].tobytes(), arrays[f"total {place}"]) for place in places
         }
 
-    def _schema(self, row: TaskRound) -> Schema:
-        return Schema(up_layout(self.setup, row), planning.grid_of(row, self.setup.limits), TRAIN_COUNTERS)
+    def _vector(self, row: TaskRound) -> Vector:
+        schema = Schema(up_layout(self.setup, row), planning.grid_of(row, self.setup.limits), TRAIN_COUNTERS)
+        return Vector(schema, self.scaling.lanes(row))
 
     def _identities(self) -> dict[str, str]:
         return {**self.journal.notes().get(NOTE, {}), **self.settings.identities}

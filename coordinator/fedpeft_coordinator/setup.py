@@ -12,14 +12,17 @@ from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
-from fedpeft.wire.codecs import DeltaCodec
+from fedpeft.wire.codecs import Codec, Plain
 
 Scores = Callable[[Counters], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class TaskSetup:
-    """One task: what sites must know of it (JSON forms), its layout, its round-0 tensors with their seed, its metrics."""
+    """One task: what sites must know of it (JSON forms), its layout, its round-0 tensors with their seed, its metrics.
+
+    ``travel`` says about how far one value of a role moves in a round at most (`TrainSettings.travel`).
+    """
 
     name: str
     layout: Layout
@@ -29,6 +32,7 @@ class TaskSetup:
     initial: Callable[[], Tensors]
     seed: int
     scores: Scores = lambda _counters: {}
+    travel: Callable[[str], float] = lambda _role: 0.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Limits:
     deadline: float = 600.0
     retries: int = 3
     reach: float = 2.0
-    codec: DeltaCodec | None = None
+    codec: Codec = field(default_factory=Plain)
     budget: int = 0
     max_examples: int = 1_000_000
     root: str = ""

@@ -20,6 +20,8 @@ class TaskRound:
     own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost. ``sealed`` is
     the digest of its masked sum, empty where sites sent theirs in the clear. ``group`` is whom the task shares factors with, ``alone`` the
     adapter had it not shared this step, ``gain`` what the two lose on held-out rows, ``moved_to`` the group that it leaves for.
+    the digest of its masked sum, empty where sites sent theirs in the clear. ``ring`` describes the ring of narrow codes, if there
+    is one, ``scales`` is the digest of its shifts, and ``means`` are digests of the last means by fingerprint of what travelled.
     """
 
     task: str
@@ -51,6 +53,9 @@ class TaskRound:
     alone: str = ""
     gain: Mapping[str, float] = field(default_factory=dict)
     moved_to: str = ""
+    ring: Mapping[str, Any] | None = None
+    scales: str = ""
+    means: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def moves(self) -> frozenset[str]:
@@ -97,7 +102,8 @@ class Round:
     @property
     def blobs(self) -> set[str]:
         """Digests in the store that the next round may need."""
-        return {digest for row in self.tasks.values() for digest in (row.before, row.after, row.state, row.state_after) if digest}
+        rows = self.tasks.values()
+        return {blob for row in rows for blob in (row.before, row.after, row.state, row.state_after, *row.means.values()) if blob}
 
     def at(self, step: Step, **tasks: TaskRound) -> Round:
         """This round one step on, with some tasks replaced."""

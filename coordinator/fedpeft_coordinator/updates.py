@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,6 +13,7 @@ from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Layout
 from fedpeft.update import Update
 from fedpeft.wire import Envelope
+from fedpeft.wire.codecs import Lanes
 from fedpeft.wire.v1.federation_pb2 import TaskResult
 from fedpeft_coordinator.collecting import decode
 from fedpeft_coordinator.planning import codec_of, grid_of, phase_of
@@ -66,9 +68,10 @@ class TaskUpdates:
     Where the scheme or the combine rule needs them, every site's part as well: memory then grows with the cohort.
     """
 
-    def __init__(self, setup: Setup, row: TaskRound) -> None:
+    def __init__(self, setup: Setup, row: TaskRound, lanes: Lanes | None = None) -> None:
         self.layout, self.grid = up_layout(setup, row), grid_of(row, setup.limits)
         self.codec = codec_of(self.layout.size, self.grid.sites, setup.limits)
+        self.lanes = None if lanes is None else lanes.alone
         parted = groups(setup, row)
         self._group = {site: place for place, sites in enumerate(parted) for site in sites}
         self._sums = [Sum(self.layout, self.grid) for _ in parted]
@@ -99,8 +102,8 @@ class TaskUpdates:
 class Updates:
     """The updates of every task of a round."""
 
-    def __init__(self, plan: Round, setup: Setup) -> None:
-        self.tasks = {name: TaskUpdates(setup, plan.tasks[name]) for name in plan.asked}
+    def __init__(self, plan: Round, setup: Setup, lanes: Callable[[TaskRound], Lanes | None]) -> None:
+        self.tasks = {name: TaskUpdates(setup, plan.tasks[name], lanes(plan.tasks[name])) for name in plan.asked}
 
     def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
         """Add one site's update. Raises `UpdateError` when it is of another layout or grid, not finite or out of range."""

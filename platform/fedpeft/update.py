@@ -22,6 +22,8 @@ from fedpeft.tensors import Layout, Tensors
 Codes = NDArray[np.int32]
 Counters = Mapping[str, tuple[float, ...]]
 
+WORD = 32
+"""Bits of a code."""
 COUNTER_STEP = 2.0**-20
 COUNTER_LIMIT = 2.0**32
 """Largest counter of one site; sums are exact in float64, hence the same in any order, as long as they stay below 2^33."""
@@ -34,27 +36,30 @@ BLOCK = 1 << 17
 
 @dataclass(frozen=True)
 class Grid:
-    """The fixed-point grid of one round: values are multiples of ``step``, and ``sites`` of them never leave 32 bits.
+    """The fixed-point grid of one round: values are multiples of ``step``, and ``sites`` of them never leave ``bits`` bits.
 
     ``reach`` is the largest weighted delta that one site may send in any coordinate.
     """
 
     sites: int
     reach: float = 2.0
+    bits: int = WORD
 
     def __post_init__(self) -> None:
         if self.sites < 1 or not (isfinite(self.reach) and self.reach > 0):
             raise UpdateError(f"grid: sites={self.sites}, reach={self.reach}; sites must be at least 1 and reach positive")
+        if not self.sites.bit_length() + 2 <= self.bits <= WORD:
+            raise UpdateError(f"grid: {self.bits} bits for {self.sites} sites; {self.sites.bit_length() + 2} to {WORD} hold their sum")
 
     @property
     def step(self) -> float:
         """Distance between two values of the grid: a power of two."""
-        return float(2.0 ** (ceil(log2(self.reach)) + ceil(log2(self.sites)) - 30))
+        return float(2.0 ** (ceil(log2(self.reach)) + ceil(log2(self.sites)) - self.bits + 2))
 
     @property
     def limit(self) -> int:
-        """The largest code that one site may send; ``sites`` times it is below 2^31."""
-        return (1 << 30) // (1 << ceil(log2(self.sites)))
+        """The largest code that one site may send; ``sites`` times it is below 2^(bits - 1)."""
+        return (1 << self.bits - 2) // (1 << ceil(log2(self.sites)))
 
 
 @dataclass(frozen=True, eq=False)

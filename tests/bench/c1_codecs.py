@@ -17,7 +17,7 @@ from tests.bench._federated import CLIENTS, Task, federate, markov, speakers
 
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
-from fedpeft.wire.codecs import DeltaCodec, Int2, Int3, Int4, Int8, Ring, seed_of, send_narrow
+from fedpeft.wire.codecs import DeltaCodec, Int2, Int3, Int4, Int8, Lanes, Ring, seed_of
 from fedpeft.wire.codecs.feedback import receive, send
 from fedpeft.wire.codecs.ring import pack
 
@@ -66,7 +66,8 @@ class Narrow:
             return update.mean().flat
         narrow = self.ring.narrow(update.codes, self.shifts, None)
         self.bytes.append(len(pack(narrow, self.ring.width(CLIENTS))) / delta.size)
-        sent, self.kept[client] = send_narrow(self.ring, update, self.shifts, None)
+        lanes = Lanes.told(self.layout, {"B"}, self.ring, self.shifts.tobytes(), self.grid)
+        sent, self.kept[client] = lanes.send(update, None)
         return sent.mean().flat
 
     def learned(self, mean: Flat) -> None:

@@ -125,6 +125,18 @@ def test_real_workers_that_demand_masks_end_at_the_bits_of_the_clear(tmp_path: P
         assert [line["masked"].split()[0] for line in left][:5] == ["keys", "shares", "vector", "agree", "reveal"]
 
 
+def test_narrow_sums_under_masks_end_at_the_bits_of_narrow_sums_in_the_clear(tmp_path: Path, base: Base, clear: list[TaskRound]) -> None:
+    off, ring = {"secure_aggregation.enabled": "false"}, {"wire.codec": '{kind = "ring", bits = 8}'}
+    theirs, _ = in_memory(stage(tmp_path / "clear", 1, masked=False), base, **off, **ring)
+    rows, _ = in_memory(stage(tmp_path / "f", 1, masked=True), base, **{"wire.codec": "int8"})
+    same(rows, theirs)
+    assert [row.after for row in rows] != [row.after for row in clear]
+    assert abs(rows[-1].counters["train.loss"][0] / clear[-1].counters["train.loss"][0] - 1) < 0.02
+    left = [json.loads(line) for line in (tmp_path / "f" / "north" / "audit.jsonl").read_text().splitlines()]
+    heads = {line["tensors"]["head"] for line in left if line["tensors"]}
+    assert heads == {round(2 * (384 + 1) * 10 / 8)}  # 10 bits a value: 8 and the sum of three
+
+
 def test_sites_that_demand_masks_refuse_a_federation_without(tmp_path: Path, base: Base) -> None:
     from fedpeft.errors import CohortError
 

@@ -6,7 +6,7 @@ travels. Weights are uniform: a site's examples would be one more thing to hide,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, sqrt
@@ -19,7 +19,7 @@ from fedpeft.privacy.accounting import Event, sum_of_discrete
 from fedpeft.privacy.clipping import Values, bounded, clipped, norm
 from fedpeft.privacy.noise import SecureNoise, check_secure
 from fedpeft.tensors import Entry, Layout, Tensors
-from fedpeft.update import Counters, Grid, Update
+from fedpeft.update import WORD, Counters, Grid, Update
 
 SIDE = "~side"
 """Role of what travels beside the delta under noise; '~' sorts behind every role of an adapter."""
@@ -45,6 +45,7 @@ class Mechanism:
     sensitivity that counters and bit take, if there are any; 1 where nothing but counters travels. ``sites`` is the largest
     cohort. ``shares`` 0: the coordinator adds the noise; else every site adds so much that ``shares`` of them make the whole.
     ``rate``: secret Poisson sampling; the sum is then divided by the cohort that is to be expected, else by the one there was.
+    ``bits`` are those of the ring of the sum: in few, delta and noise share a coarse grid, to which values are rounded by secret dice.
 
     Raises:
         PrivacyError: numbers that protect nothing, or that contradict one another.
@@ -58,6 +59,7 @@ class Mechanism:
     counters: Mapping[str, Bounded] = field(default_factory=dict)
     adaptive: bool = False
     rate: float = 1.0
+    bits: int = WORD
 
     def __post_init__(self) -> None:
         numbers = 0 < self.noise < inf and 0 < self.clip < inf and 0 <= self.side <= 1 and 0 < self.rate <= 1
@@ -87,7 +89,7 @@ class Mechanism:
     def grid(self) -> Grid:
         """The fixed-point grid with room for the noise: of a site's codes, or of the coordinator's sampler."""
         reach = self.sensitivity * (1 if self.shares else max(1.0, self.noise / self.sites)) + ROOM * self.own
-        return Grid(self.sites, reach)
+        return Grid(self.sites, reach, self.bits)
 
     @property
     def unit(self) -> float:
@@ -108,7 +110,7 @@ class Mechanism:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON form that `from_json` reads back."""
-        plain = {name: getattr(self, name) for name in ("noise", "clip", "sites", "shares", "side", "adaptive", "rate")}
+        plain = {name: getattr(self, name) for name in ("noise", "clip", "sites", "shares", "side", "adaptive", "rate", "bits")}
         return {**plain, "counters": {name: [one.length, one.limit] for name, one in self.counters.items()}}
 
     @staticmethod
@@ -117,7 +119,8 @@ class Mechanism:
         try:
             counters = {str(name): Bounded(int(length), float(limit)) for name, (length, limit) in table["counters"].items()}
             noise, clip, side, rate = (float(table[name]) for name in ("noise", "clip", "side", "rate"))
-            return Mechanism(noise, clip, int(table["sites"]), int(table["shares"]), side, counters, bool(table["adaptive"]), rate)
+            sites, shares, bits = (int(table[name]) for name in ("sites", "shares", "bits"))
+            return Mechanism(noise, clip, sites, shares, side, counters, bool(table["adaptive"]), rate, bits)
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise PrivacyError(f"privacy: a mechanism cannot be read ({fault}); do both sides run one version?") from None
 
@@ -157,10 +160,15 @@ def protect(delta: Tensors, counters: Counters, mechanism: Mechanism, source: Se
     check_secure(source)
     vector = np.concatenate([clipped(delta.flat, mechanism.clip), _beside(delta, counters, mechanism)])
     layout, grid = mechanism.layout(delta.layout), mechanism.grid
-    codes = bounded(vector / grid.step, mechanism.sensitivity / grid.step, np.rint)
+    codes = bounded(vector / grid.step, mechanism.sensitivity / grid.step, np.rint if grid.bits == WORD else _dice(source))
     if mechanism.shares:
         codes = codes + source.discrete(len(codes), mechanism.own / grid.step)
     return Update(layout, grid, np.clip(codes, -grid.limit, grid.limit).astype(np.int32), 1.0)
+
+
+def _dice(source: SecureNoise) -> Callable[[Values], Values]:
+    """Rounding to either neighbour, so that the mean is the value."""
+    return lambda values: np.floor(values + (source.words(len(values)) >> np.uint64(11)) * 2.0**-53)
 
 
 def release(total: Update, mechanism: Mechanism, source: SecureNoise) -> Released:

@@ -39,7 +39,7 @@ class Schema:
     @property
     def digest(self) -> str:
         """SHA-256 over all of it: sites sign it with the survivors, so that the values of one lie where those of all others do."""
-        row = [self.layout.fingerprint, self.grid.sites, self.grid.reach, sorted(self.counters.items())]
+        row = [self.layout.fingerprint, self.grid.sites, self.grid.reach, self.grid.bits, sorted(self.counters.items())]
         return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from fedpeft.config import build
 from fedpeft.errors import ConfigError, PrivacyError
 from fedpeft.privacy.accounting import Event, calibrate
 from fedpeft.privacy.mechanism import Bounded, Mechanism
+from fedpeft.update import WORD
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -117,10 +118,11 @@ def noise_for(settings: Client, rounds: int) -> float:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The ``sites`` that may take part in a round, and the ``least`` that must be left for a result."""
+    """The ``sites`` that may take part in a round, the ``least`` that must be left for a result, ``bits`` of the ring of their sum."""
 
     sites: int
     least: int
+    bits: int = WORD
 
 
 def of_adapter(settings: Client, noise: float, cohort: Cohort, lengths: Mapping[str, int], clip: float) -> Mechanism:
@@ -132,7 +134,7 @@ def of_adapter(settings: Client, noise: float, cohort: Cohort, lengths: Mapping[
     counters = _counters(settings, lengths)
     adaptive = settings.quantile > 0
     side = settings.side if counters or adaptive else 0.0
-    return Mechanism(noise, clip, cohort.sites, _shares(settings, cohort), side, counters, adaptive, settings.rate)
+    return Mechanism(noise, clip, cohort.sites, _shares(settings, cohort), side, counters, adaptive, settings.rate, cohort.bits)
 
 
 def of_evaluation(settings: Client, noise: float, cohort: Cohort, lengths: Mapping[str, int]) -> Mechanism | None:

@@ -83,6 +83,16 @@ class TrainSettings:
                 "AdamW has moments of its own; set optimizer = 'sgd'"
             )
 
+    def travel(self, role: str) -> float:
+        """About how far one value of ``role`` moves in a round at most; 0 where the settings bound nothing.
+
+        AdamW's steps are of about ``lr`` where a gradient keeps its sign (Kingma & Ba 2015, section 2.1), and clipped SGD's below it.
+        """
+        longest = self.steps * self.lr_by_role.get(role, self.lr)
+        if self.optimizer == "adamw":
+            return longest
+        return longest * self.clip / (1 - self.momentum)
+
     @property
     def digest(self) -> str:
         """SHA-256 over every setting that can change the result; how often a checkpoint is written is not one of them."""

@@ -17,6 +17,7 @@ from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import TRAIN_COUNTERS, Grid, Update
 from fedpeft.wire import masking
 from fedpeft.wire.v1.federation_pb2 import Masked, Masking, RoundPlan, TaskPlan
+from fedpeft.wire.vector import Vector
 from fedpeft_client import answers
 from fedpeft_client.answers import Answer
 from fedpeft_client.marks import Marks
@@ -24,6 +25,7 @@ from fedpeft_client.secure import Secure
 
 NAMES = ("east", "north", "south", "west")
 LAYOUT, GRID = Layout.of([Entry("B", "b", (40, 3))]), Grid(4)
+SCHEMA = Schema(LAYOUT, GRID, TRAIN_COUNTERS)
 ROUND = RoundPlan(federation="f", run="r", round=1)
 
 
@@ -70,7 +72,7 @@ class Run:
         )
         site = self.site(name)
         assert site.instance(self.asked, sent, "train") == self.collector.instance
-        return site.masked(self.asked, sent, answers.of_update("kinds", given or update(name), 1.0, "d"), LAYOUT, GRID)
+        return site.masked(self.asked, sent, answers.of_update("kinds", given or update(name), 1.0, "d"), Vector(SCHEMA))
 
     def vectors(self, *names: str) -> None:
         for name in names or NAMES:
@@ -88,7 +90,7 @@ class Run:
         for name in names or self.collector.survivors:
             said = self.step(name, Masking.STEP_REVEAL, signatures=self.collector.signatures_for(name))
             self.collector.add_reveal(masking.reveal_of(name, said.reveal))
-        return unpack(self.collector.result(), Schema(LAYOUT, GRID, TRAIN_COUNTERS), len(self.collector.survivors))
+        return unpack(self.collector.result(), SCHEMA, len(self.collector.survivors))
 
     def until_vectors(self, *names: str) -> Run:
         self.keys()

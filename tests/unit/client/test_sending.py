@@ -11,9 +11,11 @@ import pytest
 
 from fedpeft import config
 from fedpeft.schemes import SCHEMES
+from fedpeft.tensors import Layout
 from fedpeft.update import Grid
-from fedpeft.wire.codecs import CODECS, DeltaCodec, Int8
-from fedpeft.wire.v1.federation_pb2 import Masking, TaskResult
+from fedpeft.wire.codecs import CODECS, DeltaCodec, Int8, Lanes, Ring
+from fedpeft.wire.codecs.ring import packed_size
+from fedpeft.wire.v1.federation_pb2 import Masking, TaskPlan, TaskResult
 from fedpeft_client import rounds
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.dry_run import Plain, forecast
@@ -58,6 +60,33 @@ def test_delta_and_residual_are_what_training_gave(site: SiteConfig, make_worker
     np.testing.assert_allclose(whole, delta, atol=Grid(3).step / result.weight)
 
 
+def ring_plan(plans, bits: int = 4, **changes) -> tuple[Lanes, Layout, TaskPlan]:
+    """A plan on scales as a coordinator makes them of what training can move."""
+    up, ring = plans.spec().layout.subset({"B", "head"}), Ring(bits, 64)
+    scales = ring.shifts(np.full(up.size, 1e-3, np.float32), Grid(3)).tobytes()
+    lanes = Lanes.told(up, up.roles, ring, scales, Grid(3))
+    return lanes, up, plans.of(codec_json=told({"kind": "ring", "bits": bits, "block": 64}), scales=scales, **changes)
+
+
+def test_a_ring_narrows_on_the_plans_scales_and_keeps_what_it_loses(site: SiteConfig, make_worker: MakeWorker, plans, tmp_path) -> None:
+    plain = make_worker(elsewhere(site, tmp_path / "plain")).handle(plans.message(plans.of()))
+    lanes, up, plan = ring_plan(plans)
+    worker = make_worker(site)
+    reply = worker.handle(plans.message(plan))
+    result = plans.results(reply)["kinds"]
+    assert result.status == TaskResult.STATUS_OK, result.reason
+    sent = reply.array("kinds", up.fingerprint)
+    assert sent.nbytes == lanes.alone.bytes() == packed_size(up.size, 4)
+    codes = lanes.alone.grow(lanes.alone.read(sent), 1)
+    kept, step = residual(worker, 1), Grid(3).step / result.weight
+    whole = codes * step + np.concatenate([kept["residual/B"], kept["residual/head"]])
+    np.testing.assert_allclose(whole, plain.array("kinds", up.fingerprint) * step, rtol=1e-6, atol=step)
+    line = json.loads((site.state / "audit.jsonl").read_text().splitlines()[-1])
+    assert sum(line["tensors"].values()) == pytest.approx(sent.nbytes, abs=4)
+    again = make_worker(site).handle(plans.message(plan))
+    assert again.arrays == reply.arrays
+
+
 def test_a_residual_is_sent_later_when_its_round_counted_and_only_then(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
     worker, told_json = make_worker(site), told({"kind": "topk", "fraction": 0.01})
     fedavg = {"scheme": {"kind": "fedavg"}, "codec_json": told_json}
@@ -93,7 +122,8 @@ def test_where_a_scheme_makes_its_own_of_parts_nothing_is_kept(site: SiteConfig,
         ({"codec_json": "{"}, "do both sides run one version"),
         ({"codec_json": '{"kind": "int5"}'}, "unknown kind 'int5'"),
         ({"codec_json": '{"kind": "int4", "block": 1}'}, "greater than or equal to 8"),
-        ({"codec_json": '{"kind": "ring"}'}, "which plans do not carry"),
+        ({"codec_json": '{"kind": "ring"}'}, "ring: 0 scales"),
+        ({"codec_json": '{"kind": "ring"}', "scales": b"\xff" * 9999}, "ring: 9999 scales up to 255"),
         ({"codec_json": '{"kind": "int4"}', "secure_aggregation": True}, "have no sum"),
         ({"codec_json": '{"kind": "int4"}', "masking": Masking(step=Masking.STEP_VECTOR, name="x")}, ""),
     ],
@@ -119,6 +149,16 @@ def test_the_policy_counts_the_codecs_bytes(site: SiteConfig, make_worker: MakeW
     for codec, status in (("", TaskResult.STATUS_REFUSED), (told("int4"), TaskResult.STATUS_OK)):
         reply = make_worker(tight).handle(plans.message(plans.of(codec_json=codec)))
         assert plans.results(reply)["kinds"].status == status
+
+
+@pytest.mark.parametrize(("codec", "bits"), [("int4", 6), ({"kind": "ring", "bits": 6}, 8), ("none", 32)])
+def test_the_forecast_under_masks_is_of_the_sums_bits(site: SiteConfig, codec, bits: int) -> None:
+    tasks = {"kinds": {"kind": "classification", "labels": ["animal", "tool"]}}
+    table = {"name": "f", "tasks": tasks, "method": {"kind": "lora", "r": 4}, "cohort": {"min_sites": 3}, "wire": {"codec": codec}}
+    (one,) = forecast(site, config.parse(table, Plain, "federation.toml"))
+    values = sum(int(np.prod(line.shape)) for line in one.tensors)
+    assert one.bytes == packed_size(values, bits) + 80 + 4 * 21
+    assert one.masked
 
 
 @pytest.mark.parametrize("kind", ["none", "int8", "onebit"])

@@ -16,7 +16,7 @@ from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, Si
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
-from fedpeft.wire.codecs import CODECS, receive, send
+from fedpeft.wire.codecs import CODECS, Lanes, Ring, receive, send
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft_client.personal import Own
@@ -58,6 +58,7 @@ class Site:
     rank: int | None = None
     pull: float = 0.25
     own: dict[tuple[str, int], Own] = field(default_factory=dict)
+    lanes: dict[str, Lanes] = field(default_factory=dict)
 
     def __call__(self, envelope: Envelope) -> Envelope:
         if envelope.kind == "hello":
@@ -89,9 +90,8 @@ class Site:
         scheme: Scheme = config.build(SCHEMES, json.loads(task.scheme_json), "scheme")
         delta = self._train(scheme, task, begin, self._context(envelope, task))
         weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
-        delta, message = self._written(task, delta)
-        update = Update.encode(delta, weight, {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach))
-        arrays[task.task] = flat.pack(update.layout.fingerprint, update.codes if message is None else message)
+        update, values = self._written(task, delta, weight)
+        arrays[task.task] = flat.pack(update.layout.fingerprint, values)
         result = TaskResult(
             task=task.task,
             status=TaskResult.STATUS_OK,
@@ -103,15 +103,25 @@ class Site:
             result.counters[name].values.extend(values)
         return result
 
-    def _written(self, task: TaskPlan, delta: Tensors) -> tuple[Tensors, np.ndarray | None]:
-        """The delta as it is heard, and the plan's codec's message; what is lost stays for the next round."""
+    def _written(self, task: TaskPlan, delta: Tensors, weight: float) -> tuple[Update, np.ndarray]:
+        """The update as it is heard, and what travels in the clear; what a codec loses stays for the next round."""
+        loss, grid = {"train.loss": (2.5, 2.0)}, Grid(task.grid_sites, task.grid_reach)
         if not task.codec_json:
-            return delta, None
+            update = Update.encode(delta, weight, loss, grid)
+            return update, update.codes
         codec = config.build(CODECS, json.loads(task.codec_json), "codec")
-        message, lost = send(codec, delta, self._kept(task).residual(delta.layout), None)
+        residual = self._kept(task).residual(delta.layout)
+        if isinstance(codec, Ring):
+            lanes = self.lanes[task.task] = Lanes.told(delta.layout, task.roles, codec, task.scales, grid)
+            update, lost = lanes.send(Update.encode(delta + residual, weight, loss, grid), None)
+            values = update.codes if task.HasField("masking") else lanes.alone.write(lanes.shrink(update.codes))
+        else:
+            message, lost = send(codec, delta, residual, None)
+            update = Update.encode(receive(codec, message, delta), weight, loss, grid)
+            values = np.frombuffer(message, np.uint8)
         own = self.own.get((task.task, task.task_round), self._kept(task))
         self.own[task.task, task.task_round] = own.with_residual(lost)
-        return receive(codec, message, delta), np.frombuffer(message, np.uint8)
+        return update, values
 
     def _kept(self, task: TaskPlan) -> Own:
         """What was kept after the last round that counted, however often this one is asked for."""
@@ -202,7 +212,7 @@ def setup(
 def task_setup(name: str, layout: Layout = LAYOUT) -> TaskSetup:
     return TaskSetup(
         name, layout, json.dumps({"kind": "classification", "name": name}), "{}", "{}", lambda: start(name, layout), 11,
-        lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]},
+        lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]}, lambda _role: 1.0,
     )  # fmt: skip
 
 

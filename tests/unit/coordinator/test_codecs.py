@@ -14,7 +14,7 @@ from fedpeft import config
 from fedpeft.errors import ConfigError
 from fedpeft.tensors import Entry, Layout
 from fedpeft.wire import flat
-from fedpeft.wire.codecs import CODECS, Int4, as_delta
+from fedpeft.wire.codecs import CODECS, Int4
 from fedpeft.wire.v1.federation_pb2 import RoundPlan
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
@@ -23,11 +23,11 @@ from fedpeft_coordinator.setup import Limits
 
 LAYOUT = Layout.of([Entry("A", "x.lora_A", (8, 40)), Entry("B", "x.lora_B", (60, 8)), Entry("head", "classifier.weight", (3, 40))])
 HOLDINGS = {"north": {"area": 40}, "south": {"area": 25}, "west": {"area": 7}}
-KINDS = sorted(set(CODECS) - {"none", "ring"})
+KINDS = sorted(set(CODECS) - {"none"})
 
 
 def federation(fake: ModuleType, folder: Path, codec: str, rounds: int = 4, **extra: Any) -> Any:
-    built = as_delta(config.build(CODECS, codec, "codec"))
+    built = config.build(CODECS, codec, "codec")
     made = fake.setup(rounds=rounds, scheme="alternating", server="sgd", tasks=("area",), layout=LAYOUT, reach=16.0, codec=built, **extra)
     return fake.Federation(folder, replace(made, evaluate_every=0), fake.sites(HOLDINGS, LAYOUT))
 
@@ -101,21 +101,24 @@ def test_a_budget_picks_by_what_travels() -> None:
     assert codec_of(1_000_000, 3, Limits(budget=600_000)).kind == "int4"
 
 
-def settings(masks: bool = False, **wire: Any) -> FederationConfig:
+def settings(masks: bool = False, clip: float = 1.0, **wire: Any) -> FederationConfig:
     tasks, cohort = {"area": {"kind": "classification", "labels": ["a", "b"]}}, {"min_sites": 3 if masks else 1}
-    return config.parse({"name": "f", "tasks": tasks, "cohort": cohort, "wire": wire}, FederationConfig, "federation.toml")
+    training = {"optimizer": "sgd", "clip": clip}
+    table = {"name": "f", "tasks": tasks, "cohort": cohort, "wire": wire, "training": training}
+    return config.parse(table, FederationConfig, "federation.toml")
 
 
 @pytest.mark.parametrize(
     ("wire", "words"),
     [
         ({"codec": "int5"}, "unknown kind 'int5'"),
-        ({"codec": "ring"}, "unknown kind 'ring'"),
         ({"codec": {"kind": "int4", "block": 2}}, "int4.block"),
         ({"codec": "int4", "budget": 1000}, "set one of them"),
         ({"budget": 0}, "wire.budget"),
-        ({"codec": "int4", "masks": True}, "have no sum under masks"),
-        ({"budget": 1000, "masks": True}, "have no sum under masks"),
+        ({"codec": "bf16", "masks": True}, "have no sum under masks; take ring, int8, int4"),
+        ({"codec": "topk", "masks": True}, "have no sum under masks"),
+        ({"codec": "ring", "clip": 0.0}, "nothing says how far"),
+        ({"codec": "int4", "masks": True, "clip": 0.0}, "nothing says how far"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wire: dict[str, Any], words: str) -> None:
@@ -127,5 +130,8 @@ def test_a_budget_that_no_codec_fits_is_refused_before_anything_starts() -> None
     check_fit(settings(budget=10_000), LAYOUT)
     with pytest.raises(ConfigError, match=r"wire\.budget: 9 bytes"):
         check_fit(settings(budget=9), LAYOUT)
+    check_fit(settings(masks=True, budget=900), LAYOUT)
+    with pytest.raises(ConfigError, match=r"wire\.budget: 300 bytes"):
+        check_fit(settings(masks=True, budget=300), LAYOUT)
     assert settings(codec={"kind": "int4", "block": 64}).wire.codec == Int4(64)
     assert settings().wire.codec.kind == "none"

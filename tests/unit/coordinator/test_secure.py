@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import CohortError, FedpeftError, PrivacyError
+from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import Collector
 from fedpeft.schemes import Sharing
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Layout
-from fedpeft.update import Grid
+from fedpeft.update import TRAIN_COUNTERS, Grid
 from fedpeft.wire import Envelope, flat, masking
+from fedpeft.wire.codecs import Int4, Ring
+from fedpeft.wire.codecs.ring import packed_size
 from fedpeft.wire.v1.federation_pb2 import Masking, RoundPlan, RoundReply, TaskResult
+from fedpeft.wire.vector import Vector
 from fedpeft_client.answers import Answer
 from fedpeft_client.secure import Secure
 from fedpeft_coordinator.setup import SecureAggregation
@@ -66,13 +70,14 @@ class Guarded:
         assert plan.secure_aggregation
         if plan.masking.step == Masking.STEP_KEYS:
             return secure.keyed(asked, plan, answer)
-        layout, grid = Layout(()), Grid(len(instance.members))
+        vector = Vector(Schema(Layout(()), Grid(len(instance.members)), masking.counters_of(plan.masking.counters)))
         if answer.array:
             fingerprint = answer.result.layout_fingerprint
             layout = next(self.site.layout.subset(r) for r in ({"B", "head"}, {"A", "head"}, {"A", "B", "head"})
                           if self.site.layout.subset(r).fingerprint == fingerprint)  # fmt: skip
-            grid = Grid(plan.grid_sites, plan.grid_reach)
-        sent = secure.masked(asked, plan, answer, layout, grid)
+            schema = Schema(layout, Grid(plan.grid_sites, plan.grid_reach), TRAIN_COUNTERS)
+            vector = Vector(schema, self.site.lanes[plan.task] if plan.codec_json else None)
+        sent = secure.masked(asked, plan, answer, vector)
         if answer.array:
             self.left.append((plan.task, flat.unpack(answer.array)[1], flat.unpack(sent.array)[1]))
         return sent
@@ -458,3 +463,82 @@ def test_any_crash_point_gives_the_same_bits_with_groups(fake: ModuleType, tmp_p
         coordinator.step()
     federation.open().run()
     assert federation.final() == whole.final()
+
+
+NARROW: dict[str, Any] = {"codec": Ring(4, 8), "reach": 16.0}
+
+
+@pytest.fixture(scope="module")
+def narrow(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """In the clear, in as few bits."""
+    federation = clear(fake, tmp_path_factory.mktemp("narrow"), rounds=4, **NARROW)
+    federation.rounds = federation.open().run()
+    return federation
+
+
+def test_narrow_sums_under_masks_are_those_of_the_same_codes_in_the_clear(
+    fake: ModuleType, plain: Any, narrow: Any, tmp_path: Path
+) -> None:
+    federation = masked(fake, tmp_path, rounds=4, **{**NARROW, "codec": Int4(8)})
+    rounds = federation.open().run()
+    assert federation.final() == narrow.final() != plain.final()
+    for ours, theirs in zip(rounds, narrow.rounds, strict=True):
+        for name, row in ours.tasks.items():
+            assert (row.mean, row.weight, row.scores) == (theirs.tasks[name].mean, theirs.tasks[name].weight, theirs.tasks[name].scores)
+            assert row.ring == {"kind": "ring", "bits": 8 if ours.number < 3 else 4, "block": 8, "headroom": 4.0}
+    up = {len(vector) for site in federation.sites.values() for _, _, vector in site.left}
+    # 10 of A or B and 12 of the head, 2 bits more than a site's for the sum of 4; weight and 21 limbs beside
+    assert up == {packed_size(22, 10) + 4 * 21, packed_size(22, 6) + 4 * 21}
+
+
+def test_scales_follow_the_last_mean_of_the_same_tensors(narrow: Any) -> None:
+    asked = [envelope.open(RoundPlan) for envelope in narrow.sites["east"].asked if envelope.kind == "train"]
+    scales = [next(task.scales for task in plan.tasks if task.task == "area") for plan in asked]
+    rows = [past.tasks["area"] for past in narrow.rounds]
+    assert len(set(scales[0])) == 1  # of what training can move, the same for all blocks
+    assert set(rows[1].means.values()) == {rows[0].mean, rows[1].mean}
+    assert set(rows[3].means.values()) == {rows[2].mean, rows[3].mean}
+    store = narrow.open().store
+    kept = store.tensors(rows[2].mean, narrow.sites["east"].layout.subset({"B", "head"}))  # for the next round that moves B
+    assert kept.flat.any()
+    assert scales[2] != scales[0]
+
+
+def test_a_budget_narrows_masked_sums_and_a_task_that_it_cannot_hold_is_skipped_by_name(fake: ModuleType, tmp_path: Path) -> None:
+    rows = masked(fake, tmp_path / "a", rounds=1, budget=4 * 22 + packed_size(22, 8)).open().run()[0].tasks
+    assert {row.ring["bits"] for row in rows.values()} == {6}
+    assert masked(fake, tmp_path / "b", rounds=1, budget=1000).open().run()[0].tasks["area"].ring is None
+    with pytest.raises(CohortError, match=r"wire\.budget: 90 bytes for 22 values"):
+        masked(fake, tmp_path / "c", rounds=1, budget=90, secure={}).open().run()
+
+
+@pytest.mark.parametrize("point", range(2, 16, 2))
+def test_any_crash_point_gives_the_same_narrow_bits(fake: ModuleType, narrow: Any, tmp_path: Path, point: int) -> None:
+    federation, seen = masked(fake, tmp_path, rounds=4, **NARROW), 0
+    coordinator = federation.open()
+    save = coordinator.journal.save
+
+    def crash(step: object) -> None:
+        nonlocal seen
+        seen += 1
+        save(step)
+        if seen == point:
+            raise Crash
+
+    coordinator.journal.save = crash
+    with pytest.raises(Crash):
+        coordinator.run()
+    federation.open().run()
+    assert federation.final() == narrow.final()
+
+
+def test_a_site_that_is_told_other_scales_is_never_part_of_a_sum(fake: ModuleType, tmp_path: Path) -> None:
+    def other_scales(task: Any) -> None:
+        if task.masking.step == STEPS["vector"] and task.scales:
+            task.scales = bytes([task.scales[0] - 1]) + task.scales[1:]
+
+    federation = masked(fake, tmp_path, rounds=1, **NARROW)
+    bend(federation, "east", other_scales)
+    row = federation.open().run()[0].tasks["area"]
+    assert "the masked sum is for another plan" in row.drops["east"]
+    assert row.outcome == "updated"

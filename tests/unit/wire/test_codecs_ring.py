@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.errors import UpdateError
-from fedpeft.privacy import packing
+from fedpeft.errors import PrivacyError, UpdateError
+from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg.masks import KEY_SIZE, apply_masks
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
-from fedpeft.wire.codecs import Plain, Ring, send_narrow
-from fedpeft.wire.codecs.ring import pack, pack_vector, packed_size, settle, settle_vector, unpack, unpack_vector
+from fedpeft.wire.codecs import CODECS, Int8, Lanes, Plain, Ring, as_ring
+from fedpeft.wire.codecs.ring import pack, packed_size, settle, unpack
+from fedpeft.wire.vector import Vector
 
 few = settings(max_examples=20)
 rings = st.builds(Ring, st.integers(2, 16), st.sampled_from([8, 16, 64]), st.floats(0.5, 8))
@@ -21,6 +22,10 @@ rings = st.builds(Ring, st.integers(2, 16), st.sampled_from([8, 16, 64]), st.flo
 
 def layout_of(size: int) -> Layout:
     return Layout.of([Entry("B", "x.lora_B.weight", (size,))])
+
+
+def lanes_of(size: int, ring: Ring, shifts: np.ndarray, grid: Grid) -> Lanes:
+    return Lanes.told(layout_of(size), {"B"}, ring, shifts.tobytes(), grid)
 
 
 def delta_of(size: int, seed: int, scale: float = 1e-3) -> Tensors:
@@ -109,7 +114,7 @@ def test_error_feedback_telescopes_on_weighted_codes(size, seed, bits, weight):
     for place in range(5):
         delta = delta_of(size, seed * 10 + place)
         update = Update.encode(delta + residual, weight, {}, grid)
-        sent, residual = send_narrow(ring, update, shifts, None)
+        sent, residual = lanes_of(size, ring, shifts, grid).send(update, None)
         assert (sent.codes == ring.widen(ring.narrow(update.codes, shifts, None), shifts)).all()
         heard += sent.codes * (grid.step / sent.weight)
         said += delta.flat
@@ -119,7 +124,8 @@ def test_error_feedback_telescopes_on_weighted_codes(size, seed, bits, weight):
 def test_narrow_updates_add_as_any_other():
     ring, grid = Ring(4, 16), Grid(3)
     shifts = ring.shifts(delta_of(50, 0).flat, grid)
-    updates = [send_narrow(ring, Update.encode(delta_of(50, seed), 0.5, {"n": (1.0,)}, grid), shifts, seed)[0] for seed in range(3)]
+    lanes = lanes_of(50, ring, shifts, grid)
+    updates = [lanes.send(Update.encode(delta_of(50, seed), 0.5, {"n": (1.0,)}, grid), seed)[0] for seed in range(3)]
     total = updates[0] + updates[1] + updates[2]
     narrow = sum(ring.narrow(update.codes, shifts, None).astype(np.int64) for update in updates)
     assert (ring.widen(narrow.astype(np.int32), shifts) == total.codes).all()
@@ -158,30 +164,86 @@ def test_bytes_of_the_ring():
     assert Plain().most(10, 5) == 40
 
 
+def mixed(size: int) -> Layout:
+    """Roles of the ring on both sides of one that stays wide."""
+    return Layout.of([Entry("A", "x.lora_A", (size,)), Entry("mass", "mass/1", (3,)), Entry("z", "x.z", (2, 5))])
+
+
+def ranged(layout: Layout, seed: int) -> Tensors:
+    return Tensors(layout, np.random.default_rng(seed).uniform(-1, 1, layout.size).astype(np.float32))
+
+
 @given(sites=st.integers(2, 6), size=st.integers(1, 60), seed=st.integers(0, 99), bits=st.integers(2, 12))
 @few
 def test_whole_vectors_under_keystreams_give_the_plain_sum_of_narrow_updates(sites, size, seed, bits):
-    """Weight and counters keep 32 bits beside narrow values, as in a masked round; pairs of keystreams cancel."""
-    ring, grid = Ring(bits, 16), Grid(sites)
-    schema = packing.Schema(layout_of(size), grid, {"loss": 2})
-    shifts, width = ring.shifts(delta_of(size, seed).flat, grid), ring.width(sites)
-    updates = [Update.encode(delta_of(size, seed + 1 + site), 0.5, {"loss": (-1.5, 2.0**31)}, grid) for site in range(sites)]
-    plain = send_narrow(ring, updates[0], shifts, 0)[0]
-    for site, update in enumerate(updates[1:], start=1):
-        plain = plain + send_narrow(ring, update, shifts, site)[0]
-    total = np.zeros(schema.size, np.int32)
+    """Masses, weight and counters keep 32 bits beside narrow values, as in a masked round; pairs of keystreams cancel."""
+    ring, grid, layout = Ring(bits, 16), Grid(sites), mixed(size)
+    shifts = ring.shifts(ranged(layout.subset("Az"), seed).flat, grid)
+    vector = Vector(Schema(layout, grid, {"loss": 2}), Lanes.told(layout, "Az", ring, shifts.tobytes(), grid))
+    whole = [Update.encode(ranged(layout, seed + 1 + site), 0.5, {"loss": (-1.5, 2.0**31)}, grid) for site in range(sites)]
+    updates = [vector.lanes.send(update, site)[0] for site, update in enumerate(whole)]
+    plain, total = Update.zero(layout, grid), np.zeros(vector.schema.size, np.int32)
     for site, update in enumerate(updates):
-        vector = packing.pack(update, schema)
-        vector[:size] = ring.narrow(vector[:size], shifts, site)
+        plain = plain + update
+        codes = vector.pack(update)
         ahead, behind = site.to_bytes(KEY_SIZE, "big"), ((site - 1) % sites).to_bytes(KEY_SIZE, "big")
-        apply_masks(vector, [ahead], [behind])
-        data = pack_vector(vector, size, width)
-        assert len(data) == packed_size(size, width) + 4 * (schema.size - size)
-        total += unpack_vector(data, size, schema.size - size, width)
-    total = settle_vector(total, size, width)
-    total[:size] = ring.widen(total[:size], shifts)
-    summed = packing.unpack(total, schema, sites)
+        apply_masks(codes, [ahead], [behind])
+        sent = vector.write(codes)
+        assert sent.nbytes == packed_size(size + 10, ring.width(sites)) + 4 * (vector.schema.size - size - 10) == vector.lanes.bytes(9)
+        total += vector.read(sent)
+    summed = vector.open(total, sites)
     assert (summed.codes == plain.codes).all()
     assert (summed.weight, summed.counters) == (plain.weight, plain.counters)
-    with pytest.raises(UpdateError, match="bits take"):
-        unpack_vector(data[:-1], size, schema.size - size, width)
+    assert (plain.codes[size : size + 3] == sum(update.codes[size : size + 3].astype(np.int64) for update in whole)).all()
+    for bad in (sent[:-1], sent.astype(np.int32)):
+        with pytest.raises(UpdateError, match="bytes were expected"):
+            vector.read(bad)
+
+
+def test_a_sum_that_so_few_sites_cannot_have_sent_is_refused():
+    grid, layout = Grid(4), layout_of(3)
+    lanes = Lanes.told(layout, {"B"}, Ring(4, 16), b"\2", grid)
+    vector = Vector(Schema(layout, grid, {}), lanes)
+    total = np.array([15, 0, 0, 1 << 20], np.int32)
+    with pytest.raises(PrivacyError, match="holds 15, each may send 7"):
+        vector.open(total, 2)
+    assert vector.open(total, 3).codes.tolist() == [60, 0, 0]
+
+
+@given(sites=st.integers(1, 100), bits=st.integers(12, 31), size=st.integers(1, 40), seed=st.integers(0, 99))
+@few
+def test_codes_of_a_narrow_grid_travel_in_its_bits(sites, bits, size, seed):
+    """As under noise, where all values have one step."""
+    grid, layout = Grid(sites, 1.0, bits), layout_of(size)
+    vector = Vector(Schema(layout, grid, {}), Lanes.of_grid(layout, grid))
+    codes = np.random.default_rng(seed).integers(-grid.limit, grid.limit + 1, (sites, size)).astype(np.int32)
+    codes[:, 0] = grid.limit
+    total = np.zeros(vector.schema.size, np.int32)
+    for row in codes:
+        sent = vector.write(vector.pack(Update(layout, grid, row, 1.0)))
+        assert sent.nbytes == packed_size(size, bits) + 4
+        total += vector.read(sent)
+    assert (vector.open(total, sites).codes == codes.sum(axis=0)).all()
+    assert Lanes.of_grid(layout, Grid(sites)) is None
+
+
+def test_which_codecs_have_a_ring():
+    assert {kind: ring.bits for kind in CODECS if (ring := as_ring(CODECS[kind]()))} == {
+        "int8": 8,
+        "int4": 4,
+        "int3": 3,
+        "int2": 2,
+        "ring": 8,
+    }
+    assert as_ring(Int8(64)) == Ring(8, 64)
+
+
+def test_scales_of_a_plan_that_would_leave_32_bits_are_refused():
+    layout, grid = layout_of(50), Grid(3)
+    largest = Ring(8).largest(grid)
+    assert Ring(8).limit << largest <= grid.limit < Ring(8).limit << largest + 1
+    for scales in (b"", bytes([largest + 1]), bytes([largest, 0])):
+        with pytest.raises(UpdateError, match="ring: "):
+            Lanes.told(layout, {"B"}, Ring(8), scales, grid)
+    with pytest.raises(UpdateError, match="take fewer"):
+        Ring(16).largest(Grid(1 << 16))

@@ -2,11 +2,12 @@
 
 from fedpeft.wire.codecs.base import Codec, DeltaCodec, RingCodec, as_delta, seed_of
 from fedpeft.wire.codecs.budget import choose
-from fedpeft.wire.codecs.feedback import receive, send, send_narrow
+from fedpeft.wire.codecs.feedback import receive, send
 from fedpeft.wire.codecs.floats import BF16
 from fedpeft.wire.codecs.integers import Int2, Int3, Int4, Int8
+from fedpeft.wire.codecs.lanes import Lanes
 from fedpeft.wire.codecs.nf4 import NF4
-from fedpeft.wire.codecs.ring import Plain, Ring
+from fedpeft.wire.codecs.ring import Plain, Ring, as_ring
 from fedpeft.wire.codecs.signs import OneBit
 from fedpeft.wire.codecs.sparse import TopK
 
@@ -33,15 +34,16 @@ __all__ = [
     "Int3",
     "Int4",
     "Int8",
+    "Lanes",
     "OneBit",
     "Plain",
     "Ring",
     "RingCodec",
     "TopK",
     "as_delta",
+    "as_ring",
     "choose",
     "receive",
     "seed_of",
     "send",
-    "send_narrow",
 ]

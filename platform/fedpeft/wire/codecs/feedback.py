@@ -6,12 +6,8 @@ belongs to. Under differential privacy the residual must be inside what is clipp
 
 from __future__ import annotations
 
-import numpy as np
-
 from fedpeft.tensors import Tensors
-from fedpeft.update import Update
 from fedpeft.wire.codecs.base import DeltaCodec
-from fedpeft.wire.codecs.ring import Ring, Shifts
 
 
 def send(codec: DeltaCodec, delta: Tensors, residual: Tensors | None, seed: int | None) -> tuple[bytes, Tensors]:
@@ -30,15 +26,3 @@ def send(codec: DeltaCodec, delta: Tensors, residual: Tensors | None, seed: int 
 def receive(codec: DeltaCodec, message: bytes | memoryview, like: Tensors) -> Tensors:
     """The delta of a message, of the layout of ``like``. Raises `UpdateError` when it is malformed."""
     return Tensors(like.layout, codec.decode(message, like.layout.size))
-
-
-def send_narrow(ring: Ring, update: Update, shifts: Shifts, seed: int | None) -> tuple[Update, Tensors]:
-    """``update`` of one site (its residual in it) on the ring's public scales, and what of its delta that leaves out.
-
-    The first is an `Update` of the same grid whose codes are the integers shifted back, so it adds as any other; `Ring.narrow`
-    of its codes gives the integers to mask and pack.
-    """
-    codes = ring.widen(ring.narrow(update.codes, shifts, seed), shifts)
-    lost = (update.codes.astype(np.float64) - codes) * (update.grid.step / update.weight)
-    sent = Update(update.layout, update.grid, codes, update.weight, update.counters, update.count)
-    return sent, Tensors(update.layout, lost.astype(np.float32))

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Grid
+from fedpeft.update import WORD, Grid
 from fedpeft.wire.codecs import rounding
-from fedpeft.wire.codecs.integers import Block
+from fedpeft.wire.codecs.base import Codec
+from fedpeft.wire.codecs.integers import Block, Int2, Int3, Int4, Int8
 
 Codes = NDArray[np.int32]
 Flat = NDArray[np.float32]
 Shifts = NDArray[np.uint8]
 
-WORD = 32
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ class Ring:
         rows = rounding.rows_of(mean, self.block)
         overall = np.sqrt(np.mean(np.square(mean, dtype=np.float64))) if mean.size else 0.0
         reach = np.maximum(np.abs(rows).max(axis=1), overall) * self.headroom / (grid.step * self.limit)
-        largest = int(log2(grid.limit // self.limit)) if grid.limit >= self.limit else 0
-        shifts: Shifts = np.clip(np.ceil(np.log2(np.maximum(reach, 1.0))), 0, largest).astype(np.uint8)
+        shifts: Shifts = np.clip(np.ceil(np.log2(np.maximum(reach, 1.0))), 0, self.largest(grid)).astype(np.uint8)
         return shifts
+
+    def largest(self, grid: Grid) -> int:
+        """The largest shift with which a site's values stay within the limit of ``grid``. Raises `UpdateError` when none does."""
+        if grid.limit < self.limit:
+            raise UpdateError(f"ring: {self.bits} bits a value leave the {grid.bits} bits of a sum over {grid.sites} sites; take fewer")
+        return (grid.limit // self.limit).bit_length() - 1
 
     def narrow(self, codes: Codes, shifts: Shifts, seed: int | None) -> Codes:
         """32-bit codes (size,) as integers within ``limit``: to nearest without a seed, else unbiased but where they are cut."""
@@ -132,20 +138,11 @@ def settle(total: Codes, width: int) -> Codes:
     return (total << np.int32(WORD - width)) >> np.int32(WORD - width)
 
 
-def pack_vector(codes: Codes, size: int, width: int) -> bytes:
-    """A vector whose first ``size`` values are of the ring and whose rest (weight, counters) needs all 32 bits."""
-    return pack(codes[:size], width) + pack(codes[size:], WORD)
-
-
-def unpack_vector(data: bytes | memoryview, size: int, rest: int, width: int) -> Codes:
-    """Inverse of `pack_vector` in the sense of `unpack`: int32 (size + rest,). Raises `UpdateError` when ``data`` is of another size."""
-    view, cut = memoryview(data).cast("B"), packed_size(size, width)
-    return np.concatenate([unpack(view[:cut], width, size), unpack(view[cut:], WORD, rest)])
-
-
-def settle_vector(total: Codes, size: int, width: int) -> Codes:
-    """`settle` on the first ``size`` values of a sum, the rest as it is."""
-    return np.concatenate([settle(total[:size], width), total[size:]])
+def as_ring(codec: Codec) -> Ring | None:
+    """What takes the place of ``codec`` where sums are masked: a ring of as many bits; None where it has no such form."""
+    if isinstance(codec, Ring):
+        return codec
+    return Ring(BITS[codec.kind], codec.block) if isinstance(codec, Int8 | Int4 | Int3 | Int2) else None
 
 
 def _words(count: int, seed: int) -> NDArray[np.int64]:
