@@ -142,6 +142,9 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
         found["combine"] = describe(config.combine)
     if config.start is not None:
         found["start"] = describe(config.start.how)
+    starts = {name: describe(entry.start.how) for name, entry in config.tasks.items() if entry.start is not None}
+    if starts:
+        found["starts"] = starts
     return dict(json.loads(json.dumps(found)))
 
 
@@ -168,7 +171,7 @@ def _base(config: FederationConfig) -> Base:
     from fedpeft.bases import load_base, meta_base
 
     spec = replace(config.base.spec, quantization="none")
-    base = load_base(spec, "cpu") if config.method.needs_weights or config.start is not None else meta_base(spec)
+    base = load_base(spec, "cpu") if config.method.needs_weights or any(map(config.start_of, config.tasks)) else meta_base(spec)
     found, pinned = base.fingerprint.identity, config.base.fingerprint
     if pinned is not None and pinned != found:
         raise BaseError(f"base {config.base.model}: identity is {found}, base.fingerprint pins {pinned}; get those weights, or pin anew")
@@ -206,20 +209,22 @@ def _round_zero(config: FederationConfig, base: Base, spec: AdapterSpec, seed: i
     """The tensors that every site starts from. Raises `AdapterError` or `DataError` where the start does not fit."""
     from fedpeft.adapters import initial
 
-    if config.start is None:
+    start = config.start_of(spec.task)
+    if start is None:
         return initial(base, spec, seed).tensors
     from fedpeft.adapters.starts import make_start
 
-    return make_start(config.start.how, base, spec, seed, _samples(config, base, spec.task)).tensors
+    return make_start(start.how, base, spec, seed, _samples(config, base, spec.task)).tensors
 
 
 def _samples(config: FederationConfig, base: Base, name: str) -> Samples | None:
-    if config.start is None or config.start.data is None:
+    start = config.start_of(name)
+    if start is None or start.data is None:
         return None
     from fedpeft.adapters.starts import Samples
     from fedpeft.tasks import read_rows
 
-    task, source = config.tasks[name].task, config.start.data
+    task, source = config.tasks[name].task, start.data
     rows = [row for row in read_rows(source) if row.get("task", name) == name]
     if not rows:
         raise DataError(f"start.data: {source.label} holds no row of task {name!r}; its column `task` must name the federation's tasks")

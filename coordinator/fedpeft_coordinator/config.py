@@ -17,9 +17,9 @@ from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes.sharing import Sharing
-from fedpeft.tasks import Source
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.rules import RULES
+from fedpeft_coordinator.starting import Start, StartTable
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -40,17 +40,6 @@ def _combine(value: Any) -> Any:
     from fedpeft.schemes.robust import COMBINES
 
     return None if value in (None, "sum", {"kind": "sum"}) else config.build(COMBINES, value, "combine")
-
-
-def _start(value: Any) -> Any:
-    from fedpeft.adapters.starts import STARTS
-
-    table = {"kind": value} if isinstance(value, str) else value
-    if not isinstance(table, Mapping) or "how" in table:
-        return table
-    data = table.get("data")
-    how = config.build(STARTS, {key: setting for key, setting in table.items() if key != "data"}, "start")
-    return {"how": how, "data": {"path": data} if isinstance(data, str) else data}
 
 
 def _codec(value: Any) -> Any:
@@ -81,20 +70,11 @@ class Base(Section):
 
 
 class TaskEntry(Section):
-    """One task, and what of ``[training]`` differs for it."""
+    """One task, what of ``[training]`` differs for it, and its own ``start`` in place of the federation's."""
 
     task: Annotated[Any, BeforeValidator(_task_table)]
     training: dict[str, Any] = Field(default_factory=dict)
-
-
-class Start(Section):
-    """Where the adapters of round 0 come from (`fedpeft.adapters.starts`).
-
-    ``data`` are rows that the coordinator may see; where they have a column ``task``, each task gets its own.
-    """
-
-    how: Any
-    data: Source | None = None
+    start: StartTable = None
 
 
 class Cohort(Section):
@@ -201,7 +181,7 @@ class FederationConfig(Section):
     scheme: Annotated[Any, BeforeValidator(_scheme)] = Field(default="alternating", validate_default=True)
     server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
     combine: Annotated[Any, BeforeValidator(_combine)] = None
-    start: Annotated[Start | None, BeforeValidator(_start)] = None
+    start: StartTable = None
     training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
     secure_aggregation: SecureAggregation = SecureAggregation()
@@ -229,6 +209,10 @@ class FederationConfig(Section):
         """``[training]`` with what the task changes."""
         return _settings({**asdict(self.training), **self.tasks[task].training})
 
+    def start_of(self, task: str) -> Start | None:
+        """Where the adapter of ``task`` starts."""
+        return self.tasks[task].start or self.start
+
     @property
     def masks(self) -> bool:
         """Whether the coordinator sees masked sums alone."""
@@ -251,8 +235,8 @@ def _entry(name: str, table: Any) -> Any:
         raise ValueError(f"tasks.{name}: is {table!r}; needs a table with kind and labels")
     if "task" in table:
         return table
-    own = {key: value for key, value in table.items() if key != "training"}
-    return {"task": {**own, "name": name}, "training": table.get("training", {})}
+    beside = {key: table[key] for key in ("training", "start") if key in table}
+    return {"task": {**{key: value for key, value in table.items() if key not in beside}, "name": name}, **beside}
 
 
 def _settings(table: dict[str, Any]) -> TrainSettings:
@@ -278,9 +262,10 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     federation = config.load(path, FederationConfig, overrides)
     folder = path.resolve().parent
     link, start = federation.link, federation.start
-    if start is not None and start.data is not None and start.data.path is not None:
-        rooted = start.data.model_copy(update={"path": str(folder / Path(start.data.path).expanduser())})
-        start = start.model_copy(update={"data": rooted})
+    tasks = {
+        name: entry.model_copy(update={"start": entry.start.rooted(folder)}) if entry.start else entry
+        for name, entry in federation.tasks.items()
+    }
     tls = None if link.tls is None else Tls(**{name: folder / file.expanduser() for name, file in link.tls})
     for name, file in tls or ():
         if not file.is_file():
@@ -288,7 +273,8 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),
-            "start": start,
+            "start": start.rooted(folder) if start else None,
+            "tasks": tasks,
             "registry": None if federation.registry is None else folder / federation.registry.expanduser(),
             "link": link.model_copy(update={"tls": tls, "node_keys": folder / link.node_keys.expanduser()}),
         }

@@ -11,6 +11,7 @@ from fedpeft.wire.codecs import Ring, as_ring
 
 if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
+    from fedpeft_coordinator.starting import Start
 
 
 def _cohort_rule(federation: FederationConfig) -> None:
@@ -72,7 +73,11 @@ def _root_rule(federation: FederationConfig) -> None:
 
 
 def _start_rule(federation: FederationConfig) -> None:
-    start = federation.start
+    for start in (federation.start, *(entry.start for entry in federation.tasks.values())):
+        _fits_data(start)
+
+
+def _fits_data(start: Start | None) -> None:
     if start is not None and start.how.needs_samples and start.data is None:
         raise ValueError(
             f"start.kind = {start.how.kind!r} needs start.data, rows that the coordinator may see: a path or a source, such as "

@@ -11,7 +11,8 @@ from fedpeft.adapters.starts.factored import OLora, PiSSA
 from fedpeft.adapters.starts.given import Experts
 from fedpeft.adapters.starts.informed import EVA, CorDA, LoraGA
 from fedpeft.adapters.starts.masks import Fisher, Lottery
-from fedpeft.adapters.starts.protocol import Samples, Start
+from fedpeft.adapters.starts.mixed import Mixture
+from fedpeft.adapters.starts.protocol import Files, Samples, Start
 from fedpeft.adapters.starts.quantized import LoftQ
 from fedpeft.config import build
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fedpeft.adapters.spec import Adapter, AdapterSpec
     from fedpeft.bases import Base
 
-__all__ = ["STARTS", "Samples", "Start", "make_start"]
+__all__ = ["STARTS", "Files", "Samples", "Start", "make_start"]
 
 STARTS: dict[str, type[Start]] = {
     "pissa": PiSSA,
@@ -31,6 +32,7 @@ STARTS: dict[str, type[Start]] = {
     "experts": Experts,
     "fisher": Fisher,
     "lottery": Lottery,
+    "mixture": Mixture,
 }
 
 

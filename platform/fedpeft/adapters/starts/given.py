@@ -31,6 +31,10 @@ class Experts:
     kind: ClassVar[str] = "experts"
     needs_samples: ClassVar[bool] = False
 
+    def rooted(self, folder: Path) -> Experts:
+        """See `Files.rooted`."""
+        return Experts({name: str(folder / Path(path).expanduser()) for name, path in self.adapters.items()})
+
     def compute(self, base: Base, spec: AdapterSpec, seed: int, samples: Samples | None = None) -> Adapter:
         """Round 0.
 

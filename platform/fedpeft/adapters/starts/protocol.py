@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from fedpeft.adapters.spec import Adapter, AdapterSpec
@@ -32,4 +33,13 @@ class Start(Protocol):
         Raises:
             AdapterError: it does not fit the method or the base, or lacks samples.
         """
+        ...
+
+
+@runtime_checkable
+class Files(Protocol):
+    """A start that reads adapter folders."""
+
+    def rooted(self, folder: Path) -> Self:
+        """With relative paths taken from ``folder``."""
         ...
