@@ -57,6 +57,34 @@ def dry_run(
     return _print(settings, found, number)
 
 
+@app.command()
+def start(
+    site: Site,
+    plan: Annotated[Path, typer.Option(help="The federation's TOML file, with the new task.", metavar="FEDERATION.TOML")],
+    task: Annotated[str, typer.Option(help="The new task.")],
+    registry: Annotated[Path, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry.")] = Path("registry"),
+    fit: Annotated[bool, typer.Option("--fit", help="Fit the weights to the rows' loss; for tasks of text.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which served adapters are near this site's rows of a new task, and how the task may start from them. Nothing is sent."""
+    from fedpeft.cli import output
+    from fedpeft_client.cold_start import propose
+    from fedpeft_client.config import load_site
+    from fedpeft_client.dry_run import read_plan, task_of
+
+    found = propose(load_site(site), task_of(read_plan(plan), task), registry, fit)
+    if json:
+        return output.emit({"task": task, "rows": found.rows, "weights": dict(found.route.weights), "scores": dict(found.route.scores)})
+    rows = [(name, f"{score:.3f}", f"{found.route.weights.get(name, 0.0):.3f}") for name, score in sorted(found.route.scores.items())]
+    output.table(f"{task}: {found.rows} rows, {found.route.why}", ("adapter", "score", "weight"), rows)
+    if not found.route.weights:
+        return print(f"no served adapter is near; start {task} fresh")
+    shares = ", ".join(f'"{name}" = {weight:.3f}' for name, weight in sorted(found.route.weights.items()))
+    for name in sorted(found.route.weights):
+        print(f"fedpeft adapters export {name} {name} --registry {registry}")
+    return print(f'[tasks.{task}]\nstart = {{ kind = "mixture", adapters = {{ {shares} }} }}')
+
+
 def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
     from fedpeft.cli import output
 

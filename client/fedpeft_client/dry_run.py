@@ -166,14 +166,26 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     return Forecast(name, phase.name, examples, weight, lines, counters, size, EPSILON, rules, refused, private, plain.masked)
 
 
-def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
-    from fedpeft.adapters import make_spec
+def task_of(plain: Plain, name: str) -> Task:
+    """The task ``name`` of the federation. Raises `ConfigError` when it has none, or it cannot be built."""
     from fedpeft.tasks import TASKS
 
-    table = {key: value for key, value in plain.tasks[name].items() if key != "training"}
+    if name not in plain.tasks:
+        raise ConfigError(f"task {name!r} is not the federation's; it has {sorted(plain.tasks)}")
+    table = {key: value for key, value in plain.tasks[name].items() if key not in ("training", "start")}
+    try:
+        task: Task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    return task
+
+
+def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
+    from fedpeft.adapters import make_spec
+
     own = plain.tasks[name].get("training", {})
     try:
-        task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
+        task = task_of(plain, name)
         method = read_method(plain.method)
         scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")
         settings = TypeAdapter(TrainSettings).validate_python({**plain.training, **own})

@@ -10,7 +10,7 @@ import pytest
 from fedpeft.adapters import initial, make_spec
 from fedpeft.bases import BaseSpec, load_base
 from fedpeft.config import build, describe
-from fedpeft.errors import AdapterError, BaseError, DataError
+from fedpeft.errors import AdapterError, BaseError, ConfigError, DataError
 from fedpeft.methods import METHODS
 from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
@@ -141,3 +141,18 @@ def test_an_empty_registry_says_so(tmp_path):
     (tmp_path / "empty").mkdir(exist_ok=True)
     with pytest.raises(AdapterError, match="no version"):
         Service.open(tmp_path / "empty")
+
+
+def test_a_new_task_starts_near_what_its_rows_are_like(registry, tmp_path, capsys):
+    from fedpeft.cli.main import run
+
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{text}", "label": "a"}}\n' for text in TEXTS["money"] * 2))
+    (tmp_path / "site.toml").write_text('name = "s"\n[base]\nmodel = "minilm"\n[data.shares]\npath = "rows.jsonl"\n')
+    (tmp_path / "f.toml").write_text('name = "f"\n[tasks.shares]\nkind = "classification"\nlabels = ["a", "b"]\n')
+    asked = ["client", "start", str(tmp_path / "site.toml"), "--plan", str(tmp_path / "f.toml"), "--registry", str(registry.root)]
+    assert run([*asked, "--task", "shares"]) == 0
+    told = capsys.readouterr().out
+    assert 'start = { kind = "mixture", adapters = { "money" = 1.000 } }' in told
+    assert run([*asked, "--task", "shares", "--fit"]) == AdapterError.exit_code
+    assert "no served adapter knows its labels" in capsys.readouterr().err
+    assert run([*asked, "--task", "bonds"]) == ConfigError.exit_code

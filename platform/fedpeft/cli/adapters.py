@@ -126,6 +126,49 @@ def merge(
     print(f"{len(refs)} adapters merged by {how} into {out}, {size:,} values; lost to its rank: {done.lost:.2%} of the energy")
 
 
+@app.command()
+def cluster(
+    refs: Annotated[list[str] | None, typer.Argument(help="LoRA adapters of one base; every served one when left out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder: one merged adapter for each cluster.")] = None,
+    how: Annotated[str, typer.Option(help="How a cluster is merged, as in merge.")] = "svd",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the rule, such as rank=16 or density=0.3.")] = None,
+    registry: Root = HERE,
+    json: AsJson = False,
+) -> None:
+    """Say which tasks' adapters point the same way, and make each cluster one servable adapter."""
+    from fedpeft.merging import make_rule
+    from fedpeft.merging.clusters import clusters, cosines
+
+    rule = make_rule({"kind": how, **_settings(settings or [])})
+    names = refs or sorted({version.task for version in _open(registry).list()})
+    adapters = [_adapter(ref, registry) for ref in names]
+    similar = cosines([adapter.tensors for adapter in adapters])
+    labels = clusters(similar)
+    rows = [{"adapter": name, "cluster": label, "cosines": row} for name, label, row in zip(names, labels, similar.tolist(), strict=True)]
+    if json:
+        output.emit(rows)
+    else:
+        cells = [
+            (name, label, *(f"{value:.2f}" for value in row)) for name, label, row in zip(names, labels, similar.tolist(), strict=True)
+        ]
+        output.table("cosines of the adapters' products", ("adapter", "cluster", *names), cells)
+    if out is not None:
+        for label in sorted(set(labels)):
+            _merged_cluster([a for a, found in zip(adapters, labels, strict=True) if found == label], rule, out / str(label))
+
+
+def _merged_cluster(adapters: list[Any], rule: Any, folder: Path) -> None:
+    import sys
+
+    from fedpeft.adapters import save
+    from fedpeft.merging import merged
+
+    done = merged(adapters, [1.0 / len(adapters)] * len(adapters), rule)
+    save(done.adapter, folder)
+    tasks = ", ".join(adapter.spec.task for adapter in adapters)
+    print(f"{folder}: {tasks}; lost to the rank {done.lost:.2%} of the energy", file=sys.stderr)
+
+
 def _weighted(ref: str, share: float) -> tuple[str, float]:
     """``ref=weight``, or ``ref`` alone with the equal share."""
     name, found, text = ref.rpartition("=")

@@ -38,9 +38,9 @@ def samples_of(base: Base) -> Samples:
     return Samples(task, task.encode(ROWS, base), 5)
 
 
-def product(adapter: Adapter, module: str) -> Any:
+def product(adapter: Adapter, module: str, pair: str = "") -> Any:
     named = {name: value.astype(np.float64) for name, value in adapter.tensors.named().items()}
-    return named[f"base_model.model.{module}.lora_B.weight"] @ named[f"base_model.model.{module}.lora_A.weight"]
+    return named[f"base_model.model.{module}.lora_B{pair}.weight"] @ named[f"base_model.model.{module}.lora_A{pair}.weight"]
 
 
 def weights(base: Base, spec: AdapterSpec) -> dict[str, Any]:
@@ -192,6 +192,40 @@ def test_experts_come_from_folders_of_the_same_base(warm: Warm, shaken: Callable
         make_start(start, base, make_spec("t", base, Lora(), LABELS), 0)
 
 
+@pytest.mark.parametrize(("ranks", "extra"), [((3,), 0), ((1, 2), 0), ((3, 1, 3), 2), ((4, 4), 0)])
+def test_a_mixture_starts_at_the_best_product_of_its_rank(
+    warm: Warm, shaken: Callable[..., Adapter], tmp_path: Path, ranks: tuple[int, ...], extra: int
+) -> None:
+    """Against the dense weighted sum and its singular values, in float64; the second pair counts; the head is fresh."""
+    base, folder, seed = warm("encoder"), tmp_path, 11
+    spec = make_spec("new", base, Lora(r=4), LABELS)
+    weights_, adapters = np.random.default_rng(seed).normal(size=len(ranks)).tolist(), []
+    for place, rank in enumerate(ranks):
+        adapters.append(
+            shaken(make_spec(f"t{place}", base, Lora(r=rank, extra=extra), HeadSpec("classification", ("x", "y"))), seed + place)
+        )
+        save(adapters[-1], folder / f"t{place}")
+    start = build(STARTS, {"kind": "mixture", "adapters": {f"t{i}": w for i, w in enumerate(weights_)}}, "start").rooted(folder)
+    made = make_start(start, base, spec, 3)
+    for module in weights(base, spec):
+        dense = sum(w * (product(a, module) + (product(a, module, "2") if extra else 0)) for w, a in zip(weights_, adapters, strict=True))
+        u, sizes, v = np.linalg.svd(dense)
+        np.testing.assert_allclose(product(made, module), (u[:, :4] * sizes[:4]) @ v[:4], atol=1e-5 * max(1.0, sizes[0]))
+    assert np.array_equal(made.tensors.pick({"head"}).flat, initial(base, spec, 3).tensors.pick({"head"}).flat)
+
+
+def test_a_mixture_needs_adapters_of_this_base_and_these_targets(warm: Warm, shaken: Callable[..., Adapter], tmp_path: Path) -> None:
+    base, other = warm("encoder"), warm("causal")
+    start = build(STARTS, {"kind": "mixture", "adapters": {"a": 1.0}}, "start").rooted(tmp_path)
+    save(shaken(make_spec("a", base, Lora(r=2), LABELS), 0), tmp_path / "a")
+    with pytest.raises(AdapterError, match="give adapters of this base"):
+        make_start(start, other, make_spec("t", other, Lora(r=2), LM), 0)
+    with pytest.raises(AdapterError, match=r"acts on other modules than t; set method\.targets"):
+        make_start(start, base, make_spec("t", base, Lora(r=2, targets=("all",)), LABELS), 0)
+    with pytest.raises(AdapterError, match="has method ia3"):
+        make_start(start, base, make_spec("t", base, METHODS["ia3"](), LABELS), 0)
+
+
 REFUSED = [
     ("pissa", Lora(r=4), "set method.extra = 4 and method.held = true"),
     ("pissa", Lora(r=4, extra=4), "method.held = true"),
@@ -228,7 +262,7 @@ def test_weights_are_needed_and_loftq_needs_dense_ones(warm: Warm) -> None:
         make_start("loftq", base, make_spec("t", base, Lora(), LABELS), 0)
 
 
-@pytest.mark.parametrize("kind", sorted(set(STARTS) - {"experts"}))
+@pytest.mark.parametrize("kind", sorted(set(STARTS) - {"experts", "mixture"}))
 def test_described_and_built_again(kind: str) -> None:
     start = build(STARTS, kind, "start")
     assert build(STARTS, describe(start), "start") == start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -61,3 +63,22 @@ def test_wrong_input_is_one_line(arguments, code, words, folders, tmp_path, caps
     assert run(["adapters", "merge", *folders, "--out", str(tmp_path / "x"), *arguments]) == code
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_clusters_are_told_and_merged(tmp_path, capsys):
+    """Two pairs of near copies: two clusters, each merged to its mean product."""
+    rng, folders = np.random.default_rng(5), []
+    for place in range(4):
+        if place % 2 == 0:
+            centre = rng.standard_normal(LAYOUT.size)
+        spec = AdapterSpec(f"t{place}", "f" * 64, "tiny", METHODS["lora"](r=2, targets=("q_proj",)), HeadSpec("lm"), LAYOUT)
+        values = (centre + 0.05 * rng.standard_normal(LAYOUT.size)).astype(np.float32)
+        save(Adapter(spec, Tensors(LAYOUT, values)), tmp_path / str(place))
+        folders.append(str(tmp_path / str(place)))
+    assert run(["adapters", "cluster", *folders, "--out", str(tmp_path / "made"), "--set", "rank=4", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [row["cluster"] for row in json.loads(told.out)] == [0, 0, 1, 1]
+    assert "t0, t1; lost to the rank 0.00%" in told.err
+    assert np.allclose(change(tmp_path / "made" / "1"), 0.5 * (change(tmp_path / "2") + change(tmp_path / "3")), atol=1e-6)
+    assert run(["adapters", "cluster", *folders]) == 0
+    assert "cosines" in capsys.readouterr().out

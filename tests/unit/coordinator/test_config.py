@@ -186,6 +186,18 @@ def test_a_start_in_all_its_forms(tmp_path: Path) -> None:
     assert load_federation(file).start.data.path == str(tmp_path / "rows.jsonl")
 
 
+def test_a_task_may_have_a_start_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    task = 'kind = "classification"\nlabels = ["a", "b"]\n'
+    file.write_text(
+        f'name = "f"\nstart = "pissa"\n[tasks.t]\n{task}[tasks.u]\n{task}start = {{ kind = "mixture", adapters = {{ "old/t" = 0.5 }} }}\n'
+    )
+    found = load_federation(file)
+    assert found.start_of("t").how.kind == "pissa"
+    assert dict(found.start_of("u").how.adapters) == {str(tmp_path / "old/t"): 0.5}
+    assert facts(found, "base", {})["starts"]["u"]["kind"] == "mixture"
+
+
 def test_facts_of_an_earlier_version_get_the_defaults_it_did_not_know() -> None:
     now = facts(load(), "base", {"t": describe(load().tasks["t"].task)})
     before = json.loads(json.dumps(now))
