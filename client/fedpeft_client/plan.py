@@ -17,7 +17,7 @@ from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
 from fedpeft.wire import Envelope
-from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta
+from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta, hear
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
@@ -124,12 +124,17 @@ def _settings(table: Any) -> TrainSettings:
     return TypeAdapter(TrainSettings).validate_python(table)
 
 
+def _built(task: str, text: str) -> Codec:
+    """The codec that ``text`` describes. Raises `UpdateError`."""
+    try:
+        return config.build(CODECS, _json(text), "codec")
+    except ValueError as fault:
+        raise UpdateError(f"plan of task {task!r}: {fault}; do both sides run one version?") from None
+
+
 def _codec(plan: TaskPlan) -> Codec:
     """The codec of what travels up. Raises `UpdateError` when it cannot be read, or does not go with the rest of the plan."""
-    try:
-        codec: Codec = config.build(CODECS, _json(plan.codec_json), "codec") if plan.codec_json else Plain()
-    except ValueError as fault:
-        raise UpdateError(f"plan of task {plan.task!r}: {fault}; do both sides run one version?") from None
+    codec = _built(plan.task, plan.codec_json) if plan.codec_json else Plain()
     if not codec.masked and (plan.secure_aggregation or plan.HasField("masking")):
         raise UpdateError(
             f"plan of task {plan.task!r}: codec {codec.kind} and secure aggregation: messages of scales of the site's own have no sum; "
@@ -196,8 +201,12 @@ def start(work: Work, envelope: Envelope, adapters: Store) -> Tensors:
     if kept is not None:
         return kept
     given = layout.subset(work.plan.down_roles) if work.plan.down_roles else layout
-    part = Tensors(given, _float32(envelope.array(work.plan.task, given.fingerprint)))
-    whole = part if not work.plan.previous_digest else _previous(work, adapters).patch(part)
+    array = envelope.array(work.plan.task, given.fingerprint)
+    if not work.plan.previous_digest:
+        whole = Tensors(given, _float32(array))
+    else:
+        held = _previous(work, adapters)
+        whole = held.patch(_step(work.plan, held.pick(given.roles), array))
     if whole.layout != layout or whole.digest != wanted:
         raise AdapterError(
             f"plan of task {work.plan.task!r}: start values have digest {whole.digest[:12]}, the plan promises {wanted[:12]}"
@@ -249,6 +258,16 @@ def _float32(values: Any) -> Any:
     if values.dtype.str not in ("<f4", "=f4"):
         raise UpdateError(f"wire: start values are {values.dtype}, float32 was expected")
     return values.astype("float32", copy=False)
+
+
+def _step(plan: TaskPlan, held: Tensors, array: Any) -> Tensors:
+    """What ``held`` becomes: the values of ``array``, or the step that it writes in the plan's codec."""
+    if not plan.down_codec_json:
+        return Tensors(held.layout, _float32(array))
+    codec = as_delta(_built(plan.task, plan.down_codec_json))
+    if codec is None or array.dtype.str != "|u1":
+        raise UpdateError(f"plan of task {plan.task!r}: a step of {array.dtype} in {plan.down_codec_json}; do both sides run one version?")
+    return hear(codec, held, array.data)
 
 
 def _previous(work: Work, adapters: Store) -> Tensors:

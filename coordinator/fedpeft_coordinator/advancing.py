@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpeft.errors import UpdateError
 from fedpeft.schemes import State
 from fedpeft.tensors import Tensors
@@ -13,6 +16,7 @@ from fedpeft_coordinator.planning import Load
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.telling import tell
 
 
 @dataclass
@@ -44,15 +48,24 @@ class Advance:
         """The server's state before ``row``."""
         return self.store.arrays(row.state) if row.state else {}
 
+    def told(self, row: TaskRound) -> NDArray[np.uint8]:
+        """The message of the step that ``row`` made."""
+        return self.store.arrays(row.told)["message"]
+
     def _moved(self, row: TaskRound, mean: Tensors, own: Tensors | None = None) -> TaskRound:
         """``row`` moved by ``mean``; ``own``, the mean of its sites alone, gives what sharing is compared with."""
+        task = self.setup.tasks[row.task]
         try:
-            after, kept = self._step(row, mean)
+            (after, kept), told = self._step(row, mean), ""
+            if self.setup.limits.down is not None:
+                step = tell(self.setup.limits.down, self.load(task, row.before).pick(row.moves), after.pick(row.moves), kept)
+                after, kept, told = after.patch(step.after), step.state, self.store.put_arrays({"message": step.message})
             alone = "" if own is None or own is mean else self.store.put_tensors(self._step(row, own)[0])
         except UpdateError as fault:
             return planning.skipped(row, str(fault))
-        self.remember(self.setup.tasks[row.task], after)
-        return replace(row, after=self.store.put_tensors(after), state_after=self.store.put_arrays(kept) if kept else "", alone=alone)
+        self.remember(task, after)
+        state = self.store.put_arrays(kept) if kept else ""
+        return replace(row, after=self.store.put_tensors(after), state_after=state, alone=alone, told=told)
 
     def _step(self, row: TaskRound, mean: Tensors) -> tuple[Tensors, State]:
         current = self.load(self.setup.tasks[row.task], row.before)

@@ -14,6 +14,7 @@ from fedpeft.errors import BaseError, ConfigError, DataError
 from fedpeft.privacy.secagg import enough
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
+from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
@@ -104,6 +105,7 @@ def limits(config: FederationConfig) -> Limits:
         retries=cohort.retries,
         reach=config.wire.reach,
         codec=config.wire.codec,
+        down=as_delta(config.wire.down),
         budget=config.wire.budget or 0,
         max_examples=config.max_examples,
         root=cohort.root or "",

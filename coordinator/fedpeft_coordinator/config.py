@@ -120,11 +120,14 @@ class Wire(Section):
 
     ``codec``: how it writes a delta (`fedpeft.wire.codecs`); or ``budget``: bytes that it may send of a task in a round, for which
     the codec that keeps most is taken. Where sums are masked, int8 to int2 are rings of as many bits, on scales of the last mean.
+    ``down``: how a step of the adapter is written for sites that hold the one before; what it leaves out is owed to the next step, so
+    the adapter lags behind the exact mean by that much.
     """
 
     reach: float = Field(default=2.0, gt=0.0, allow_inf_nan=False)
     codec: Annotated[Any, BeforeValidator(_codec)] = Field(default="none", validate_default=True)
     budget: int | None = Field(default=None, ge=1)
+    down: Annotated[Any, BeforeValidator(_codec)] = Field(default="none", validate_default=True)
 
 
 class Tls(Section):

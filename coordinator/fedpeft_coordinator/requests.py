@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpeft.config import describe
 from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
@@ -16,6 +19,7 @@ from fedpeft.wire.v1.federation_pb2 import Centroid, Masking, RoundPlan, TaskPla
 from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
+from fedpeft_coordinator.telling import step_of
 from fedpeft_coordinator.updates import up_layout
 
 Centroids = Mapping[str, tuple[float, ...]]
@@ -33,6 +37,7 @@ class Writer:
     history: Sequence[Round]
     load: Load
     state: Callable[[TaskRound], State]
+    told: Callable[[TaskRound], NDArray[np.uint8]]
     scales: Callable[[TaskRound], bytes] = lambda _row: b""
     centroids: Centroids = field(default_factory=dict)
     masking: Callable[[str, str], Masking | None] = lambda _site, _task: None
@@ -125,6 +130,9 @@ class Writer:
     def _down(self, message: TaskPlan, have: str) -> bytes:
         """Set what the array beside ``message`` patches, and return the array."""
         task = self.setup.tasks[message.task]
+        step = step_of(task.name, have, message.adapter_digest, self.history)
+        if step is not None:
+            return self._pack_step(message, task, step)
         roles = changed_since(task.name, have, self.history, message.adapter_digest) if have else None
         if roles is None or roles >= task.layout.roles:
             return self._pack(task, message.adapter_digest, ())
@@ -133,6 +141,15 @@ class Writer:
         message.previous_digest = have
         message.down_roles.extend(patch)
         return self._pack(task, message.adapter_digest, patch)
+
+    def _pack_step(self, message: TaskPlan, task: TaskSetup, step: TaskRound) -> bytes:
+        layout = task.layout.subset(step.moves)
+        message.previous_digest, message.down_codec_json = step.before, json.dumps(describe(self.setup.limits.down))
+        message.down_roles.extend(sorted(layout.roles))
+        key = (task.name, step.told, ())
+        if key not in self._packed:
+            self._packed[key] = flat.pack(layout.fingerprint, self.told(step))
+        return self._packed[key]
 
     def _pack(self, task: TaskSetup, digest: str, roles: tuple[str, ...]) -> bytes:
         key = (task.name, digest, roles)

@@ -264,7 +264,8 @@ class Coordinator:
         return None if secure is None else Secure(self.setup, secure, self.run_id, self.journal, self._scaling, self._around)
 
     def _writer(self, plan: Round) -> Writer:
-        return Writer(self.setup, self.run_id, self.history, self._load, self._advance.state, self._scaling.shifts, self.centroids)
+        kept = self._advance.state, self._advance.told, self._scaling.shifts
+        return Writer(self.setup, self.run_id, self.history, self._load, *kept, self.centroids)
 
     def _remember(self, task: TaskSetup, tensors: Tensors) -> None:
         self._cache[f"{task.name} {tensors.digest}"] = tensors

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
     from fedpeft_coordinator.starting import Start
 
+SPLIT_ANEW = frozenset({"fedex", "fedsb", "fedsvd", "flexlora", "flora", "sketch"})
+"""Schemes whose factors jump to where the coordinator splits them."""
+
 
 def _cohort_rule(federation: FederationConfig) -> None:
     cohort = federation.cohort
@@ -142,6 +145,26 @@ def _sharing_rule(federation: FederationConfig) -> None:
         )
 
 
+def _down_rule(federation: FederationConfig) -> None:
+    down, scheme = federation.wire.down.kind, federation.scheme.kind
+    if down == "none":
+        return
+    if federation.wire.down.masked:
+        raise ValueError(
+            f"wire.down = {down!r}: its scales are for sums over sites; take one such as int8, int4 or onebit for the way down"
+        )
+    if scheme in SPLIT_ANEW:
+        raise ValueError(
+            f"wire.down = {down!r} and scheme.kind = {scheme!r}: the scheme splits factors anew, which is no small step that a codec could "
+            "write; leave wire.down out, or take a scheme that moves by the mean, such as alternating"
+        )
+    if federation.sharing is not None:
+        raise ValueError(
+            f"wire.down = {down!r} and [sharing]: what a codec leaves out differs from task to task, so the factor would be shared no "
+            "more; leave one of them out"
+        )
+
+
 def _wire_rule(federation: FederationConfig) -> None:
     wire = federation.wire
     if wire.budget is not None and wire.codec.kind != "none":
@@ -178,4 +201,5 @@ RULES = (
     _sharing_rule,
     _wire_rule,
     _scales_rule,
+    _down_rule,
 )

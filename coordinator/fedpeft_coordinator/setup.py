@@ -12,7 +12,7 @@ from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
-from fedpeft.wire.codecs import Codec, Plain
+from fedpeft.wire.codecs import Codec, DeltaCodec, Plain
 
 Scores = Callable[[Counters], Mapping[str, float]]
 
@@ -46,6 +46,7 @@ class Limits:
     retries: int = 3
     reach: float = 2.0
     codec: Codec = field(default_factory=Plain)
+    down: DeltaCodec | None = None
     budget: int = 0
     max_examples: int = 1_000_000
     root: str = ""

@@ -18,10 +18,11 @@ class TaskRound:
     to the server optimizer. ``drops`` names the sites that did not contribute, and why. ``scores``, ``card`` and ``kinds`` (how
     the sites held the base) are known once the round is scored; ``version`` is set where it was published. ``number`` is the task's
     own round, ``private`` and ``settles`` are the other roles of the scheme's phase, ``drift`` is what averaging lost. ``sealed`` is
-    the digest of its masked sum, empty where sites sent theirs in the clear. ``group`` is whom the task shares factors with, ``alone`` the
+    the digest of its masked sums, empty where sites sent theirs in the clear. ``group`` is whom the task shares factors with, ``alone`` the
     adapter had it not shared this step, ``gain`` what the two lose on held-out rows, ``moved_to`` the group that it leaves for.
-    the digest of its masked sum, empty where sites sent theirs in the clear. ``ring`` describes the ring of narrow codes, if there
-    is one, ``scales`` is the digest of its shifts, and ``means`` are digests of the last means by fingerprint of what travelled.
+    ``ring`` describes the ring of narrow codes, if there is one, ``scales`` is the digest of its shifts, and ``means`` are digests of
+    the last means by fingerprint of what travelled. ``told`` is that of the message by which ``before`` becomes ``after``, empty where
+    values go down as they are.
     """
 
     task: str
@@ -56,6 +57,7 @@ class TaskRound:
     ring: Mapping[str, Any] | None = None
     scales: str = ""
     means: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""
 
     @property
     def moves(self) -> frozenset[str]:
@@ -103,7 +105,7 @@ class Round:
     def blobs(self) -> set[str]:
         """Digests in the store that the next round may need."""
         rows = self.tasks.values()
-        return {blob for row in rows for blob in (row.before, row.after, row.state, row.state_after, *row.means.values()) if blob}
+        return {blob for row in rows for blob in (row.before, row.after, row.state, row.state_after, row.told, *row.means.values()) if blob}
 
     def at(self, step: Step, **tasks: TaskRound) -> Round:
         """This round one step on, with some tasks replaced."""

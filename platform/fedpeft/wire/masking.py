@@ -18,7 +18,7 @@ MAX_KEY, MAX_SIGNATURE, MAX_BOX = 32, 512, 256
 MAX_COUNTERS, MAX_VALUES = 256, 1 << 16
 """Names of counters in one vector, and their values in all."""
 KINDS = ("train", "evaluate")
-OWN_FIELDS = ("previous_digest", "down_roles", "cohort", "counted_round", "masking")
+OWN_FIELDS = ("previous_digest", "down_roles", "down_codec_json", "cohort", "counted_round", "masking")
 """Fields of a task's plan that differ between sites, or when it is sent again, although the same work is meant."""
 
 

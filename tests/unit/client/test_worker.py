@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft import bases
+from fedpeft import bases, config
 from fedpeft.errors import LinkError, StorageError, UpdateError
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Grid, Update
-from fedpeft.wire import Envelope
+from fedpeft.wire import Envelope, flat
+from fedpeft.wire.codecs import Int4, OneBit, tell
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Centroid, Hello, RoundReply, TaskResult
 from fedpeft_client import rounds
 from fedpeft_client.config import SiteConfig
@@ -123,6 +124,28 @@ def test_changed_roles_patch_the_adapter_that_the_site_holds(site: SiteConfig, m
     missing = plans.results(fresh.handle(message))["kinds"]
     assert missing.status == MISSING
     assert "send it whole" in missing.reason
+
+
+@pytest.mark.parametrize("codec", [OneBit(), Int4()], ids=lambda codec: codec.kind)
+def test_a_step_in_a_codec_makes_the_adapter_that_the_coordinator_holds(site: SiteConfig, make_worker: MakeWorker, plans, codec) -> None:
+    worker, start = make_worker(site), plans.start()
+    worker.handle(plans.message(plans.of()))
+    held = start.pick({"B", "head"})
+    message, told, _ = tell(codec, held, held + held.scaled(0.1), Tensors.zeros(held.layout))
+    after = start.patch(told)
+    said = {"down_codec_json": json.dumps(config.describe(codec)), "down_roles": ["B", "head"], "previous_digest": start.digest}
+    array = {"kinds": flat.pack(held.layout.fingerprint, np.frombuffer(message, np.uint8))}
+
+    def ask(digest: str, array: dict[str, bytes], **changes: object) -> TaskResult:
+        plan = plans.of(number=2, adapter_digest=digest, **{**said, **changes})
+        asked = plans.message(plan, arrays={}, number=2)
+        return plans.results(worker.handle(Envelope(asked.kind, asked.body, array)))["kinds"]
+
+    assert "start values have digest" in ask(start.scaled(2.0).digest, array).reason
+    assert "do both sides run one version" in ask(after.digest, array, down_codec_json='{"kind": "none"}').reason
+    short = {"kinds": flat.pack(held.layout.fingerprint, np.frombuffer(message[:-1], np.uint8))}
+    assert ask(after.digest, short).status != OK
+    assert ask(after.digest, array).status == OK
 
 
 def test_a_held_adapter_needs_no_array(site: SiteConfig, make_worker: MakeWorker, plans) -> None:

@@ -16,7 +16,7 @@ from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, Si
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
-from fedpeft.wire.codecs import CODECS, Lanes, Ring, receive, send
+from fedpeft.wire.codecs import CODECS, Lanes, Ring, hear, receive, send
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft_client.personal import Own
@@ -170,9 +170,14 @@ class Site:
     def _begin(self, envelope: Envelope, task: TaskPlan) -> Tensors | None:
         if task.adapter_digest not in self.kept:
             layout = self.layout.subset(task.down_roles) if task.down_roles else self.layout
-            part = Tensors(layout, envelope.array(task.task, layout.fingerprint).astype(np.float32))
+            array = envelope.array(task.task, layout.fingerprint)
             if task.previous_digest and task.previous_digest not in self.kept:
                 return None
+            if task.down_codec_json:
+                codec = config.build(CODECS, json.loads(task.down_codec_json), "codec")
+                part = hear(codec, self.kept[task.previous_digest].pick(layout.roles), array.data)
+            else:
+                part = Tensors(layout, array.astype(np.float32))
             whole = self.kept[task.previous_digest].patch(part) if task.previous_digest else part
             assert whole.digest == task.adapter_digest
             self.kept[whole.digest] = whole

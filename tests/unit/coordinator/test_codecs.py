@@ -13,13 +13,14 @@ import pytest
 from fedpeft import config
 from fedpeft.errors import ConfigError
 from fedpeft.tensors import Entry, Layout
-from fedpeft.wire import flat
-from fedpeft.wire.codecs import CODECS, Int4
+from fedpeft.wire import Envelope, flat
+from fedpeft.wire.codecs import CODECS, Int4, as_delta
 from fedpeft.wire.v1.federation_pb2 import RoundPlan
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.planning import codec_of
 from fedpeft_coordinator.setup import Limits
+from fedpeft_coordinator.transport import Failure
 
 LAYOUT = Layout.of([Entry("A", "x.lora_A", (8, 40)), Entry("B", "x.lora_B", (60, 8)), Entry("head", "classifier.weight", (3, 40))])
 HOLDINGS = {"north": {"area": 40}, "south": {"area": 25}, "west": {"area": 7}}
@@ -101,10 +102,74 @@ def test_a_budget_picks_by_what_travels() -> None:
     assert codec_of(1_000_000, 3, Limits(budget=600_000)).kind == "int4"
 
 
-def settings(masks: bool = False, clip: float = 1.0, **wire: Any) -> FederationConfig:
-    tasks, cohort = {"area": {"kind": "classification", "labels": ["a", "b"]}}, {"min_sites": 3 if masks else 1}
-    training = {"optimizer": "sgd", "clip": clip}
-    table = {"name": "f", "tasks": tasks, "cohort": cohort, "wire": wire, "training": training}
+def down(fake: ModuleType, folder: Path, codec: Any, rounds: int = 6, **extra: Any) -> Any:
+    ours = federation(fake, folder, "none", rounds, **extra)
+    return replace_limits(ours, down=as_delta(config.build(CODECS, codec, "codec")))
+
+
+def replace_limits(ours: Any, **changes: Any) -> Any:
+    ours.setup = replace(ours.setup, limits=replace(ours.setup.limits, **changes))
+    return ours
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"ring"}))
+def test_a_step_goes_down_in_a_codec_and_all_hold_the_same_bits(fake: ModuleType, tmp_path: Path, kind: str) -> None:
+    plain = federation(fake, tmp_path / "plain", "none", 6)
+    ours = down(fake, tmp_path / "ours", {"kind": "topk", "fraction": 0.1} if kind == "topk" else kind)
+    ends = []
+    for one in (plain, ours):
+        coordinator = one.open()
+        rounds = coordinator.run()
+        assert [row.tasks["area"].outcome for row in rounds] == ["updated"] * 6, rounds[-1].tasks["area"].reason
+        ends.append(coordinator.tensors("area", rounds[-1].tasks["area"].after).flat - fake.start("area", LAYOUT).flat)
+    cosine = ends[0] @ ends[1] / np.linalg.norm(ends[0]) / np.linalg.norm(ends[1])
+    assert cosine > {"topk": 0.15, "onebit": 0.6, "int2": 0.5}.get(kind, 0.97)
+    sizes = []
+    for one in (ours, plain):
+        trains = [envelope for envelope in one.sites["north"].asked if envelope.kind == "train"][1:]  # the first sends it whole
+        assert {bool(envelope.open(RoundPlan).tasks[0].down_codec_json) for envelope in trains} == {one is ours}
+        sizes.append(sum(len(array) for envelope in trains for array in envelope.arrays.values()))
+    assert sizes[0] < 0.75 * sizes[1]  # the fake site checks every digest
+
+
+def test_steps_down_give_the_same_bits_from_any_crash_point(fake: ModuleType, tmp_path: Path) -> None:
+    whole = down(fake, tmp_path / "whole", "onebit", 3)
+    whole.open().run()
+    for point in range(1, 15):
+        ours = down(fake, tmp_path / str(point), "onebit", 3)
+        coordinator = ours.open()
+        for _ in range(point):
+            coordinator.step()
+        if coordinator.history[-1].step == "combined":
+            coordinator._commit(coordinator.history[-1])  # stored, and not committed
+        ours.open().run()
+        assert ours.final() == whole.final()
+
+
+def test_a_site_that_lost_its_copy_or_missed_a_round_is_sent_values(fake: ModuleType, tmp_path: Path) -> None:
+    ours = down(fake, tmp_path, "onebit", 3)
+
+    def fault(site: str, request: Envelope) -> Failure | None:
+        late = request.kind == "train" and request.open(RoundPlan).round == 2
+        if late and site == "north":
+            ours.sites["north"].kept.clear()
+        return Failure("is busy") if late and site == "west" else None
+
+    rows = [past.tasks["area"] for past in ours.open(fault=fault).run()]
+    assert [list(row.drops) for row in rows] == [[], ["west"], []]
+    told = {}
+    for name, site in ours.sites.items():
+        trains = [envelope.open(RoundPlan) for envelope in site.asked if envelope.kind == "train"]
+        told[name] = [(plan.round, plan.tasks[0].down_codec_json != "", plan.tasks[0].previous_digest != "") for plan in trains]
+    assert told["south"] == [(1, False, False), (2, True, True), (3, True, True)]
+    assert told["north"] == [(1, False, False), (2, True, True), (2, False, False), (3, True, True)]
+    assert told["west"] == [(1, False, False), (3, False, False)]
+
+
+def settings(masks: bool = False, clip: float = 1.0, also: dict[str, Any] | None = None, **wire: Any) -> FederationConfig:
+    tasks = {name: {"kind": "classification", "labels": ["a", "b"]} for name in ("area", "kind")}
+    training, cohort = {"optimizer": "sgd", "clip": clip}, {"min_sites": 3 if masks else 1}
+    table = {"name": "f", "tasks": tasks, "cohort": cohort, "wire": wire, "training": training, **(also or {})}
     return config.parse(table, FederationConfig, "federation.toml")
 
 
@@ -112,6 +177,9 @@ def settings(masks: bool = False, clip: float = 1.0, **wire: Any) -> FederationC
     ("wire", "words"),
     [
         ({"codec": "int5"}, "unknown kind 'int5'"),
+        ({"down": "ring"}, "wire.down"),
+        ({"down": "int4", "also": {"scheme": "fedsvd"}}, r"wire\.down = 'int4' and scheme\.kind = 'fedsvd': .*leave wire\.down out"),
+        ({"down": "int4", "also": {"sharing": {"share": "A"}}}, r"wire\.down = 'int4' and \[sharing\]: .*leave one of them out"),
         ({"codec": {"kind": "int4", "block": 2}}, "int4.block"),
         ({"codec": "int4", "budget": 1000}, "set one of them"),
         ({"budget": 0}, "wire.budget"),

@@ -1,4 +1,4 @@
-"""Sparse deltas: where they lie, what they compute, and how the coordinator places them; one-bit deltas."""
+"""Sparse deltas: where they lie, what they compute, and how the coordinator places them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 from fedpeft.errors import AdapterError
 from fedpeft.methods.own import OWN
 from fedpeft.methods.own import deltas as live_deltas
-from fedpeft.methods.own.bitdelta import SignDelta, pack, unpack
 from fedpeft.methods.own.deltas import sparse_product, weight_of
 from fedpeft.methods.own.positions import count, place, spread
 from fedpeft.methods.own.scores import largest_changes, squared_gradients
@@ -195,51 +194,3 @@ def test_no_phase_moves_positions(scheme):
         assert scheme.travels(layout, phase).roles == {"delta"}
     assert scheme.exact(layout)
     assert Phase("x", frozenset({"index"}), frozenset({"index", "a"}), frozenset({"index", "b"})).moves == {"b"}
-
-
-SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=4)
-
-
-def delta_of(shapes, seed):
-    layout = Layout.of([Entry("A", f"t{i}", shape) for i, shape in enumerate(shapes)])
-    return Tensors(layout, np.random.default_rng(seed).standard_normal(layout.size).astype(np.float32))
-
-
-@settings(max_examples=40, deadline=None)
-@given(SHAPES, st.integers(0, 99))
-def test_one_bit_deltas_lose_what_they_say(shapes, seed):
-    delta = delta_of(shapes, seed)
-    packed = pack(delta)
-    back = unpack(packed).named()
-    for name, part in delta.named().items():
-        exact = part.astype(np.float64)
-        lost = np.sum((exact - back[name]) ** 2)
-        assert lost == pytest.approx(np.sum(exact**2) - np.abs(exact).sum() ** 2 / exact.size, rel=1e-4, abs=1e-6)
-        for scale in (0.8, 1.2):
-            assert lost <= np.sum((exact - scale * back[name]) ** 2) + 1e-6
-    assert packed.nbytes == -(-delta.flat.size // 8) + 4 * len(shapes)
-    again = pack(unpack(packed))
-    assert np.array_equal(again.signs, packed.signs)
-    assert np.allclose(again.scales, packed.scales, rtol=1e-6)
-
-
-def test_one_bit_deltas_of_a_normal_delta_and_with_feedback():
-    delta = delta_of([(200, 200)], 0)
-    lost = (delta - unpack(pack(delta))).norm() / delta.norm()
-    assert lost == pytest.approx(np.sqrt(1 - 2 / np.pi), abs=0.01)
-    kept, shares = Tensors.zeros(delta.layout), []
-    for number in range(1, 65):
-        total = delta + kept
-        kept = total - unpack(pack(total))
-        shares.append(kept.norm() / (number * delta.norm()))  # of all that should have been sent so far
-    assert shares[0] == pytest.approx(lost)
-    assert shares[15] < 0.25
-    assert shares[63] < 0.12
-
-
-def test_one_bit_deltas_refuse_what_is_not_finite_or_not_theirs():
-    delta = delta_of([(3, 3)], 0)
-    with pytest.raises(AdapterError, match="not finite"):
-        pack(Tensors(delta.layout, np.full(9, np.inf, np.float32)))
-    with pytest.raises(AdapterError, match="2 bytes of signs"):
-        SignDelta(delta_of([(4, 5)], 0).layout, pack(delta).signs, pack(delta).scales)

@@ -20,10 +20,12 @@ from fedpeft.wire.codecs import (
     Int8,
     OneBit,
     TopK,
+    hear,
     receive,
     rounding,
     scales,
     send,
+    tell,
 )
 from fedpeft.wire.codecs.nf4 import LEVELS
 
@@ -151,6 +153,23 @@ def test_error_feedback_telescopes(codec, fixed, size, seed):
         said += delta.flat
         peak = max(peak, float(np.abs(heard).max()), float(np.abs(residual.flat).max()))
     np.testing.assert_allclose(heard + residual.flat, said, atol=12 * 2.0**-23 * (peak + np.abs(said).max()))
+
+
+@settings(max_examples=10, deadline=None)
+@given(size=st.integers(1, 300), seed=st.integers(0, 99))
+@pytest.mark.parametrize("codec", DELTAS, ids=lambda codec: codec.kind)
+def test_steps_down_leave_both_sides_with_the_same_bits_and_lose_nothing_for_good(codec, size, seed):
+    layout = layout_of(size)
+    held = theirs = wanted = Tensors(layout, vector(size, seed, spread=1.0))
+    residual, peak = Tensors.zeros(layout), 0.0
+    for place in range(5):
+        step = Tensors(layout, vector(size, 100 * seed + place, spread=0.1))
+        message, after, residual = tell(codec, held, held + step, residual)
+        theirs = hear(codec, theirs, message)
+        held, wanted = after, wanted + step
+        assert theirs.digest == held.digest
+        peak = max(peak, *(float(np.abs(one.flat).max()) for one in (held, wanted, residual)))
+    np.testing.assert_allclose((held + residual).flat, wanted.flat, atol=30 * 2.0**-23 * peak)
 
 
 @pytest.mark.parametrize("codec", [Int8(), Int4(), NF4(), OneBit(), TopK(0.2)], ids=lambda codec: codec.kind)

@@ -2,6 +2,7 @@
 
 from fedpeft.wire.codecs.base import Codec, DeltaCodec, RingCodec, as_delta, seed_of
 from fedpeft.wire.codecs.budget import choose
+from fedpeft.wire.codecs.down import hear, tell
 from fedpeft.wire.codecs.feedback import receive, send
 from fedpeft.wire.codecs.floats import BF16
 from fedpeft.wire.codecs.integers import Int2, Int3, Int4, Int8
@@ -43,7 +44,9 @@ __all__ = [
     "as_delta",
     "as_ring",
     "choose",
+    "hear",
     "receive",
     "seed_of",
     "send",
+    "tell",
 ]
