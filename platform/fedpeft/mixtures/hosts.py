@@ -1,0 +1,195 @@
+"""The module that hosts adapters: its own forward still runs, and what the mixture adds comes on top.
+
+Layers of one family (query, key and value of one attention) are called one after the other with the same tensor; the first call answers for
+all of them, as in `methods.fused`. Nothing is wrapped: only the instance's ``forward`` is set, and taken away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpeft.errors import AdapterError
+from fedpeft.methods.lowrank import masks
+from fedpeft.mixtures.choice import way_for
+from fedpeft.mixtures.dense import CHILD, Holder
+from fedpeft.mixtures.mixing import Addend, Factors, mix
+from fedpeft.mixtures.plans import Share, per_token
+from fedpeft.mixtures.slabs import Slab
+from fedpeft.mixtures.state import State
+
+
+class Family:
+    """Hosts that read one input, and the answers that the first of them prepared for the others."""
+
+    def __init__(self) -> None:
+        self.members: list[Host] = []
+        self._ready: tuple[Tensor, tuple[object, ...], dict[Host, Tensor]] | None = None
+
+    def answer(self, member: Host, x: Tensor, shares: list[Share]) -> Tensor:
+        """The output of ``member`` for ``x``, prepared or computed."""
+        state, ready = (x._version, member.state.version, member.layer.training, torch.is_grad_enabled()), self._ready
+        if ready is None or ready[0] is not x or ready[1] != state or member not in ready[2]:
+            ready = (x, state, dict(zip(self.members, _low_rank(x, self.members, shares, True), strict=True)))
+        found = ready[2].pop(member)
+        self._ready = ready if ready[2] else None
+        return found
+
+
+class Host:
+    """The forward of one module under a mixture."""
+
+    def __init__(self, name: str, layer: Any, state: State, family: Family) -> None:
+        self.name, self.layer, self.state, self.family = name, layer, state, family
+        self.holder = Holder() if state.dense else None
+        self.before = layer.__dict__.get("forward")
+        self.base = layer.forward
+        self.turned = hasattr(layer, "nf") and hasattr(layer, "nx")
+        weight = getattr(layer, "weight", None)
+        plain = self.before is None and (self.turned or type(layer) is nn.Linear)
+        self.dense = plain and type(weight) is nn.Parameter
+        family.members.append(self)
+        object.__setattr__(layer, "forward", self)
+        if self.holder is not None:
+            layer.add_module(CHILD, self.holder)
+
+    def release(self) -> None:
+        """Give the module its own forward back."""
+        object.__delattr__(self.layer, "forward")
+        if self.holder is not None:
+            delattr(self.layer, CHILD)
+        if self.before is not None:
+            object.__setattr__(self.layer, "forward", self.before)
+
+    def factor(self, slab: Slab, name: str) -> Tensor:
+        """The tensor ``name`` of all rows (T, ...), for autograd's own functions."""
+        return slab.factor(name) if self.holder is None else cast(Tensor, self.holder(slab, name))
+
+    def product(self, place: int, slab: Slab, a: str, b: str) -> Factors:
+        """The factors of one product, for layer number ``place`` of `mix`."""
+        if self.holder is not None:
+            return Factors(place, self.holder(slab, a), self.holder(slab, b))
+        return Factors(place, slab.stacked(a), slab.stacked(b), slab.sink(a), slab.sink(b))
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's (O, I)."""
+        return cast(Tensor, self.layer.weight.t() if self.turned else self.layer.weight)
+
+    @property
+    def width(self) -> int:
+        """O."""
+        return int(self.layer.nf if self.turned else self.layer.out_features)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """X (..., I) -> (..., O), or what the module gives."""
+        shares = self.state.shares(self.name, x)
+        y = self._answer(x, shares, args, kwargs) if shares else self.base(x, *args, **kwargs)
+        if self.holder is None:
+            return y
+        busy = {id(share.slab) for share in shares}
+        return self.holder.idle(y, [slab for slab in self.state.store.slabs if id(slab) not in busy])
+
+    def _answer(self, x: Tensor, shares: list[Share], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if args or kwargs:
+            raise AdapterError(
+                f"mixture: {self.name} is called with more than its input, which no adapter there can follow; serve it alone"
+            )
+        for share in shares:
+            per_token(share.plan, x.numel() // x.shape[-1], self.name)
+        if not self.state.routed and all(member.fusible(x, shares) for member in self.family.members):
+            return self.family.answer(self, x, shares)
+        return self._general(x, shares)
+
+    def fusible(self, x: Tensor, shares: Sequence[Share]) -> bool:
+        """Whether base and low-rank products may be one function: a dense frozen layer of x's dtype, and nothing but products."""
+        if not self.dense or torch.is_autocast_enabled(x.device.type) or not x.dtype == self.layer.weight.dtype == torch.float32:
+            return False
+        parts = (share.slab.parts.get(self.name) for share in shares)
+        return all(part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze) for part in parts)
+
+    def _general(self, x: Tensor, shares: list[Share]) -> Tensor:
+        gain = self._blend(shares, "gain_in", x)
+        y: Tensor = self.base(x if gain is None else x * gain)
+        own, gain, shift = y, self._blend(shares, "gain_out", y), self._blend(shares, "shift", y)
+        y = y if gain is None else y * gain
+        y = y if shift is None else y + shift
+        if any(share.slab.parts[self.name].low for share in shares):
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else torch.float32
+            y = y + _low_rank(x.to(dtype), [self], shares, False)[0].to(own.dtype)
+        for share in shares:
+            y = y + _squeeze(share, self, y) if share.slab.parts[self.name].squeeze else y
+        return y
+
+    def _blend(self, shares: list[Share], what: str, like: Tensor) -> Tensor | None:
+        """``1 + sum w (l - 1)``, or ``sum w (b - own)``, in a form that broadcasts to ``like`` (..., D); None where nothing acts."""
+        total: Tensor | None = None
+        for share in shares:
+            name = getattr(share.slab.parts[self.name], what)
+            if name is None:
+                continue
+            own = self.layer.bias if what == "shift" else 1.0
+            deltas = self.factor(share.slab, name).flatten(1) - own
+            part = _spread(share.matrix @ deltas, like).to(like.dtype)
+            total = part if total is None else total + part
+        return total if total is None or what == "shift" else 1.0 + total
+
+
+def _low_rank(x: Tensor, members: Sequence[Host], shares: Sequence[Share], fused: bool) -> tuple[Tensor, ...]:
+    bases = [(member.weight, member.layer.bias) if fused else None for member in members]
+    addends = [addend for share in shares for addend in _addends(x, members, share)]
+    return mix(x, [member.width for member in members], bases, addends)
+
+
+def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
+    slab, found = share.slab, []
+    for place, member in enumerate(members):
+        for a, b in slab.parts[member.name].low if member.name in slab.parts else ():
+            found.append(member.product(place, slab, a, b))
+    if not found:
+        return []
+    way, weights = way_for(share, members[0].state.way)
+    p = slab.dropout if members[0].layer.training else 0.0
+    return [Addend(way, tuple(found), weights, _mask(x, p))]
+
+
+def _mask(x: Tensor, p: float) -> Tensor | None:
+    """Inverted dropout on the low-rank input, one mask per row; for a single long row, per group of its tokens."""
+    if p == 0.0:
+        return None
+    rows = x.shape[0] if x.dim() > 2 else 1
+    if rows == 1:
+        return masks(x.numel() // x.shape[-1], x.shape[-1], p, x)
+    return x.new_empty(rows, x.shape[-1]).bernoulli_(1.0 - p).div_(1.0 - p)
+
+
+def _squeeze(share: Share, host: Host, y: Tensor) -> Tensor:
+    """``sum w up(gelu(down(y)))`` in float32, of each slot over its own tokens."""
+    tensors = [host.factor(share.slab, name) for name in share.slab.parts[host.name].squeeze or ()]
+    flat = y.reshape(-1, y.shape[-1]).float()
+    total = torch.zeros_like(flat)
+    for tokens, slots, weights in share.plan.batches(len(flat)):
+        down, down_bias, up, up_bias = (tensor[slots] for tensor in tensors)
+        part = flat if tokens is None else flat.index_select(0, tokens)
+        inner = F.gelu(torch.baddbmm(down_bias.unsqueeze(1), part.view(len(down), -1, part.shape[1]), down.transpose(1, 2)))
+        out = torch.baddbmm(up_bias.unsqueeze(1), inner, up.transpose(1, 2)).view(-1, flat.shape[1])
+        out = out if weights is None else out * weights.unsqueeze(1)
+        total = total + out if tokens is None else total.index_add(0, tokens, out)
+    return total.view(y.shape).to(y.dtype)
+
+
+def _per_token(matrix: Tensor, tokens: int) -> Tensor:
+    return matrix.repeat_interleave(tokens // len(matrix), 0)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """(U, D) -> a shape that broadcasts to ``like`` (..., D)."""
+    if values.shape[0] == 1 or values.shape[0] * values.shape[1] == like.numel():
+        return values.view(*([1] * (like.dim() - 1) if len(values) == 1 else like.shape[:-1]), values.shape[1])
+    if like.dim() > 2 and values.shape[0] == like.shape[0]:
+        return values.view(len(values), *[1] * (like.dim() - 2), values.shape[1])
+    return _per_token(values, like.numel() // like.shape[-1]).view(like.shape)

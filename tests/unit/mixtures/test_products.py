@@ -1,0 +1,193 @@
+"""The low-rank part of a mixture against a loop over tokens and adapters in float64, for every way and every kind of gates."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedpeft.adapters import Adapter, AdapterSpec
+from fedpeft.bases import HeadSpec
+from fedpeft.methods import Lora
+from fedpeft.mixtures import Gates
+from fedpeft.mixtures.compile import compiled
+from fedpeft.mixtures.hosts import Family, Host
+from fedpeft.mixtures.slabs import Store
+from fedpeft.mixtures.state import State
+from fedpeft.tensors import Entry, Layout, Tensors
+
+WIDTH, OUT = 8, {"q": 6, "v": 10}
+PATHS = ("auto", "loop", "batched", "segments", "grouped")
+
+
+class Pair(nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.q, self.v = nn.Linear(WIDTH, OUT["q"]), nn.Linear(WIDTH, OUT["v"], bias=False)
+        self.requires_grad_(False)
+
+
+def adapter(name, rank, seed):
+    shapes = {"A": lambda out: (rank, WIDTH), "B": lambda out: (out, rank)}
+    entries = [Entry(f, f"base_model.model.{m}.lora_{f}.weight", shapes[f](out)) for m, out in OUT.items() for f in "AB"]
+    layout = Layout.of(entries)
+    values = np.random.default_rng(seed).normal(size=layout.size).astype(np.float32)
+    return Adapter(AdapterSpec(name, "base", "model", Lora(r=rank, targets=("q", "v")), HeadSpec("lm"), layout), Tensors(layout, values))
+
+
+def forward(adapters, gates, x, way, *, dense=False, router=None):
+    """Outputs of both layers under ``gates``, and the store with the gradients of their weighted sum."""
+    model, store = Pair(), Store("cpu")
+    state = State(store, way, dense)
+    store.put(list(adapters.items()))
+    family = Family()
+    hosts = {name: Host(name, getattr(model, name), state, family) for name in OUT}
+    for slab, row in store.place.values():
+        for name, part in slab.parts.items() if dense else ():
+            hosts[name].holder.put(slab, row, part.names)
+    state.fixed, state.routed = compiled(gates, store, "(shared)" if "(shared)" in adapters else None)
+    outs = {name: getattr(model, name)(x) for name in OUT}
+    sum((out * weights_of(out)).sum() for out in outs.values()).backward()
+    for host in hosts.values():
+        host.release()
+    assert all("forward" not in vars(getattr(model, name)) for name in OUT)
+    return outs, store
+
+
+def weights_of(out):
+    return torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+
+
+def oracle(adapters, weights, x):
+    """Token by token, adapter by adapter, in float64; ``weights`` (B, S, adapters)."""
+    x = x.detach().double().requires_grad_()
+    w = weights.detach().double().requires_grad_()
+    model, flats = Pair().double(), {name: torch.from_numpy(a.tensors.flat).double().requires_grad_() for name, a in adapters.items()}
+    total = 0.0
+    outs = {}
+    for name in OUT:
+        rows = []
+        for b in range(x.shape[0]):
+            for s in range(x.shape[1]):
+                y = getattr(model, name)(x[b, s])
+                for e, (key, a) in enumerate(adapters.items()):
+                    spans = a.spec.layout.spans
+                    down = flats[key][spans[f"base_model.model.{name}.lora_A.weight"]].view(-1, WIDTH)
+                    up = flats[key][spans[f"base_model.model.{name}.lora_B.weight"]].view(OUT[name], -1)
+                    y = y + w[b, s, e] * (up @ (down @ x[b, s]))
+                rows.append(y)
+        outs[name] = torch.stack(rows).view(*x.shape[:2], -1)
+        total = total + (outs[name] * weights_of(outs[name])).sum()
+    total.backward()
+    return outs, {name: flat.grad for name, flat in flats.items()}, x.grad, w.grad
+
+
+def close(found, wanted):
+    wanted = torch.zeros(found.shape, dtype=torch.float64) if wanted is None else wanted
+    scale = max(float(wanted.detach().abs().max()), 1.0)
+    assert float((found.detach().double() - wanted.detach()).abs().max()) <= 1e-5 * scale
+
+
+def check(adapters, gates, weights, x, way, **settings):
+    """Outputs and all gradients; ``weights`` is what the gates say, spelled out."""
+    outs, store = forward(adapters, gates, x, way, **settings)
+    wanted, grads, grad_x, _ = oracle(adapters, weights, x)
+    for name in OUT:
+        close(outs[name], wanted[name])
+    for name in adapters:
+        slab, row = store.place[name]
+        close(slab.grad(row), grads[name])
+    close(x.grad, grad_x)
+
+
+@st.composite
+def setups(draw):
+    ranks = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=5))
+    adapters = {f"t{i}": adapter(f"t{i}", rank, i) for i, rank in enumerate(ranks)}
+    if draw(st.booleans()):
+        adapters["(shared)"] = adapter("(shared)", draw(st.sampled_from([2, 3])), 99)
+    rows, tokens = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return adapters, torch.randn(rows, tokens, WIDTH, generator=generator).requires_grad_(), generator
+
+
+def named(adapters):
+    return [name for name in adapters if name != "(shared)"]
+
+
+def spelled(adapters, x):
+    weights = torch.zeros(*x.shape[:2], len(adapters))
+    if "(shared)" in adapters:
+        weights[..., list(adapters).index("(shared)")] = 1
+    return weights
+
+
+@settings(max_examples=40)
+@given(setups(), st.sampled_from(PATHS), st.booleans(), st.data())
+def test_one_adapter_per_row_is_the_loop(setup, way, dense, data):
+    adapters, x, _ = setup
+    picks = [data.draw(st.sampled_from([None, *named(adapters)])) for _ in range(len(x))]
+    weights = spelled(adapters, x)
+    for row, pick in enumerate(picks):
+        if pick is not None:
+            weights[row, :, list(adapters).index(pick)] += 1
+    check(adapters, Gates.rows(picks), weights, x, way, dense=dense)
+
+
+@settings(max_examples=40)
+@given(setups(), st.sampled_from(PATHS), st.booleans(), st.sampled_from([0.2, 1.0]))
+def test_rows_and_tokens_that_mix_are_the_loop(setup, way, by_token, density):
+    adapters, x, generator = setup
+    names = named(adapters)[::-1]
+    shape = (*x.shape[: 2 if by_token else 1], len(names))
+    w = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)
+    weights = spelled(adapters, x)
+    for column, name in enumerate(names):
+        weights[..., list(adapters).index(name)] += w[..., column] if by_token else w[..., None, column]
+    gates = Gates.tokens(names, w) if by_token else Gates.weights(names, w)
+    check(adapters, gates, weights, x, way)
+
+
+@settings(max_examples=40)
+@given(setups(), st.sampled_from(["auto", "loop"]))
+def test_weights_that_are_learned_get_their_gradient(setup, way):
+    adapters, x, generator = setup
+    names = named(adapters)
+    w = torch.rand(len(x), len(names), generator=generator).requires_grad_()
+    weights = spelled(adapters, x)
+    weights[..., [list(adapters).index(name) for name in names]] += w.detach().unsqueeze(1)
+    forward(adapters, Gates.weights(names, w), x, way)
+    wanted = oracle(adapters, weights, x)[3].sum(1)
+    close(w.grad, wanted[:, [list(adapters).index(name) for name in names]])
+
+
+@settings(max_examples=40)
+@given(setups(), st.integers(1, 5), st.sampled_from(["softmax", "none", "uniform"]), st.booleans())
+def test_routed_tokens_are_the_loop(setup, k, normalise, shut):
+    adapters, x, generator = setup
+    names = named(adapters)
+    k = min(k, len(names))
+    matrices = {name: torch.randn(len(names), WIDTH, generator=generator) for name in OUT}
+    closed = torch.arange(len(names)) < shut
+    router = {name: lambda inner, m=m: (inner @ m.t()).masked_fill(closed, -torch.inf) for name, m in matrices.items()}
+    outs, store = forward(adapters, Gates.routed(router, names, k, normalise=normalise) + Gates.rows([names[0]] * len(x)), x, "auto")
+    for name in OUT:
+        scores = router[name](x.detach().double().float()).double()
+        weights = spelled(adapters, x).double()
+        for b in range(len(x)):
+            for s in range(x.shape[1]):
+                best = sorted(range(len(names)), key=lambda e, at=scores[b, s]: -float(at[e]))[:k]
+                kept = torch.stack([scores[b, s, e] for e in best])
+                share = {"softmax": kept.softmax(0), "none": kept, "uniform": torch.full_like(kept, 1 / k)}[normalise]
+                for e, value, score in zip(best, share, kept, strict=True):
+                    if score > -torch.inf:
+                        weights[b, s, list(adapters).index(names[e])] += value
+                weights[b, s, list(adapters).index(names[0])] += 1
+        close(outs[name], oracle(adapters, weights, x)[0][name])
+    assert store is not None
