@@ -72,7 +72,7 @@ def _candidates(model: nn.Module) -> dict[Patch, list[nn.Module]]:
 def _norm(module: Any) -> Callable[..., Any]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return lambda hidden: LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", False)
+    return lambda hidden: LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", False, None)
 
 
 def _gate(module: Any) -> Callable[..., Any]:

@@ -98,3 +98,16 @@ def test_offload_without_checkpointing_and_momentum_of_adam_are_refused():
         TrainSettings(offload_activations=True)
     with pytest.raises(ConfigError, match="momentum"):
         TrainSettings(optimizer="adamw8bit", momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_memory_benchmark_runs_without_cuda_and_counts_what_is_known():
+    from tests.bench import k_memory
+    from tests.bench._random import random_base
+
+    assert k_memory.flop_per_token("7B", False) == pytest.approx(28.0e9, rel=0.01)
+    assert k_memory.flop_per_token("8B", True) == pytest.approx(47.2e9, rel=0.03)
+    base = random_base("tiny", "cpu")
+    lean, plain = (k_memory.ours(base, replace(k_memory.LEAN, steps=4, **more), 16) for more in ({}, {"chunked_loss": False}))
+    assert lean.speed > 0
+    assert lean.loss == pytest.approx(plain.loss, rel=1e-5)
