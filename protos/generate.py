@@ -17,17 +17,23 @@ def generate(target: Path) -> list[Path]:
     from grpc_tools import protoc
 
     sources = sorted(str(path) for path in ROOT.rglob("*.proto"))
+    services = [path for path in sources if "\nservice " in Path(path).read_text(encoding="utf-8")]
     status = protoc.main(["protoc", f"-I{ROOT}", f"--python_out={target}", f"--pyi_out={target}", *sources])
-    if status:
-        sys.exit(status)
-    return sorted(path for path in target.rglob("*_pb2.py*") if "__pycache__" not in path.parts)
+    if status or protoc.main(["protoc", f"-I{ROOT}", f"--grpc_python_out={target}", *services]):
+        sys.exit(1)
+    return generated(target)
+
+
+def generated(target: Path) -> list[Path]:
+    """Files below ``target`` that the compiler wrote."""
+    return sorted(path for pattern in ("*_pb2.py*", "*_pb2_grpc.py") for path in target.rglob(pattern) if "__pycache__" not in path.parts)
 
 
 def stale() -> list[str]:
     """Names of generated files that differ from what the compiler makes of the sources now."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = {path.relative_to(folder): path.read_bytes() for path in generate(Path(folder))}
-    kept = {path.relative_to(TARGET): path.read_bytes() for path in TARGET.rglob("*_pb2.py*") if "__pycache__" not in path.parts}
+    kept = {path.relative_to(TARGET): path.read_bytes() for path in generated(TARGET)}
     return sorted(str(name) for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name))
 
 
