@@ -1,10 +1,14 @@
-"""Make a private CA, a server certificate for the coordinator, and key pairs for sites.
+"""Make a private CA, a server certificate for the coordinator, key pairs for sites, and certificates with roles.
 
     python deploy/certificates.py OUT --host coordinator.example.org --host 10.0.0.5 --site hospital-a --site hospital-b
+    python deploy/certificates.py OUT --client publisher:trainer --client operator:ann --days 90
 
 Writes OUT/ca.crt (give it to every site), OUT/server.pem and OUT/server.key (the coordinator's), and for each site
-OUT/SITE.key (private: bring it to that site only) and OUT/SITE.pub (the coordinator registers it). Private keys are
-readable by the owner only. Existing files are never overwritten.
+OUT/SITE.key (private: bring it to that site only) and OUT/SITE.pub (the coordinator registers it). For the control plane
+each --client ROLE:NAME, and each site in role `site`, gets OUT/ROLE-NAME.pem and OUT/ROLE-NAME.key; roles are reader,
+site, publisher, monitor and operator. A second run with the same OUT takes the CA that is there, so that certificates can
+be added and renewed; OUT/ca.key signs them: keep it off the coordinator. Private keys are readable by the owner only.
+Existing files are never overwritten: remove an expired certificate and its key to renew it.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import datetime
 import ipaddress
 import os
+import re
 from pathlib import Path
 
 from cryptography import x509
@@ -21,7 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 Key = ec.EllipticCurvePrivateKey
+Made = tuple[x509.Certificate, Key]
 PEM = serialization.Encoding.PEM
+ROLES = ("reader", "site", "publisher", "monitor", "operator")
+NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def write(path: Path, data: bytes, mode: int) -> None:
@@ -65,15 +73,43 @@ def authority(days: int) -> tuple[x509.Certificate, Key]:
     return made.sign(key, hashes.SHA384()), key
 
 
-def server(hosts: list[str], ca: x509.Certificate, ca_key: Key, days: int) -> tuple[x509.Certificate, Key]:
-    """A server certificate for ``hosts``, signed by the CA."""
+def authority_of(folder: Path, days: int) -> tuple[x509.Certificate, Key]:
+    """The CA in ``folder``, made where there is none."""
+    if (folder / "ca.key").exists():
+        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise SystemExit(f"{folder / 'ca.key'}: is no key that this script made")
+        return x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()), key
+    ca, key = authority(days)
+    write(folder / "ca.crt", ca.public_bytes(PEM), 0o644)
+    write(folder / "ca.key", private(key, serialization.PrivateFormat.PKCS8), 0o600)
+    return ca, key
+
+
+def end(common: str, names: list[x509.GeneralName], use: x509.ObjectIdentifier, ca: tuple[x509.Certificate, Key], days: int) -> Made:
+    """A certificate signed by ``ca`` that may be used for ``use`` and sign nothing."""
     key = ec.generate_private_key(ec.SECP384R1())
-    made = builder(name(hosts[0]), ca.subject, key, days)
-    made = made.add_extension(x509.SubjectAlternativeName([alternative(host) for host in hosts]), critical=False)
+    made = builder(name(common), ca[0].subject, key, days)
+    made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
     made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    made = made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-    return made.sign(ca_key, hashes.SHA384()), key
+    made = made.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+    made = made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca[1].public_key()), critical=False)
+    return made.sign(ca[1], hashes.SHA384()), key
+
+
+def keep(folder: Path, label: str, made: Made) -> None:
+    """Write LABEL.pem and LABEL.key."""
+    write(folder / f"{label}.pem", made[0].public_bytes(PEM), 0o644)
+    write(folder / f"{label}.key", private(made[1], serialization.PrivateFormat.PKCS8), 0o600)
+
+
+def client(folder: Path, who: str, ca: tuple[x509.Certificate, Key], days: int) -> None:
+    """A certificate for ``ROLE:NAME``, which it carries as the URI ``fedpeft:ROLE:NAME``."""
+    role, _, label = who.partition(":")
+    if role not in ROLES or not NAMES.fullmatch(label):
+        raise SystemExit(f"--client {who}: write ROLE:NAME with a role of {', '.join(ROLES)}")
+    uri = x509.UniformResourceIdentifier(f"fedpeft:{role}:{label}")
+    keep(folder, f"{role}-{label}", end(f"{role} {label}", [uri], ExtendedKeyUsageOID.CLIENT_AUTH, ca, days))
 
 
 def site(folder: Path, label: str) -> None:
@@ -84,23 +120,32 @@ def site(folder: Path, label: str) -> None:
     write(folder / f"{label}.pub", public + b"\n", 0o644)
 
 
+def issue(folder: Path, hosts: list[str], sites: list[str], clients: list[str], days: int) -> None:
+    """Write into ``folder`` all that is asked for."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ca = authority_of(folder, days)
+    if hosts:
+        names = [alternative(host) for host in hosts]
+        keep(folder, "server", end(hosts[0], names, ExtendedKeyUsageOID.SERVER_AUTH, ca, days))
+    for label in sites:
+        site(folder, label)
+        client(folder, f"site:{label}", ca, days)
+    for who in clients:
+        client(folder, who, ca, days)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--host", action="append", required=True, help="name or address by which sites reach the coordinator")
-    parser.add_argument("--site", action="append", default=[], help="make a key pair for this site")
+    parser.add_argument("--host", action="append", default=[], help="name or address by which sites reach the coordinator")
+    parser.add_argument("--site", action="append", default=[], help="make a key pair and a certificate for this site")
+    parser.add_argument("--client", action="append", default=[], metavar="ROLE:NAME", help="make a certificate for this role")
     parser.add_argument("--days", type=int, default=365)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ca, ca_key = authority(arguments.days)
-    certificate, key = server(arguments.host, ca, ca_key, arguments.days)
-    write(arguments.out / "ca.crt", ca.public_bytes(PEM), 0o644)
-    write(arguments.out / "ca.key", private(ca_key, serialization.PrivateFormat.PKCS8), 0o600)
-    write(arguments.out / "server.pem", certificate.public_bytes(PEM), 0o644)
-    write(arguments.out / "server.key", private(key, serialization.PrivateFormat.PKCS8), 0o600)
-    for label in arguments.site:
-        site(arguments.out, label)
+    if not (arguments.host or (arguments.out / "ca.key").exists()):
+        parser.error("--host is needed for a new CA: the name by which sites reach the coordinator")
+    issue(arguments.out, arguments.host, arguments.site, arguments.client, arguments.days)
 
 
 if __name__ == "__main__":

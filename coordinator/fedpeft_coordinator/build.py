@@ -16,6 +16,7 @@ from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
 from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.control.opening import open_registry
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.release import Release
 from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup, derive
@@ -66,8 +67,6 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         ConfigError: a task and the base, or the method and the base, do not fit; both settings are named.
         AdapterError: the method finds nothing to attach to.
     """
-    from fedpeft.registry import Registry
-
     base = _base(config)
     specs = {name: _spec(config, base, name) for name in config.tasks}
     for spec in specs.values():
@@ -91,7 +90,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         secure=secure(config),
         sharing=config.sharing,
     )
-    return setup, RegistryPublisher(Registry(config.registry_folder), specs, tables, type(config.scheme).kind)
+    return setup, RegistryPublisher(open_registry(config.registry_folder, config.control), specs, tables, type(config.scheme).kind)
 
 
 def limits(config: FederationConfig) -> Limits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,8 @@ from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes.sharing import Sharing
 from fedpeft.training.settings import TrainSettings
+from fedpeft_coordinator.control.config import Control
+from fedpeft_coordinator.listening import Tls, guarded, rooted
 from fedpeft_coordinator.rules import RULES
 from fedpeft_coordinator.starting import Start, StartTable
 
@@ -130,14 +131,6 @@ class Wire(Section):
     down: Annotated[Any, BeforeValidator(_codec)] = Field(default="none", validate_default=True)
 
 
-class Tls(Section):
-    """PEM files of the public listener; ``ca`` is what sites are given."""
-
-    ca: Path
-    cert: Path
-    key: Path
-
-
 class Link(Section):
     """Where sites connect. Beyond loopback ``tls`` is required unless ``insecure = true`` says otherwise.
 
@@ -155,19 +148,8 @@ class Link(Section):
     def _guarded(self) -> Link:
         if self.node_auth and self.tls is None:
             raise ValueError("link.node_auth = true needs [link.tls]: a key proves nothing over an unencrypted link; set both or neither")
-        if self.tls is None and not self.insecure and not _loopback(self.host):
-            raise ValueError(
-                f"link.host = {self.host!r} is reachable from outside and [link.tls] is missing; "
-                "make certificates with deploy/certificates.py, or accept the risk with link.insecure = true"
-            )
+        guarded("link", self.host, self.tls, self.insecure)
         return self
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class FederationConfig(Section):
@@ -191,6 +173,7 @@ class FederationConfig(Section):
     sharing: Sharing | None = None
     wire: Wire = Wire()
     link: Link = Link()
+    control: Control | None = None
     evaluate_every: int = Field(default=0, ge=0)
     publish_every: int = Field(default=0, ge=0)
     max_examples: int = Field(default=1_000_000, ge=1)
@@ -269,16 +252,16 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
         name: entry.model_copy(update={"start": entry.start.rooted(folder)}) if entry.start else entry
         for name, entry in federation.tasks.items()
     }
-    tls = None if link.tls is None else Tls(**{name: folder / file.expanduser() for name, file in link.tls})
-    for name, file in tls or ():
-        if not file.is_file():
-            raise ConfigError(f"{path}: link.tls.{name}: {file} does not exist; deploy/certificates.py makes the files")
+    tls, control = rooted(link.tls, folder, f"{path}: link.tls"), federation.control
+    if control is not None:
+        control = control.model_copy(update={"tls": rooted(control.tls, folder, f"{path}: control.tls")})
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),
             "start": start.rooted(folder) if start else None,
             "tasks": tasks,
             "registry": None if federation.registry is None else folder / federation.registry.expanduser(),
+            "control": control,
             "link": link.model_copy(update={"tls": tls, "node_keys": folder / link.node_keys.expanduser()}),
         }
     )

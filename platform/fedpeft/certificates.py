@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from fedpeft.errors import ConfigError
 
@@ -59,3 +60,12 @@ def read_holder(path: Path) -> Holder:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}; deploy/certificates.py makes certificates") from None
     except ValueError as fault:
         raise ConfigError(f"{path}: is no PEM certificate ({fault}); deploy/certificates.py makes certificates") from None
+
+
+def signed_by(pem: bytes, ca: bytes) -> bool:
+    """Whether the certificate ``pem`` was signed by ``ca`` itself."""
+    try:
+        x509.load_pem_x509_certificate(pem).verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+    except (InvalidSignature, TypeError, ValueError):
+        return False
+    return True

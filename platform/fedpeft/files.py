@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedpeft.errors import StorageError
@@ -16,6 +17,25 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         StorageError: no space or no permission; the old file stays and nothing is left behind.
     """
+    with _beside(path, data, mode) as temporary:
+        temporary.replace(path)
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o644) -> bool:
+    """Make ``path`` with ``data`` where there is no such file, whole; whether it was made. Raises as `write_atomic` does."""
+    with _beside(path, data, mode) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+    return True
+
+
+@contextmanager
+def _beside(path: Path, data: bytes, mode: int) -> Iterator[Path]:
+    """A synced temporary file with ``data`` beside ``path``; whatever is made of it inside is synced too."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +44,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         with os.fdopen(handle, "wb") as stream:
             os.fchmod(handle, mode)
             write_synced(stream.fileno(), data)
-        temporary.replace(path)
+        yield temporary
         sync_folder(path.parent)
     except OSError as fault:
         if temporary is not None:

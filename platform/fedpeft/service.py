@@ -46,7 +46,6 @@ class Service:
             BaseError: the base at hand is another one than the adapters were trained on.
             StorageError: a router card is damaged.
         """
-        from fedpeft.bases import BaseSpec, load_base
         from fedpeft.tasks import TASKS
 
         if not root.is_dir():
@@ -55,9 +54,7 @@ class Service:
         versions = {task: registry.get(task) for task in sorted({version.task for version in registry.list()})}
         if not versions:
             raise AdapterError(f"{root}: the registry holds no version yet; run a federation first")
-        first = next(iter(versions.values())).manifest
-        base = load_base(BaseSpec(model=first.base_model, quantization=quantization))  # type: ignore[arg-type]
-        _same_base(base, versions)
+        base = load_base_of(versions, quantization)
         tasks: dict[str, Task] = {
             name: config.build(TASKS, version.manifest.task_settings, f"task {name}") for name, version in versions.items()
         }
@@ -186,6 +183,17 @@ def _alike(pairs: Sequence[tuple[Row, Route]]) -> dict[tuple[tuple[str, float], 
     for row, route in pairs:
         groups.setdefault(tuple(sorted(route.weights.items())), []).append((row, route))
     return groups
+
+
+def load_base_of(versions: dict[str, Version], quantization: str = "none") -> Base:
+    """The base that ``versions`` were trained on. Raises `AdapterError` when there are none, `BaseError` when it is another one here."""
+    from fedpeft.bases import BaseSpec, load_base
+
+    if not versions:
+        raise AdapterError("router: the registry holds no version yet; publish one first")
+    base = load_base(BaseSpec(model=next(iter(versions.values())).manifest.base_model, quantization=quantization))  # type: ignore[arg-type]
+    _same_base(base, versions)
+    return base
 
 
 def _same_base(base: Base, versions: dict[str, Version]) -> None:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedpeft.errors import StorageError
-from fedpeft.files import write_atomic
+from fedpeft.files import write_atomic, write_new
 
 LIMIT = 512
 """Bytes of a signature; ours have about 250."""
@@ -105,11 +105,11 @@ class Keys:
         return key
 
     def _make(self, path: Path, public: Path) -> None:
-        if public.exists():
+        if public.exists() and not path.exists():
             raise StorageError(
                 f"{path}: the signing key is gone but {public} is there; restore it, or move the .pub into trusted/ to sign with a new one"
             )
-        write_atomic(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+        write_new(path, Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
 
 
 def verified(data: bytes, signature: bytes, key: str, purpose: str) -> bool:

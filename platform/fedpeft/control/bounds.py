@@ -22,6 +22,8 @@ TEXTS = {
     "page_token": 200,
     "text": 1 << 17,
     "name": 255,
+    "router": 32,
+    "encoder": 512,
 }
 """Characters by field name; a text that is not here may have none."""
 BYTES = {"manifest": 1 << 20, "signature": 512, "data": CHUNK}

@@ -34,13 +34,13 @@ AGAIN = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"})
 """Statuses after which the same call may succeed later, when it changes nothing or goes on where it stopped."""
 
 
-class Unknown(AdapterError):
+class UnknownError(AdapterError):
     """What was asked for is not there: NOT_FOUND."""
 
 
 def code_of(fault: FedpeftError) -> str:
     """Name of the status for ``fault``."""
-    if isinstance(fault, Unknown):
+    if isinstance(fault, UnknownError):
         return "NOT_FOUND"
     return next((CODES[kind] for kind in type(fault).__mro__ if kind in CODES), "FAILED_PRECONDITION")
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from fedpeft.control.bounds import CHUNK
-from fedpeft.errors import AdapterError, StorageError
+from fedpeft.errors import AdapterError, LinkError, StorageError
 from fedpeft.registry.manifest import FILE
 from fedpeft.v1.registry_pb2 import Chunk, File
 
@@ -48,11 +48,13 @@ def chunk(data: bytes, offset: int) -> Chunk:
 
 
 def check(part: Chunk, offset: int, total: int) -> None:
-    """Raise `StorageError` unless ``part`` is intact and continues a stream of ``total`` bytes at ``offset``."""
+    """Refuse a chunk that does not continue a stream of ``total`` bytes at ``offset`` (`LinkError`) or was changed (`StorageError`)."""
     if part.offset != offset or not part.data or offset + len(part.data) > total:
-        raise StorageError(
+        raise LinkError(
             f"stream: got {len(part.data)} bytes for place {part.offset}, expected place {offset} of {total}; go on from {offset}"
         )
     seen = zlib.crc32(part.data)
     if seen != part.crc:
-        raise StorageError(f"stream: the chunk at {offset} was changed on its way (CRC-32 {seen:08x}, not {part.crc:08x}); go on from {offset}")
+        raise StorageError(
+            f"stream: the chunk at {offset} was changed on its way (CRC-32 {seen:08x}, not {part.crc:08x}); go on from {offset}"
+        )

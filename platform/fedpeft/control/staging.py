@@ -9,8 +9,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedpeft.control import files
 from fedpeft.errors import LinkError, StorageError
@@ -26,6 +27,8 @@ class Landing:
 
     folder: Path
     sizes: files.Sizes
+    _hashed: dict[str, tuple[Any, int]] = field(default_factory=dict, repr=False)
+    """SHA-256 so far by file, and of how many bytes: what arrives in order is hashed as it arrives."""
 
     @property
     def total(self) -> int:
@@ -66,8 +69,22 @@ class Landing:
                 view = memoryview(data)
                 while view:
                     view = view[stream.write(view) :]
+            self._hash(name, start, data)
         except OSError as fault:
             raise StorageError(f"{self.folder / name}: cannot be written: {fault.strerror or fault}; free space, then go on") from None
+
+    def _hash(self, name: str, start: int, data: bytes) -> None:
+        state, length = (hashlib.sha256(), 0) if start == 0 else self._hashed.get(name, (None, -1))
+        if length == start:
+            state.update(data)
+            self._hashed[name] = state, length + len(data)
+
+    def _sha256(self, name: str) -> str:
+        state, length = self._hashed.get(name, (None, -1))
+        if length == self.sizes[name]:
+            return str(state.hexdigest())
+        with (self.folder / name).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def complete(self, wanted: Mapping[str, str]) -> dict[str, Path]:
         """The files' paths, when all are here and have the SHA-256 that ``wanted`` says.
@@ -81,7 +98,7 @@ class Landing:
         for name, size in self.sizes.items():
             if not size:
                 (self.folder / name).touch()
-        wrong = [name for name in self.sizes if _sha256(self.folder / name) != wanted.get(name)]
+        wrong = [name for name in self.sizes if self._sha256(name) != wanted.get(name)]
         if wrong:
             self.forget()
             raise StorageError(f"stream: {wrong} do not have the SHA-256 that the manifest says; they were changed, send the version again")
@@ -142,8 +159,3 @@ class Staging:
         held = sum(path.stat().st_size for path in self.root.glob("*/*") if path.parent != landing.folder)
         if self.most and held + landing.total > self.most:
             raise LinkError(f"staging: {held} bytes of other streams are here and {landing.total} more would exceed {self.most}; try later")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

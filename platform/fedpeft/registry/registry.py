@@ -63,10 +63,9 @@ class Registry:
     def publish(self, adapter: Adapter, manifest: Manifest, origin: str = "", router: RouterCard | None = None) -> Version:
         """Store ``adapter`` with its lineage and its router card and make it its task's latest version.
 
-        ``router`` is the card where sites added to it (gates); what follows from the adapter alone is derived.
-
-        ``origin`` names the act (say ``run/round/task``): publishing it again gives the version of the first time. Without one,
-        equal content counts as the same act.
+        ``router`` is the card where sites added to it (gates); what follows from the adapter alone is derived. ``origin`` names
+        the act (say ``run/round/task``): publishing it again gives the version of the first time. Without one, equal content counts as
+        the same act.
 
         Raises:
             AdapterError: a value is not finite, the task's name cannot be stored, or ``origin`` published other content before.
@@ -97,12 +96,7 @@ class Registry:
     def accept(self, manifest: Manifest, files: Mapping[str, Content], signature: bytes, origin: str, base: str = "") -> Version:
         """Publish what somebody else made and signed, once everything about it holds; files given as paths are taken over.
 
-        Args:
-            manifest: what was signed.
-            files: its files by name.
-            signature: by a key that this registry trusts.
-            origin: names the act; accepting it again gives the version of the first time.
-            base: identity of the base that versions must be for; empty: that of the versions that are here.
+        ``origin`` names the act, as in `publish`; ``base`` is the identity of the base that it must be for; empty: that of `base`.
 
         Raises:
             PolicyError: nobody trusted signed it.
@@ -116,7 +110,7 @@ class Registry:
 
     def base(self) -> str:
         """Identity of the base that this registry's versions are for; empty where there are none."""
-        return next((self.objects.manifest(self._entries(task)[-1].digest).base for task in self.tasks()), "")
+        return next((self.objects.manifest(self.events(task)[-1].digest).base for task in self.tasks()), "")
 
     def files(self, digest: str) -> dict[str, bytes]:
         """All files of version ``digest``, by name. Raises `StorageError` when it is not intact."""
@@ -132,10 +126,10 @@ class Registry:
         target = self._own(task, ref)
         self.objects.check(target.digest)
         while True:
-            entries = self._entries(task)
+            entries = self.events(task)
             entry = log.follow(entries, "rollback", target.digest, "")
             if self.histories.append(log_name(task), len(entries), entry.to_line()):
-                return self._version(task, entry)
+                return self.at(task, entry)
 
     def alias(self, task: str, name: str, ref: str, by: str = "") -> Move:
         """Point alias ``name`` of ``task`` at a version of it: a signed move, nothing is deleted; where it points already, no move.
@@ -178,16 +172,16 @@ class Registry:
         if ref.startswith("sha256:") or DIGEST.fullmatch(ref):
             return self._by_digest(ref.removeprefix("sha256:"))
         task, at, place = ref.rpartition("@")
-        entries = self._entries(task if at else ref)
+        entries = self.events(task if at else ref)
         if not at or place == aliases.LATEST:
-            return self._version(task or ref, entries[-1])
+            return self.at(task or ref, entries[-1])
         if place.isdecimal() and 1 <= int(place[:20]) <= len(entries):
-            return self._version(task, entries[int(place) - 1])
+            return self.at(task, entries[int(place) - 1])
         named = self.aliases(task)
         same = [entry for entry in entries if entry.digest == named.get(place)]
         if not same:
             raise AdapterError(f"{ref}: no such version; task {task!r} has versions 1 to {len(entries)} and aliases {list(named)}")
-        return self._version(task, same[-1])
+        return self.at(task, same[-1])
 
     def load(self, ref: str) -> Adapter:
         """The adapter that ``ref`` names, every file and the signature verified.
@@ -211,16 +205,16 @@ class Registry:
     def list(self, task: str | None = None) -> tuple[Version, ...]:
         """Every published or pulled version of ``task``, or of all tasks, oldest first; roll-backs are in `history`."""
         chosen = self.tasks() if task is None else (task,)
-        return tuple(self._version(name, entry) for name in chosen for entry in self._entries(name) if entry.action != "rollback")
+        return tuple(self.at(name, entry) for name in chosen for entry in self.events(name) if entry.action != "rollback")
 
     def history(self, task: str) -> tuple[dict[str, Any], ...]:
         """All events of ``task``, oldest first, JSON-ready. Raises `AdapterError` when there are none."""
-        return tuple(entry.to_json() for entry in self._entries(task))
+        return tuple(entry.to_json() for entry in self.events(task))
 
     def find(self, task: str, origin: str) -> Version | None:
         """The version that ``origin`` published for ``task``, or None."""
         same = [entry for entry in self._log_of(task) if entry.origin == origin]
-        return self._version(task, same[-1]) if same else None
+        return self.at(task, same[-1]) if same else None
 
     def export(self, ref: str, folder: Path) -> None:
         """Copy a verified version into the new ``folder``: a Hugging Face PEFT folder plus manifest and signature.
@@ -256,7 +250,7 @@ class Registry:
                 )
             entry = same[-1] if same else log.follow(entries, action, digest, origin)
             if same or self.histories.append(log_name(task), len(entries), entry.to_line()):
-                return self._version(task, entry)
+                return self.at(task, entry)
 
     def _own(self, task: str, ref: str) -> Version:
         """A version of ``task``; a bare number or alias will do."""
@@ -267,6 +261,9 @@ class Registry:
         return target
 
     def _by_digest(self, prefix: str) -> Version:
+        whole = [(task, entry) for task in self.tasks() for entry in self.events(task) if entry.digest == prefix]
+        if whole:
+            return self.at(*whole[-1])
         found = {version.digest: version for version in self._all() if _names(version, prefix)}
         if len(found) == 1:
             return next(iter(found.values()))
@@ -276,9 +273,10 @@ class Registry:
         raise AdapterError(f"sha256:{prefix} is the beginning of {len(found)} versions, give more digits: {', '.join(names[:8])}")
 
     def _all(self) -> Iterable[Version]:
-        return (self._version(task, entry) for task in self.tasks() for entry in self._entries(task))
+        return (self.at(task, entry) for task in self.tasks() for entry in self.events(task))
 
-    def _entries(self, task: str) -> tuple[Entry, ...]:
+    def events(self, task: str) -> tuple[Entry, ...]:
+        """All events of ``task``, oldest first. Raises `AdapterError` when there are none."""
         entries = self._log_of(task)
         if not entries:
             raise AdapterError(f"task {task!r} has no version in {self.root}; tasks are {list(self.tasks())}")
@@ -287,7 +285,8 @@ class Registry:
     def _log_of(self, task: str) -> tuple[Entry, ...]:
         return log.parse(self.histories.lines(log_name(task)), self.histories.where(log_name(task)))
 
-    def _version(self, task: str, entry: Entry) -> Version:
+    def at(self, task: str, entry: Entry) -> Version:
+        """What ``entry`` of ``task`` made current. Raises `StorageError` on a torn manifest."""
         manifest, path = self.objects.manifest(entry.digest), self.objects.path(entry.digest)
         return Version(task, entry.number, entry.digest, manifest, path, entry.action, entry.origin, entry.created)
 

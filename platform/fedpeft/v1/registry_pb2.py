@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64peft/v1/registry.proto\x12\nfedpeft.v1\"\x9d\x01\n\x07Version\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06origin\x18\x05 \x01(\t\x12\x0f\n\x07\x63reated\x18\x06 \x01(\t\x12\x10\n\x08manifest\x18\x07 \x01(\x0c\x12\x11\n\tsignature\x18\x08 \x01(\x0c\x12\x0e\n\x06served\x18\t \x01(\x08\"B\n\x0bListRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"N\n\x0cListResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.fedpeft.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x1e\n\x0eHistoryRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\".\n\x0fHistoryResponse\x12\x0e\n\x06\x65vents\x18\x01 \x03(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x08\"\"\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"*\n\x0bPullRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\\\n\x08PullPart\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.PullHeadH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedpeft.v1.ChunkH\x00\x42\x06\n\x04part\"Q\n\x08PullHead\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.fedpeft.v1.Version\x12\x1f\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x10.fedpeft.v1.File\"2\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0b\n\x03\x63rc\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\rStagedRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"H\n\x0eStagedResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12&\n\tpublished\x18\x02 \x01(\x0b\x32\x13.fedpeft.v1.Version\"\\\n\x08PushPart\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.PushHeadH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedpeft.v1.ChunkH\x00\x42\x06\n\x04part\"`\n\x08PushHead\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x1f\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x10.fedpeft.v1.File\x12\x0e\n\x06origin\x18\x04 \x01(\t\",\n\x0fRollbackRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\"\x1e\n\x0e\x41liasesRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"5\n\x0f\x41liasesResponse\x12\"\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x11.fedpeft.v1.Alias\";\n\x0fSetAliasRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0b\n\x03ref\x18\x03 \x01(\t\"a\n\x05\x41lias\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12\n\n\x02\x62y\x18\x05 \x01(\t\x12\x0f\n\x07\x63reated\x18\x06 \x01(\t\"%\n\x04Seen\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\x04\"\xa2\x01\n\x0cWatchRequest\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x30\n\x04seen\x18\x02 \x03(\x0b\x32\".fedpeft.v1.WatchRequest.SeenEntry\x12\x12\n\nfrom_start\x18\x03 \x01(\x08\x1a=\n\tSeenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fedpeft.v1.Seen:\x02\x38\x01\"\x8c\x01\n\x06\x43hange\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x1e\n\x04seen\x18\x02 \x01(\x0b\x32\x10.fedpeft.v1.Seen\x12&\n\x07version\x18\x03 \x01(\x0b\x32\x13.fedpeft.v1.VersionH\x00\x12\"\n\x05\x61lias\x18\x04 \x01(\x0b\x32\x11.fedpeft.v1.AliasH\x00\x42\x08\n\x06\x63hange2\xe3\x04\n\x08Registry\x12\x39\n\x04List\x12\x17.fedpeft.v1.ListRequest\x1a\x18.fedpeft.v1.ListResponse\x12\x32\n\x03Get\x12\x16.fedpeft.v1.GetRequest\x1a\x13.fedpeft.v1.Version\x12\x42\n\x07History\x12\x1a.fedpeft.v1.HistoryRequest\x1a\x1b.fedpeft.v1.HistoryResponse\x12\x37\n\x04Pull\x12\x17.fedpeft.v1.PullRequest\x1a\x14.fedpeft.v1.PullPart0\x01\x12?\n\x06Staged\x12\x19.fedpeft.v1.StagedRequest\x1a\x1a.fedpeft.v1.StagedResponse\x12\x33\n\x04Push\x12\x14.fedpeft.v1.PushPart\x1a\x13.fedpeft.v1.Version(\x01\x12<\n\x08Rollback\x12\x1b.fedpeft.v1.RollbackRequest\x1a\x13.fedpeft.v1.Version\x12\x42\n\x07\x41liases\x12\x1a.fedpeft.v1.AliasesRequest\x1a\x1b.fedpeft.v1.AliasesResponse\x12:\n\x08SetAlias\x12\x1b.fedpeft.v1.SetAliasRequest\x1a\x11.fedpeft.v1.Alias\x12\x37\n\x05Watch\x12\x18.fedpeft.v1.WatchRequest\x1a\x12.fedpeft.v1.Change0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64peft/v1/registry.proto\x12\nfedpeft.v1\"\x9d\x01\n\x07Version\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06origin\x18\x05 \x01(\t\x12\x0f\n\x07\x63reated\x18\x06 \x01(\t\x12\x10\n\x08manifest\x18\x07 \x01(\x0c\x12\x11\n\tsignature\x18\x08 \x01(\x0c\x12\x0e\n\x06served\x18\t \x01(\x08\"B\n\x0bListRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"N\n\x0cListResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.fedpeft.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x1e\n\x0eHistoryRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\".\n\x0fHistoryResponse\x12\x0e\n\x06\x65vents\x18\x01 \x03(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x08\"\"\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"*\n\x0bPullRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\\\n\x08PullPart\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.PullHeadH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedpeft.v1.ChunkH\x00\x42\x06\n\x04part\"a\n\x08PullHead\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.fedpeft.v1.Version\x12\x1f\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x10.fedpeft.v1.File\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"2\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0b\n\x03\x63rc\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"@\n\rStagedRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x1f\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x10.fedpeft.v1.File\"H\n\x0eStagedResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12&\n\tpublished\x18\x02 \x01(\x0b\x32\x13.fedpeft.v1.Version\"\\\n\x08PushPart\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.PushHeadH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedpeft.v1.ChunkH\x00\x42\x06\n\x04part\"`\n\x08PushHead\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x1f\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x10.fedpeft.v1.File\x12\x0e\n\x06origin\x18\x04 \x01(\t\",\n\x0fRollbackRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\"\x1e\n\x0e\x41liasesRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"5\n\x0f\x41liasesResponse\x12\"\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x11.fedpeft.v1.Alias\";\n\x0fSetAliasRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0b\n\x03ref\x18\x03 \x01(\t\"a\n\x05\x41lias\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12\n\n\x02\x62y\x18\x05 \x01(\t\x12\x0f\n\x07\x63reated\x18\x06 \x01(\t\"%\n\x04Seen\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\x04\"\xa2\x01\n\x0cWatchRequest\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x30\n\x04seen\x18\x02 \x03(\x0b\x32\".fedpeft.v1.WatchRequest.SeenEntry\x12\x12\n\nfrom_start\x18\x03 \x01(\x08\x1a=\n\tSeenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fedpeft.v1.Seen:\x02\x38\x01\"\x8c\x01\n\x06\x43hange\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x1e\n\x04seen\x18\x02 \x01(\x0b\x32\x10.fedpeft.v1.Seen\x12&\n\x07version\x18\x03 \x01(\x0b\x32\x13.fedpeft.v1.VersionH\x00\x12\"\n\x05\x61lias\x18\x04 \x01(\x0b\x32\x11.fedpeft.v1.AliasH\x00\x42\x08\n\x06\x63hange2\xe3\x04\n\x08Registry\x12\x39\n\x04List\x12\x17.fedpeft.v1.ListRequest\x1a\x18.fedpeft.v1.ListResponse\x12\x32\n\x03Get\x12\x16.fedpeft.v1.GetRequest\x1a\x13.fedpeft.v1.Version\x12\x42\n\x07History\x12\x1a.fedpeft.v1.HistoryRequest\x1a\x1b.fedpeft.v1.HistoryResponse\x12\x37\n\x04Pull\x12\x17.fedpeft.v1.PullRequest\x1a\x14.fedpeft.v1.PullPart0\x01\x12?\n\x06Staged\x12\x19.fedpeft.v1.StagedRequest\x1a\x1a.fedpeft.v1.StagedResponse\x12\x33\n\x04Push\x12\x14.fedpeft.v1.PushPart\x1a\x13.fedpeft.v1.Version(\x01\x12<\n\x08Rollback\x12\x1b.fedpeft.v1.RollbackRequest\x1a\x13.fedpeft.v1.Version\x12\x42\n\x07\x41liases\x12\x1a.fedpeft.v1.AliasesRequest\x1a\x1b.fedpeft.v1.AliasesResponse\x12:\n\x08SetAlias\x12\x1b.fedpeft.v1.SetAliasRequest\x1a\x11.fedpeft.v1.Alias\x12\x37\n\x05Watch\x12\x18.fedpeft.v1.WatchRequest\x1a\x12.fedpeft.v1.Change0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,35 +52,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLPART']._serialized_start=536
   _globals['_PULLPART']._serialized_end=628
   _globals['_PULLHEAD']._serialized_start=630
-  _globals['_PULLHEAD']._serialized_end=711
-  _globals['_CHUNK']._serialized_start=713
-  _globals['_CHUNK']._serialized_end=763
-  _globals['_STAGEDREQUEST']._serialized_start=765
-  _globals['_STAGEDREQUEST']._serialized_end=796
-  _globals['_STAGEDRESPONSE']._serialized_start=798
-  _globals['_STAGEDRESPONSE']._serialized_end=870
-  _globals['_PUSHPART']._serialized_start=872
-  _globals['_PUSHPART']._serialized_end=964
-  _globals['_PUSHHEAD']._serialized_start=966
-  _globals['_PUSHHEAD']._serialized_end=1062
-  _globals['_ROLLBACKREQUEST']._serialized_start=1064
-  _globals['_ROLLBACKREQUEST']._serialized_end=1108
-  _globals['_ALIASESREQUEST']._serialized_start=1110
-  _globals['_ALIASESREQUEST']._serialized_end=1140
-  _globals['_ALIASESRESPONSE']._serialized_start=1142
-  _globals['_ALIASESRESPONSE']._serialized_end=1195
-  _globals['_SETALIASREQUEST']._serialized_start=1197
-  _globals['_SETALIASREQUEST']._serialized_end=1256
-  _globals['_ALIAS']._serialized_start=1258
-  _globals['_ALIAS']._serialized_end=1355
-  _globals['_SEEN']._serialized_start=1357
-  _globals['_SEEN']._serialized_end=1394
-  _globals['_WATCHREQUEST']._serialized_start=1397
-  _globals['_WATCHREQUEST']._serialized_end=1559
-  _globals['_WATCHREQUEST_SEENENTRY']._serialized_start=1498
-  _globals['_WATCHREQUEST_SEENENTRY']._serialized_end=1559
-  _globals['_CHANGE']._serialized_start=1562
-  _globals['_CHANGE']._serialized_end=1702
-  _globals['_REGISTRY']._serialized_start=1705
-  _globals['_REGISTRY']._serialized_end=2316
+  _globals['_PULLHEAD']._serialized_end=727
+  _globals['_CHUNK']._serialized_start=729
+  _globals['_CHUNK']._serialized_end=779
+  _globals['_STAGEDREQUEST']._serialized_start=781
+  _globals['_STAGEDREQUEST']._serialized_end=845
+  _globals['_STAGEDRESPONSE']._serialized_start=847
+  _globals['_STAGEDRESPONSE']._serialized_end=919
+  _globals['_PUSHPART']._serialized_start=921
+  _globals['_PUSHPART']._serialized_end=1013
+  _globals['_PUSHHEAD']._serialized_start=1015
+  _globals['_PUSHHEAD']._serialized_end=1111
+  _globals['_ROLLBACKREQUEST']._serialized_start=1113
+  _globals['_ROLLBACKREQUEST']._serialized_end=1157
+  _globals['_ALIASESREQUEST']._serialized_start=1159
+  _globals['_ALIASESREQUEST']._serialized_end=1189
+  _globals['_ALIASESRESPONSE']._serialized_start=1191
+  _globals['_ALIASESRESPONSE']._serialized_end=1244
+  _globals['_SETALIASREQUEST']._serialized_start=1246
+  _globals['_SETALIASREQUEST']._serialized_end=1305
+  _globals['_ALIAS']._serialized_start=1307
+  _globals['_ALIAS']._serialized_end=1404
+  _globals['_SEEN']._serialized_start=1406
+  _globals['_SEEN']._serialized_end=1443
+  _globals['_WATCHREQUEST']._serialized_start=1446
+  _globals['_WATCHREQUEST']._serialized_end=1608
+  _globals['_WATCHREQUEST_SEENENTRY']._serialized_start=1547
+  _globals['_WATCHREQUEST_SEENENTRY']._serialized_end=1608
+  _globals['_CHANGE']._serialized_start=1611
+  _globals['_CHANGE']._serialized_end=1751
+  _globals['_REGISTRY']._serialized_start=1754
+  _globals['_REGISTRY']._serialized_end=2365
 # @@protoc_insertion_point(module_scope)

@@ -91,12 +91,14 @@ class PullPart(_message.Message):
     def __init__(self, head: _Optional[_Union[PullHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class PullHead(_message.Message):
-    __slots__ = ("version", "files")
+    __slots__ = ("version", "files", "offset")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     version: Version
     files: _containers.RepeatedCompositeFieldContainer[File]
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ...) -> None: ...
+    offset: int
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "crc", "data")
@@ -109,10 +111,12 @@ class Chunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., crc: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class StagedRequest(_message.Message):
-    __slots__ = ("digest",)
+    __slots__ = ("digest", "files")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
     digest: str
-    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    def __init__(self, digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ...) -> None: ...
 
 class StagedResponse(_message.Message):
     __slots__ = ("offset", "published")

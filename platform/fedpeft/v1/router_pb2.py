@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedpeft.v1 import registry_pb2 as fedpeft_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/router.proto\x12\nfedpeft.v1\x1a\x19\x66\x65\x64peft/v1/registry.proto\"e\n\x0cRouteRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\tembedding\x18\x02 \x01(\x0b\x32\x15.fedpeft.v1.EmbeddingH\x00\x12\x0e\n\x04task\x18\x03 \x01(\tH\x00\x42\t\n\x07request\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xd8\x01\n\rRouteResponse\x12!\n\x07mixture\x18\x01 \x03(\x0b\x32\x10.fedpeft.v1.Part\x12\x11\n\tabstained\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x35\n\x06scores\x18\x05 \x03(\x0b\x32%.fedpeft.v1.RouteResponse.ScoresEntry\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x04Part\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x0e\n\x0c\x43\x61rdsRequest2\x80\x01\n\x06Router\x12<\n\x05Route\x12\x18.fedpeft.v1.RouteRequest\x1a\x19.fedpeft.v1.RouteResponse\x12\x38\n\x05\x43\x61rds\x12\x18.fedpeft.v1.CardsRequest\x1a\x13.fedpeft.v1.Version0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/router.proto\x12\nfedpeft.v1\x1a\x19\x66\x65\x64peft/v1/registry.proto\"u\n\x0cRouteRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\tembedding\x18\x02 \x01(\x0b\x32\x15.fedpeft.v1.EmbeddingH\x00\x12\x0e\n\x04task\x18\x03 \x01(\tH\x00\x12\x0e\n\x06router\x18\x04 \x01(\tB\t\n\x07request\",\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x0f\n\x07\x65ncoder\x18\x02 \x01(\t\"\xf7\x01\n\rRouteResponse\x12!\n\x07mixture\x18\x01 \x03(\x0b\x32\x10.fedpeft.v1.Part\x12\x11\n\tabstained\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x35\n\x06scores\x18\x05 \x03(\x0b\x32%.fedpeft.v1.RouteResponse.ScoresEntry\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x0e\n\x06router\x18\x07 \x01(\t\x12\r\n\x05level\x18\x08 \x01(\t\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x04Part\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x0e\n\x0c\x43\x61rdsRequest\"^\n\x08\x43\x61rdPart\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x13.fedpeft.v1.VersionH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedpeft.v1.ChunkH\x00\x42\x06\n\x04part2\x81\x01\n\x06Router\x12<\n\x05Route\x12\x18.fedpeft.v1.RouteRequest\x1a\x19.fedpeft.v1.RouteResponse\x12\x39\n\x05\x43\x61rds\x12\x18.fedpeft.v1.CardsRequest\x1a\x14.fedpeft.v1.CardPart0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTERESPONSE_SCORESENTRY']._loaded_options = None
   _globals['_ROUTERESPONSE_SCORESENTRY']._serialized_options = b'8\001'
   _globals['_ROUTEREQUEST']._serialized_start=66
-  _globals['_ROUTEREQUEST']._serialized_end=167
-  _globals['_EMBEDDING']._serialized_start=169
-  _globals['_EMBEDDING']._serialized_end=196
-  _globals['_ROUTERESPONSE']._serialized_start=199
-  _globals['_ROUTERESPONSE']._serialized_end=415
-  _globals['_ROUTERESPONSE_SCORESENTRY']._serialized_start=370
-  _globals['_ROUTERESPONSE_SCORESENTRY']._serialized_end=415
-  _globals['_PART']._serialized_start=417
-  _globals['_PART']._serialized_end=469
-  _globals['_CARDSREQUEST']._serialized_start=471
-  _globals['_CARDSREQUEST']._serialized_end=485
-  _globals['_ROUTER']._serialized_start=488
-  _globals['_ROUTER']._serialized_end=616
+  _globals['_ROUTEREQUEST']._serialized_end=183
+  _globals['_EMBEDDING']._serialized_start=185
+  _globals['_EMBEDDING']._serialized_end=229
+  _globals['_ROUTERESPONSE']._serialized_start=232
+  _globals['_ROUTERESPONSE']._serialized_end=479
+  _globals['_ROUTERESPONSE_SCORESENTRY']._serialized_start=434
+  _globals['_ROUTERESPONSE_SCORESENTRY']._serialized_end=479
+  _globals['_PART']._serialized_start=481
+  _globals['_PART']._serialized_end=533
+  _globals['_CARDSREQUEST']._serialized_start=535
+  _globals['_CARDSREQUEST']._serialized_end=549
+  _globals['_CARDPART']._serialized_start=551
+  _globals['_CARDPART']._serialized_end=645
+  _globals['_ROUTER']._serialized_start=648
+  _globals['_ROUTER']._serialized_end=777
 # @@protoc_insertion_point(module_scope)

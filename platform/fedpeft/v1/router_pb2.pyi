@@ -8,23 +8,27 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RouteRequest(_message.Message):
-    __slots__ = ("text", "embedding", "task")
+    __slots__ = ("text", "embedding", "task", "router")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
     text: str
     embedding: Embedding
     task: str
-    def __init__(self, text: _Optional[str] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., task: _Optional[str] = ...) -> None: ...
+    router: str
+    def __init__(self, text: _Optional[str] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., task: _Optional[str] = ..., router: _Optional[str] = ...) -> None: ...
 
 class Embedding(_message.Message):
-    __slots__ = ("values",)
+    __slots__ = ("values", "encoder")
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
     values: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+    encoder: str
+    def __init__(self, values: _Optional[_Iterable[float]] = ..., encoder: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
-    __slots__ = ("mixture", "abstained", "reason", "score", "scores", "base")
+    __slots__ = ("mixture", "abstained", "reason", "score", "scores", "base", "router", "level")
     class ScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,13 +42,17 @@ class RouteResponse(_message.Message):
     SCORE_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
     mixture: _containers.RepeatedCompositeFieldContainer[Part]
     abstained: bool
     reason: str
     score: float
     scores: _containers.ScalarMap[str, float]
     base: str
-    def __init__(self, mixture: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., abstained: _Optional[bool] = ..., reason: _Optional[str] = ..., score: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., base: _Optional[str] = ...) -> None: ...
+    router: str
+    level: str
+    def __init__(self, mixture: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., abstained: _Optional[bool] = ..., reason: _Optional[str] = ..., score: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., base: _Optional[str] = ..., router: _Optional[str] = ..., level: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("task", "digest", "weight")
@@ -59,3 +67,11 @@ class Part(_message.Message):
 class CardsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CardPart(_message.Message):
+    __slots__ = ("version", "chunk")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    version: _registry_pb2.Version
+    chunk: _registry_pb2.Chunk
+    def __init__(self, version: _Optional[_Union[_registry_pb2.Version, _Mapping]] = ..., chunk: _Optional[_Union[_registry_pb2.Chunk, _Mapping]] = ...) -> None: ...

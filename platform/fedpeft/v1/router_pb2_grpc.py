@@ -3,7 +3,6 @@
 import grpc
 import warnings
 
-from fedpeft.v1 import registry_pb2 as fedpeft_dot_v1_dot_registry__pb2
 from fedpeft.v1 import router_pb2 as fedpeft_dot_v1_dot_router__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -43,7 +42,7 @@ class RouterStub:
         self.Cards = channel.unary_stream(
                 '/fedpeft.v1.Router/Cards',
                 request_serializer=fedpeft_dot_v1_dot_router__pb2.CardsRequest.SerializeToString,
-                response_deserializer=fedpeft_dot_v1_dot_registry__pb2.Version.FromString,
+                response_deserializer=fedpeft_dot_v1_dot_router__pb2.CardPart.FromString,
                 _registered_method=True)
 
 
@@ -58,7 +57,7 @@ class RouterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cards(self, request, context):
-        """The served version of every task with its router card (in the signed manifest), to route without asking.
+        """The served version of every task, each followed by its router card's file in chunks, to route without asking.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,7 +74,7 @@ def add_RouterServicer_to_server(servicer, server):
             'Cards': grpc.unary_stream_rpc_method_handler(
                     servicer.Cards,
                     request_deserializer=fedpeft_dot_v1_dot_router__pb2.CardsRequest.FromString,
-                    response_serializer=fedpeft_dot_v1_dot_registry__pb2.Version.SerializeToString,
+                    response_serializer=fedpeft_dot_v1_dot_router__pb2.CardPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,7 +130,7 @@ class Router:
             target,
             '/fedpeft.v1.Router/Cards',
             fedpeft_dot_v1_dot_router__pb2.CardsRequest.SerializeToString,
-            fedpeft_dot_v1_dot_registry__pb2.Version.FromString,
+            fedpeft_dot_v1_dot_router__pb2.CardPart.FromString,
             options,
             channel_credentials,
             insecure,

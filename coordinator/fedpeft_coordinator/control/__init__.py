@@ -1,0 +1,3 @@
+"""The control plane's server: registry, router and federation over gRPC (see README.md)."""
+
+from __future__ import annotations

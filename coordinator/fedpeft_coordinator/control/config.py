@@ -1,0 +1,52 @@
+"""``[control]`` of federation.toml, or a file of its own for `fedpeft coordinator serve`: where the control plane listens and stores."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedpeft.config import Section
+from fedpeft.control.address import loopback
+from fedpeft_coordinator.listening import Tls, guarded
+
+Role = Literal["reader", "site", "publisher", "monitor", "operator"]
+
+
+class Control(Section):
+    """Where the control plane listens; beyond loopback ``tls`` is required, and then every caller shows a certificate with a role.
+
+    Attributes:
+        anonymous: the role of callers without TLS; absent: operator on loopback, reader beyond it (``insecure = true``).
+        store: an fsspec URL (s3://bucket/place) for versions; absent: the registry's folder.
+        database: an SQLAlchemy URL for histories; absent: files, or SQLite in the registry's folder where ``store`` is a URL.
+        base: identity of the base that pushed versions must be for; absent: that of the versions that are there.
+        embed: whether texts are routed here, which loads the base.
+        max_version: bytes of one pushed version; ``staging``: bytes of all broken pushes together.
+        poll: seconds between looks for what other processes published.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8001, ge=0, le=65535)
+    tls: Tls | None = None
+    insecure: bool = False
+    anonymous: Role | None = None
+    store: str | None = None
+    database: str | None = None
+    base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    embed: bool = True
+    max_version: int = Field(default=1 << 30, ge=1)
+    staging: int = Field(default=8 << 30, ge=1)
+    poll: float = Field(default=0.5, gt=0.0)
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Control:
+        guarded("control", self.host, self.tls, self.insecure)
+        if self.tls is not None and self.anonymous is not None:
+            raise ValueError("control.anonymous and [control.tls]: with TLS every caller shows a certificate; set one of them")
+        return self
+
+    @property
+    def role(self) -> Role:
+        """The role of callers without TLS."""
+        return self.anonymous or ("operator" if loopback(self.host) else "reader")

@@ -1,0 +1,99 @@
+"""Histories in a database: SQLite, Postgres or any other SQLAlchemy URL; the place in its list is a line's key, so appending is a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Column, Connection, Integer, LargeBinary, MetaData, String, Table, create_engine, event, func, insert, select
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from fedpeft.errors import StorageError
+
+SCHEMA = MetaData()
+LINES = Table(
+    "fedpeft_lines",
+    SCHEMA,
+    Column("name", String(160), primary_key=True),
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("line", LargeBinary, nullable=False),
+)
+
+
+class SqlHistories:
+    """Lists of lines at the SQLAlchemy ``url``, made where they are absent. Raises `StorageError` when it cannot be opened."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+            if parsed.get_backend_name() == "sqlite" and parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self._engine: Engine = create_engine(url, pool_pre_ping=True)
+        except (SQLAlchemyError, ImportError, OSError) as fault:
+            raise StorageError(
+                f"registry database: cannot be opened: {fault}; give an SQLAlchemy URL such as postgresql+psycopg://host/name"
+            ) from None
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _durable)
+        with self._begin() as connection:
+            SCHEMA.create_all(connection)
+
+    def where(self, name: str) -> str:
+        """The database, without its password, and the list."""
+        return f"{self._engine.url!r}/{name}"
+
+    def lines(self, name: str) -> list[bytes]:
+        """One query."""
+        with self._begin() as connection:
+            rows = connection.execute(select(LINES.c.line).where(LINES.c.name == name).order_by(LINES.c.place)).all()
+        return [bytes(row.line) for row in rows]
+
+    def append(self, name: str, count: int, line: bytes) -> bool:
+        """The key (name, place) can be taken once; a place that would leave a gap is refused."""
+        try:
+            with self._begin() as connection:
+                if self._count(connection, name) != count:
+                    return False
+                connection.execute(insert(LINES).values(name=name, place=count, line=line))
+        except IntegrityError:
+            return False
+        return True
+
+    def names(self) -> tuple[str, ...]:
+        """One query."""
+        with self._begin() as connection:
+            return tuple(row.name for row in connection.execute(select(LINES.c.name).distinct().order_by(LINES.c.name)).all())
+
+    def stamp(self) -> object:
+        """How many lines there are: none is ever removed."""
+        with self._begin() as connection:
+            return connection.execute(select(func.count()).select_from(LINES)).scalar_one()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._engine.dispose()
+
+    @staticmethod
+    def _count(connection: Connection, name: str) -> int:
+        return int(connection.execute(select(func.count()).where(LINES.c.name == name)).scalar_one())
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except SQLAlchemyError as fault:
+            first = str(fault).splitlines()[0]
+            raise StorageError(f"registry {self._engine.url!r}: {first}; check space, rights and network; nothing is lost") from None
+
+
+def _durable(connection: object, _record: object) -> None:
+    """A commit is on the disk, and writers wait for each other."""
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    for pragma in ("journal_mode = wal", "synchronous = full", "busy_timeout = 10000"):
+        cursor.execute(f"pragma {pragma}")
+    cursor.close()

@@ -1,0 +1,105 @@
+"""A real server on loopback with port 0, on an event loop of its own, and what it takes to call it."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft.adapters import Adapter, AdapterSpec
+from fedpeft.bases.spec import HeadSpec
+from fedpeft.control.address import Address, Identity
+from fedpeft.control.cache import Cache
+from fedpeft.control.client import RemoteRegistry
+from fedpeft.control.link import Link
+from fedpeft.methods import METHODS
+from fedpeft.registry import Manifest, Registry
+from fedpeft.routing import Card
+from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft_coordinator.control.config import Control
+from fedpeft_coordinator.control.serve import Server
+
+ROOT = Path(__file__).parents[3]
+BASE = "f" * 64
+
+
+def adapter(seed: int, task: str = "area", width: int = 6) -> Adapter:
+    """A LoRA adapter with random values; ``width`` makes it large."""
+    layout = Layout.of(
+        [Entry("A", "base_model.model.q.lora_A.weight", (2, width)), Entry("B", "base_model.model.q.lora_B.weight", (width, 2))]
+    )
+    spec = AdapterSpec(task, BASE, "minilm", METHODS["lora"](r=2, alpha=2.0), HeadSpec("lm"), layout)  # type: ignore[call-arg]
+    return Adapter(spec, Tensors(layout, np.random.default_rng(seed).standard_normal(layout.size).astype(np.float32)))
+
+
+def fill(registry: Registry, *seeds: int, task: str = "area", width: int = 6) -> list[Any]:
+    """Publish an adapter for each seed, with a card that points along axis ``seed``."""
+    cards = {seed: Card(tuple(np.eye(8)[seed % 8].tolist()), 0.5, 10).to_json() for seed in seeds}
+    return [registry.publish(adapter(seed, task, width), Manifest(round=seed, card=cards[seed]), f"run/{seed}/{task}") for seed in seeds]
+
+
+@dataclass
+class Running:
+    """A server, its registry, and the port that it listens on."""
+
+    server: Server
+    registry: Registry
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    def link(self, identity: Identity | None = None, host: str = "127.0.0.1") -> Link:
+        return Link(Address(host, self.port), identity)
+
+    def far(self, folder: Path, identity: Identity | None = None, host: str = "127.0.0.1") -> RemoteRegistry:
+        return RemoteRegistry(self.link(identity, host), Cache(folder))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """``serve(registry, **settings)``: a running server; all are ended after the test."""
+    with ExitStack() as stack:
+
+        def start(registry: Registry | None = None, texts: Any = None, record: Any = lambda *_a, **_k: None, **settings: Any) -> Running:
+            registry = registry or Registry(tmp_path / "registry")
+            control = Control(**{"port": 0, "poll": 0.05, "embed": False, **settings})
+            server = Server(registry, control, tmp_path / "state", texts=texts, record=record)
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, daemon=True)
+            thread.start()
+            port = asyncio.run_coroutine_threadsafe(server.start(), loop).result(30)
+
+            def stop() -> None:
+                asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join(10)
+                loop.close()
+
+            stack.callback(stop)
+            return Running(server, registry, port, loop)
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def made() -> Any:
+    """The helpers `adapter` and `fill`."""
+    return type("Made", (), {"adapter": staticmethod(adapter), "fill": staticmethod(fill), "base": BASE})
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of certificates that deploy/certificates.py made: every role, and a second CA's."""
+    tool = runpy.run_path(str(ROOT / "deploy/certificates.py"))
+    folder = tmp_path_factory.mktemp("certs")
+    roles = ["reader:ann", "site:clinic", "publisher:trainer", "monitor:grafana", "operator:root"]
+    tool["issue"](folder / "ours", ["localhost", "127.0.0.1"], [], roles, 30)
+    tool["issue"](folder / "other", ["elsewhere.example.org"], [], ["operator:eve"], 30)
+    return folder
