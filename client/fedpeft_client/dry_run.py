@@ -24,10 +24,11 @@ from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import TRAIN_COUNTERS, Grid
+from fedpeft.wire import flat
 from fedpeft.wire.codecs import CODECS, Codec, Lanes, Ring, as_ring, choose
 from fedpeft_client import policy
 from fedpeft_client.config import SiteConfig
-from fedpeft_client.plan import FLAT_HEADER_BYTES, rank_of
+from fedpeft_client.plan import rank_of
 from fedpeft_client.policy import Ask
 from fedpeft_client.shelf import Shelf
 
@@ -203,7 +204,7 @@ def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, 
         base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), identity))),
         method=type(spec.method).kind,
         rank=rank,
-        upload_bytes=upload + FLAT_HEADER_BYTES,
+        upload_bytes=upload + flat.HEADER,
         cohort=plain.hidden,
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,

@@ -16,7 +16,7 @@ from fedpeft.schemes import SCHEMES, Controls, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
-from fedpeft.wire import Envelope
+from fedpeft.wire import Envelope, flat
 from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta, hear
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import OWN_FIELDS
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
     from fedpeft.privacy.secagg import Instance
     from fedpeft.tasks import Task
-
-FLAT_HEADER_BYTES = 80
 
 
 class MissingVersion(AdapterError):  # noqa: N818 - it says what happened, as its base does
@@ -180,7 +178,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         base=tuple(dict.fromkeys((work.spec.base_model, work.spec.base, identity))),
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
-        upload_bytes=work.upload_bytes + FLAT_HEADER_BYTES,
+        upload_bytes=work.upload_bytes + flat.HEADER,
         cohort=plan.cohort if instance is None else fewest(instance),
         steps=work.settings.steps * work.settings.accumulate,
         secure_aggregation=instance is not None,

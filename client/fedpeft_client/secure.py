@@ -127,7 +127,7 @@ class Secure:
                 f"min_cohort: the masked sum of task {plan.task!r} may be opened over {hidden} sites, allowed at least {self.least}; "
                 "raise cohort.min_sites of the federation (combine.size where it sums groups), or lower policy.min_cohort"
             )
-        member = self.members.find(asked, plan) or Member(instance, self.name)
+        member = self.members.find(asked, plan) or Member(instance, self.name, commits=self.keys.secret("vectors"))
         if member.instance != instance or instance.name != plan.masking.name:
             raise PrivacyError(f"secure aggregation of task {plan.task!r}: another instance came under this name before")
         bundle = member.bundle(self.keys)

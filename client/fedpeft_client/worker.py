@@ -20,14 +20,14 @@ from fedpeft.files import write_atomic
 from fedpeft.privacy.packing import Schema
 from fedpeft.tensors import Tensors
 from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
-from fedpeft.wire import Envelope, masking
+from fedpeft.wire import Envelope, flat, masking
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft.wire.vector import Vector
 from fedpeft_client import answers, audit, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Personal
-from fedpeft_client.plan import FLAT_HEADER_BYTES, MissingVersion, Work
+from fedpeft_client.plan import MissingVersion, Work
 from fedpeft_client.rounds import Begin, Bench, WrongBase
 from fedpeft_client.secure import NOTHING, Secure
 from fedpeft_client.shelf import Shelf, Split
@@ -60,7 +60,7 @@ class Done:
         up, lanes = self.work.up, self.work.lanes
         if lanes is not None and not self.work.plan.HasField("masking"):
             lanes = lanes.alone
-        each = 4.0 if self.work.codec is None else (len(self.answer.array) - FLAT_HEADER_BYTES) / max(up.size, 1)
+        each = 4.0 if self.work.codec is None else (len(self.answer.array) - flat.HEADER) / max(up.size, 1)
         narrow = {role: lanes.width / 8 for role in lanes.roles} if lanes is not None else {}
         return {role: round(narrow.get(role, each) * (span.stop - span.start)) for role, span in up.role_spans.items()}
 

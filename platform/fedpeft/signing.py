@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -48,6 +50,10 @@ class Keys:
         private = self._private()
         table = {"key": _hex(private.public_key()), "signature": private.sign(self.context + data).hex()}
         return (json.dumps(table, sort_keys=True) + "\n").encode()
+
+    def secret(self, use: str) -> bytes:
+        """16 bytes that the owner of the private key alone can know, the same for ever, for one ``use``. Raises `StorageError`."""
+        return HKDF(SHA256(), 16, salt=None, info=f"fedpeft {self.purpose} {use}".encode()).derive(self._private().private_bytes_raw())
 
     def fault(self, data: bytes, signature: bytes) -> str | None:
         """What is wrong with ``signature`` of ``data``, or None when a known key made it."""

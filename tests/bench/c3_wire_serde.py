@@ -1,7 +1,7 @@
 """C3: one adapter of 1 M float32 values in 224 tensors to bytes and back, our flat message against flwr's records.
 
-Peers: flwr's ``Array`` (``.npy``) in a protobuf ``ArrayRecord``; and, where the hash is part of the work, the objects that flwr
-1.41 really pushes and pulls, each named by its SHA-256. Ours: `fedpeft.wire.flat` with its SHA-256, and the same code with the
+Peers: flwr's ``Array`` (``.npy``) in a protobuf ``ArrayRecord``; and, where the checksum is part of the work, the objects that flwr
+1.41 really pushes and pulls, each named by its SHA-256. Ours: `fedpeft.wire.flat` with its checksum, and the same code with the
 digest left out. One thread, interleaved, least CPU time; memcpy of the same bytes is the floor.
 """
 
@@ -48,7 +48,7 @@ def _row(way: str, hashed: bool, speed: dict[str, float]) -> dict[str, object]:
     ours, peer, goal = speed[f"ours {name}"], speed[f"peer {name}"], GOALS[hashed]
     return {
         "row": "C3",
-        "case": f"wire_serde {way} 1M values in {ARRAYS} arrays, {'SHA-256 included' if hashed else 'no hash'}",
+        "case": f"wire_serde {way} 1M values in {ARRAYS} arrays, {'checksum included' if hashed else 'no checksum'}",
         "ours": ours,
         "peer": peer,
         "ratio": ours / peer,
@@ -81,7 +81,7 @@ def _works(tensors: Tensors) -> dict[str, Work]:
 
 
 def _unhashed(fingerprint: str, tensors: Tensors) -> bytes:
-    with patch.object(flat, "_digest", lambda _head, _body: bytes(flat.DIGEST)):
+    with patch.object(flat, "checksum", lambda _head, _body: bytes(flat.HEADER - flat.HEAD.size)):
         return flat.pack(fingerprint, tensors.flat)
 
 

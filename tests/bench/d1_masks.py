@@ -1,7 +1,7 @@
 """D1, D4: one site quantises and masks its values, ours and flwr's SecAgg+ stage 2, in CPU time and bytes per value.
 
 Both sides start from float32 values and the same number of neighbours, open the neighbours' boxes, agree on pairwise keys and end with
-the vector that leaves. Ours also hashes the vector (one mask hides one vector). The floor is the bare AES keystream of as many streams,
+the vector that leaves. Ours also commits to the vector (one mask hides one vector). The floor is the bare AES keystream of as many streams,
 by the faster of the machine's two ways to it; the rows "mask" hold the masking alone to within 1.5x of it.
 """
 

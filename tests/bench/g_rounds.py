@@ -3,10 +3,10 @@
 G1: our coordinator (plan, journal on disk, requests, in-memory transport, checks, sum, commit) with sites that verify, encode and
 pack as real ones do but train nothing. Peer: what flwr's FedAvg does with 224 float32 arrays per message, in one process and
 without Ray, which is not installed (its 141-155 ms per client in PERFORMANCE.md contain this and its processes): records,
-protobuf, numpy, ``aggregate_arrayrecords``. The peer checks nothing; ours hashes every array (SHA-256) when it is packed, when it is
-unpacked and when the site compares the adapter with the plan, which is most of its time. G2: the same values through flwr's
-real messages (object tree, SHA-256 per object, 5 MiB pieces), our one array beside flwr's 224, and the aggregation alone.
-One thread, interleaved, least CPU time of the repeats.
+protobuf, numpy, ``aggregate_arrayrecords``. The peer checks nothing; ours sums over every array (AES-GMAC) when it is packed and
+when it is unpacked, and hashes the adapter (SHA-256) where a site compares it with the plan, which is most of its time. G2: the same
+values through flwr's real messages (object tree, SHA-256 per object, 5 MiB pieces), our one array beside flwr's 224, and the aggregation
+alone. One thread, interleaved, least CPU time of the repeats.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_codecs_that_cannot_be_fail_by_name(site: SiteConfig, make_worker: MakeW
 def test_the_audit_log_counts_the_bytes_that_left(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
     reply = make_worker(site).handle(plans.message(plans.of(codec_json=told("int4"))))
     line = json.loads((site.state / "audit.jsonl").read_text().splitlines()[-1])
-    assert abs(sum(line["tensors"].values()) + 80 - len(reply.arrays["kinds"])) <= 2
+    assert abs(sum(line["tensors"].values()) + 64 - len(reply.arrays["kinds"])) <= 2
 
 
 def test_the_policy_counts_the_codecs_bytes(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
@@ -157,7 +157,7 @@ def test_the_forecast_under_masks_is_of_the_sums_bits(site: SiteConfig, codec, b
     table = {"name": "f", "tasks": tasks, "method": {"kind": "lora", "r": 4}, "cohort": {"min_sites": 3}, "wire": {"codec": codec}}
     (one,) = forecast(site, config.parse(table, Plain, "federation.toml"))
     values = sum(int(np.prod(line.shape)) for line in one.tensors)
-    assert one.bytes == packed_size(values, bits) + 80 + 4 * 21
+    assert one.bytes == packed_size(values, bits) + 64 + 4 * 21
     assert one.masked
 
 
@@ -171,4 +171,4 @@ def test_the_forecast_is_no_less_than_what_leaves(site: SiteConfig, make_worker:
     left = len(reply.arrays["kinds"]) + 8 * sum(len(values.values) for values in counters)
     assert left <= one.bytes
     assert one.bytes < left * 1.35
-    assert abs(sum(line.bytes for line in one.tensors) + 80 - one.bytes) <= 8 * sum(len(v.values) for v in counters) + len(one.tensors)
+    assert abs(sum(line.bytes for line in one.tensors) + 64 - one.bytes) <= 8 * sum(len(v.values) for v in counters) + len(one.tensors)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fedpeft.checksum import checksum
 from fedpeft.errors import PrivacyError, StorageError
 from fedpeft.privacy.secagg import shamir
 from fedpeft.privacy.secagg.agreement import agree, derive, fresh, public, seal, unseal
@@ -24,7 +24,8 @@ class Member:
     """One site in one instance.
 
     `bundle`, `deal`, `mask`, `agree` and `reveal` come in this order; each may be repeated with the same input and then gives the
-    same effect, and refuses any other. Keep `to_bytes` (it holds secrets: mode 0600) after each call, before its answer leaves.
+    same effect, and refuses any other. ``commits`` is the secret key of ``vector``, the commitment to what was masked: it must never leave,
+    and those of one key can be compared. Keep `to_bytes` (it holds secrets: mode 0600) after each call, before its answer leaves.
     """
 
     instance: Instance
@@ -33,6 +34,7 @@ class Member:
     box_private: bytes = field(default_factory=fresh)
     seed: bytes = field(default_factory=fresh)
     dealing: bytes = field(default_factory=fresh)
+    commits: bytes = field(default_factory=lambda: fresh()[:KEY_SIZE])
     bundles: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     boxes: dict[str, bytes] = field(default_factory=dict)
     dealers: tuple[str, ...] = ()
@@ -79,7 +81,7 @@ class Member:
                 neighbour's box is missing, or too few sites dealt.
         """
         self._receive(boxes, dealers)
-        digest = hashlib.sha256(vector.data).hexdigest()
+        digest = checksum(vector.data, key=self.commits).hex()
         if self.vector not in ("", digest) or (self.vector and self.schema != schema):
             raise self._fault("another vector was masked before; one mask hides one vector only")
         self.vector, self.schema = digest, schema
@@ -140,7 +142,7 @@ class Member:
             row: dict[str, Any] = json.loads(data)
             instance = row.pop("instance")
             row["instance"] = Instance(**{**instance, "members": tuple(instance["members"])})
-            for name in ("mask_private", "box_private", "seed", "dealing"):
+            for name in ("mask_private", "box_private", "seed", "dealing", "commits"):
                 row[name] = bytes.fromhex(row[name])
             row["bundles"] = {name: (bytes.fromhex(one), bytes.fromhex(two)) for name, (one, two) in row["bundles"].items()}
             row["boxes"] = {name: bytes.fromhex(box) for name, box in row["boxes"].items()}
