@@ -19,6 +19,7 @@ from fedpeft.methods import read_method
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
+from fedpeft.routing.cardfile import lora_modules
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
@@ -55,6 +56,7 @@ class Plain(BaseModel):
     cohort: dict[str, Any] = {}
     secure_aggregation: dict[str, Any] = {}
     wire: dict[str, Any] = {}
+    routing: dict[str, Any] = {}
     max_examples: int = 1_000_000
     tasks: dict[str, dict[str, Any]]
 
@@ -151,7 +153,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     if examples == 0:
         raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
     shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
-    counters = {**TRAIN_COUNTERS, **_router(base)}
+    counters = {**TRAIN_COUNTERS, **_router(base), **(_gates(spec) if plain.routing.get("gates") else {})}
     rank = rank_of(scheme, spec.method, site.policy.max_rank)
     upload, each = _upload(plain, up, phase.roles)
     asked = _ask(plain, spec, upload, settings, rank, base.fingerprint.identity)
@@ -236,6 +238,12 @@ def _router(base: Base) -> dict[str, int]:
     """Counters of an evaluation message: sums of scores, of embeddings, and a histogram of cosines."""
     width = int(getattr(base.config, "hidden_size", 0))
     return {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
+
+
+def _gates(spec: AdapterSpec) -> dict[str, int]:
+    """Counters of the message with gates: one per LoRA layer, and histograms of router scores."""
+    own = {f"gate.{module}": size for module, size in lora_modules(spec.layout).items()}
+    return {**own, "gate.weight": 1, "score.gate": BINS, "score.arrow": BINS}
 
 
 def as_json(forecasts: list[Forecast]) -> list[dict[str, Any]]:

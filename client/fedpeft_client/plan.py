@@ -180,7 +180,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
         upload_bytes=work.upload_bytes + flat.HEADER,
         cohort=plan.cohort if instance is None else fewest(instance),
-        steps=work.settings.steps * work.settings.accumulate,
+        steps=max(work.settings.steps, plan.gates.steps) * work.settings.accumulate,
         secure_aggregation=instance is not None,
         epsilon=plan.epsilon or None,
     )

@@ -23,7 +23,7 @@ from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
 from fedpeft.wire import Envelope, flat, masking
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft.wire.vector import Vector
-from fedpeft_client import answers, audit, plan, policy, rounds
+from fedpeft_client import answers, audit, gates, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Personal
@@ -218,7 +218,7 @@ class Worker:
         return answers.of_update(work.plan.task, sent.update, seconds, work.plan.adapter_digest, sent.message)
 
     def _evaluate(self, work: Work, start: Tensors) -> Answer:
-        counters, seconds = rounds.evaluate(work, start, self._bench, lambda: self._base_alone(work))
+        counters, seconds = gates.evaluate(work, start, self._bench, lambda: self._base_alone(work))
         return answers.of_counters(work.plan.task, counters, seconds, work.plan.adapter_digest)
 
     def _base_alone(self, work: Work) -> Counters:

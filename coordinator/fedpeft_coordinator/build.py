@@ -56,7 +56,7 @@ class RegistryPublisher:
             card=release.card,
         )
         origin = f"{release.origin}/{task.name}"
-        return str(self.registry.publish(Adapter(self.specs[task.name], tensors), manifest, origin).digest)
+        return str(self.registry.publish(Adapter(self.specs[task.name], tensors), manifest, origin, release.router).digest)
 
 
 def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
@@ -88,6 +88,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         combine=config.combine,
         renew=renewed,
         secure=secure(config),
+        routing=config.routing,
         sharing=config.sharing,
     )
     return setup, RegistryPublisher(open_registry(config.registry_folder, config.control), specs, tables, type(config.scheme).kind)

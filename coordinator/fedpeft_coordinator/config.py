@@ -15,6 +15,7 @@ from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
+from fedpeft.routing.settings import Routing
 from fedpeft.schemes.sharing import Sharing
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.control.config import Control
@@ -171,6 +172,7 @@ class FederationConfig(Section):
     cohort: Cohort = Cohort()
     secure_aggregation: SecureAggregation = SecureAggregation()
     sharing: Sharing | None = None
+    routing: Routing = Routing()
     wire: Wire = Wire()
     link: Link = Link()
     control: Control | None = None

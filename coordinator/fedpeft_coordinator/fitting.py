@@ -7,6 +7,7 @@ from fedpeft.schemes import Scheme
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout
 from fedpeft.wire.codecs import choose
+from fedpeft_coordinator import gating
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.planning import fitting_ring
 
@@ -31,6 +32,8 @@ def check_fit(config: FederationConfig, layout: Layout) -> None:
         raise ConfigError(
             f"sharing.share = {config.sharing.share!r} and method.kind = {method.kind!r}: the method has no factors; take lora"
         )
+    if config.routing.gates:
+        gating.check(layout)
     if config.wire.budget is not None:
         _check_budget(config, layout, config.wire.budget)
     if config.combine is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedpeft.routing import RouterCard
 from fedpeft.tensors import Tensors
 from fedpeft_coordinator.setup import TaskSetup
 from fedpeft_coordinator.state import Round, TaskRound
@@ -13,7 +14,7 @@ from fedpeft_coordinator.state import Round, TaskRound
 
 @dataclass(frozen=True)
 class Release:
-    """What is said about a version besides its tensors."""
+    """What is said about a version besides its tensors; ``router`` is its router card where sites added gates to it."""
 
     round: int
     federation: str
@@ -25,6 +26,7 @@ class Release:
     examples: int
     sites: int
     kinds: tuple[str, ...]
+    router: RouterCard | None = None
 
     @property
     def origin(self) -> str:

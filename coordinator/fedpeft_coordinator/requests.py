@@ -15,7 +15,7 @@ from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import purpose
-from fedpeft.wire.v1.federation_pb2 import Centroid, Masking, RoundPlan, TaskPlan
+from fedpeft.wire.v1.federation_pb2 import Centroid, Gates, Masking, RoundPlan, TaskPlan
 from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, grid_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
@@ -29,7 +29,8 @@ Centroids = Mapping[str, tuple[float, ...]]
 class Writer:
     """Writes the requests of one exchange; each distinct array is packed once, however many sites get it.
 
-    ``masking`` is what a site (first) is told of a task's masked sum, where the answers go into one.
+    ``masking`` is what a site (first) is told of a task's masked sum, where the answers go into one. With ``gates`` an evaluation trains
+    gates instead of scoring.
     """
 
     setup: Setup
@@ -41,6 +42,7 @@ class Writer:
     scales: Callable[[TaskRound], bytes] = lambda _row: b""
     centroids: Centroids = field(default_factory=dict)
     masking: Callable[[str, str], Masking | None] = lambda _site, _task: None
+    gates: Gates | None = None
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
     _controls: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
@@ -94,7 +96,9 @@ class Writer:
             task_round=plan.number,
             secure_aggregation=self.setup.secure is not None,
         )
-        if kind == "evaluate":
+        if kind == "evaluate" and self.gates is not None:
+            message.gates.CopyFrom(self.gates)
+        elif kind == "evaluate":
             self._want_card(message)
         else:
             self._want_codec(message, plan)

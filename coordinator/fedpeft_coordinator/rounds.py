@@ -1,8 +1,9 @@
 """The Round: a state machine whose every step is in the journal before the next begins.
 
 planned (cohort, seeds, phase, start) -> collecting -> sealed (where sums are masked) -> combined (mean) -> committed (new adapter)
--> scored -> published. Whatever kills the process, `Coordinator.run` goes on from the last step, and the final adapters are the same bits:
-plans are pure functions of journal and setup, sums are exact in any order, and each step replaces the one before.
+-> scored -> gated (where routers want gates) -> published. Whatever kills the process, `Coordinator.run` goes on from the last step, and
+the final adapters are the same bits: plans are pure functions of journal and setup, sums are exact in any order, and each step replaces
+the one before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fedpeft.errors import CohortError, ConfigError, UpdateError
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
-from fedpeft_coordinator import averaging, gathering, planning, scoring, sharing
+from fedpeft_coordinator import averaging, gathering, gating, planning, scoring, sharing
 from fedpeft_coordinator.advancing import Advance
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.exchange import Around
@@ -100,7 +101,8 @@ class Coordinator:
             "sealed": self._unseal,
             "combined": self._commit,
             "committed": self._rate,
-            "scored": self._publish,
+            "scored": self._gate,
+            "gated": self._publish,
         }
 
     def _save(self, round_: Round) -> None:
@@ -219,7 +221,7 @@ class Coordinator:
         return replace(
             row,
             scores=scoring.scores(self.setup.tasks[row.task], counters),
-            card=scoring.card(row.task, counters, self.centroids.get(row.task)),
+            card=scoring.card(row.task, counters, self.centroids.get(row.task), self.setup.identity),
             kinds=tuple(sorted(kinds - {""})),
         )
 
@@ -241,9 +243,18 @@ class Coordinator:
 
     # scored ----------------------------------------------------------------------------------------------------------------
 
+    def _gate(self, done: Round) -> Round:
+        """Let sites train gates of what is published next, where the federation wants them; else publish at once."""
+        if not self.setup.routing.gates or not self._due(done.number):
+            return self._publish(done)
+        moved = [name for name in done.tasks if moved_since_version(name, self.history)]
+        return gating.gated(done, moved, self._writer(done), self._around, self._secure, self.store)
+
+    # gated -----------------------------------------------------------------------------------------------------------------
+
     def _publish(self, done: Round) -> Round:
         if self.publisher is not None and self._due(done.number):
-            done = done.at("scored", **{name: self._release(done, name, self.publisher) for name in done.tasks})
+            done = done.at(done.step, **{name: self._release(done, name, self.publisher) for name in done.tasks})
         self.store.prune(done.blobs)
         self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
         return done.at("published")
@@ -253,7 +264,8 @@ class Coordinator:
         row, task = done.tasks[name], self.setup.tasks[name]
         if not moved_since_version(name, self.history):
             return row
-        version = publisher(task, self._load(task, row.current), release_of(name, self.history, row, (self.setup.name, self.run_id)))
+        tensors, release = self._load(task, row.current), release_of(name, self.history, row, (self.setup.name, self.run_id))
+        version = publisher(task, tensors, replace(release, router=gating.router_card(row, tensors, self.store)))
         self.events("published", round=done.number, task=name, version=version)
         return replace(row, version=version)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft.errors import ConfigError
+from fedpeft.routing.settings import Routing
 from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout, Tensors
@@ -92,6 +93,7 @@ class Setup:
     combine: CombineRule | None = None
     renew: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     secure: SecureAggregation | None = None
+    routing: Routing = field(default_factory=Routing)
     sharing: Sharing | None = None
 
     @property

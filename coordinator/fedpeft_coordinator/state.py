@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Step = Literal["planned", "collecting", "sealed", "combined", "committed", "scored", "published"]
+Step = Literal["planned", "collecting", "sealed", "combined", "committed", "scored", "gated", "published"]
 Outcome = Literal["open", "updated", "skipped"]
 
 
@@ -50,6 +50,7 @@ class TaskRound:
     settles: tuple[str, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
     sealed: str = ""
+    gates: str = ""
     group: str = ""
     alone: str = ""
     gain: Mapping[str, float] = field(default_factory=dict)
@@ -105,7 +106,8 @@ class Round:
     def blobs(self) -> set[str]:
         """Digests in the store that the next round may need."""
         rows = self.tasks.values()
-        return {blob for row in rows for blob in (row.before, row.after, row.state, row.state_after, row.told, *row.means.values()) if blob}
+        named = ((row.before, row.after, row.state, row.state_after, row.told, row.gates, *row.means.values()) for row in rows)
+        return {blob for blobs in named for blob in blobs if blob}
 
     def at(self, step: Step, **tasks: TaskRound) -> Round:
         """This round one step on, with some tasks replaced."""

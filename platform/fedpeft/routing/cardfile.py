@@ -28,7 +28,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.factors import Product, norm, products
 from fedpeft.routing.cards import BINS, Card
 from fedpeft.routing.prototypes import Values, spectrum
-from fedpeft.tensors import Tensors
+from fedpeft.tensors import Layout, Tensors
 
 FILE, FORMAT, HEAD = "router.safetensors", 1, "card.json"
 PREFIX, FACTOR = "base_model.model.", ".lora_A.weight"
@@ -116,6 +116,11 @@ def lora_products(tensors: Tensors) -> dict[str, Product]:
     if not named or not all(entry.name.endswith((FACTOR, ".lora_B.weight")) for entry in named):
         return {}
     return {module_of(pair.a): product for pair, product in products(tensors).items()}
+
+
+def lora_modules(layout: Layout) -> dict[str, int]:
+    """The modules of the base that plain LoRA adapts, and how many inputs each reads; none for other methods."""
+    return {module_of(entry.name): entry.shape[1] for entry in layout.entries if entry.role == "A" and entry.name.endswith(FACTOR)}
 
 
 def module_of(name: str) -> str:

@@ -44,7 +44,7 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
     live.train_roles(job.roles)
     engine = engine or LocalEngine()
     identity = job_digest(live, settings, job, engine)
-    with training(live.model, settings), _own_randomness(live.flat.device):
+    with training(live.model, settings), own_randomness(live.flat.device):
         run = engine.begin(live, task, settings, job)
         start = tally = _resume(run, job, identity)
         clock = time.perf_counter() - start.seconds
@@ -132,7 +132,7 @@ def _step_seed(seed: int, step: int) -> int:
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
+def own_randomness(device: torch.device) -> Iterator[None]:
     """Leave torch's global generators as they were found."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -15,7 +15,7 @@ MAX_EDGES = 1 << 24
 MAX_NAME = 512
 MAX_KEY, MAX_SIGNATURE, MAX_BOX = 32, 512, 256
 """Bytes of a key, a seed or a share, of a signature, and of a box."""
-MAX_COUNTERS, MAX_VALUES = 256, 1 << 16
+MAX_COUNTERS, MAX_VALUES = 1024, 1 << 21
 """Names of counters in one vector, and their values in all."""
 KINDS = ("train", "evaluate")
 OWN_FIELDS = ("previous_digest", "down_roles", "down_codec_json", "cohort", "counted_round", "masking")

@@ -62,7 +62,7 @@ class RoundPlan(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
-    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "scales", "down_codec_json")
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "scales", "down_codec_json", "gates")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TASK_JSON_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class TaskPlan(_message.Message):
     CODEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
     DOWN_CODEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    GATES_FIELD_NUMBER: _ClassVar[int]
     task: str
     task_json: str
     spec_json: str
@@ -115,7 +116,16 @@ class TaskPlan(_message.Message):
     codec_json: str
     scales: bytes
     down_codec_json: str
-    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., scales: _Optional[bytes] = ..., down_codec_json: _Optional[str] = ...) -> None: ...
+    gates: Gates
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., scales: _Optional[bytes] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ...) -> None: ...
+
+class Gates(_message.Message):
+    __slots__ = ("steps", "lr")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    lr: float
+    def __init__(self, steps: _Optional[int] = ..., lr: _Optional[float] = ...) -> None: ...
 
 class Masking(_message.Message):
     __slots__ = ("step", "name", "instance", "bundles", "dealers", "boxes", "survivors", "signatures", "counters")
