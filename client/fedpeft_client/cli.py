@@ -37,6 +37,20 @@ def identity(site: Site) -> None:
     print(f'{settings.name} = "{Secure(settings.name, settings.state).keys.public()}"')
 
 
+@app.command()
+def serve(
+    site: Annotated[Path | None, typer.Argument(help="The site's TOML file; its [serve] and [base] count.", metavar="SITE.TOML")] = None,
+    registry: Annotated[
+        Path | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry, watched for new versions.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer an OpenAI-compatible HTTP API from the registry's adapters until interrupted; new versions are swapped in meanwhile."""
+    from fedpeft_client.serve.run import serve as run
+
+    run(site, registry, _table(overrides))
+
+
 @app.command("dry-run")
 def dry_run(
     site: Site,

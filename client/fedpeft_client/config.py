@@ -14,6 +14,7 @@ from fedpeft.bases import BaseSpec, Quantization
 from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.tasks import Source
+from fedpeft_client.serve.settings import Serve
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
@@ -96,6 +97,7 @@ class SiteConfig(Section):
     tls: Tls = Tls()
     auth: Auth = Auth()
     policy: Policy = Policy()
+    serve: Serve = Serve()
     peers: dict[Name, PublicKey] = Field(default_factory=dict)
     data: dict[str, Source] = Field(min_length=1)
 
@@ -135,6 +137,7 @@ def _rooted(site: SiteConfig, folder: Path) -> SiteConfig:
             "state": folder / site.state.expanduser(),
             "base": _base(folder, site.base),
             "tls": Tls(root_certificates=_at(folder, site.tls.root_certificates)),
+            "serve": site.serve.rooted(folder),
             "auth": Auth(key=_at(folder, site.auth.key)),
             "data": {task: _source(folder, source) for task, source in site.data.items()},
         }

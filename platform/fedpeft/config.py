@@ -35,7 +35,7 @@ def load(path: Path | str, model: type[Model], overrides: Mapping[str, str] | No
     """
     table = read_toml(Path(path))
     for key, value in (overrides or {}).items():
-        _override(table, key, value)
+        override(table, key, value)
     return parse(table, model, str(path))
 
 
@@ -106,7 +106,8 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return _ADAPTERS[kind]
 
 
-def _override(table: dict[str, Any], key: str, text: str) -> None:
+def override(table: dict[str, Any], key: str, text: str) -> None:
+    """Set ``a.b`` in ``table``. Raises `ConfigError` when ``a`` is no table."""
     *parents, last = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})

@@ -100,23 +100,10 @@ class Service:
 
     @cached_property
     def encoder(self) -> Base:
-        """The model that embeds requests: the base itself, or the small encoder that the cards name.
+        """The model that embeds requests: the base, or the small encoder that the cards name. Raises `BaseError` when it is not here."""
+        from fedpeft.bases import load_encoder
 
-        Raises:
-            BaseError: that encoder cannot be found, or is another one here.
-        """
-        from fedpeft.bases import BaseSpec, load_base
-
-        if self.named_encoder in ("", self.base.encoder):
-            return self.base
-        model, _, identity = self.named_encoder.partition("@")
-        found = load_base(BaseSpec(model=model))
-        if found.fingerprint.identity != identity:
-            raise BaseError(
-                f"the router cards were made with {model} {identity[:12]}, {model} here is {found.fingerprint.identity[:12]}; "
-                "get the same weights and tokenizer"
-            )
-        return found
+        return load_encoder(self.named_encoder, self.base)
 
     def _evaluate(self, name: str, rows: list[Row], kind: str) -> dict[str, Any]:
         task, router = self.tasks[name], self.router(kind)

@@ -1,35 +1,28 @@
 """Any adapter that changes linear layers, as a plain LoRA that every server takes; what is lost is measured and said.
 
-The weight change of a layer is read off the layer itself: identity rows go through it with and without the adapter. So the
-conversion asks nothing of the method but that the layer stays affine, and one layer's (out, in) change is in memory at a time.
+The weight change of a layer is read off the layer itself (`affine`), so the conversion asks nothing of the method but that the layer
+stays affine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedpeft.adapters.affine import changes, probes
 from fedpeft.adapters.live import Live
 from fedpeft.adapters.making import make_spec
 from fedpeft.adapters.spec import Adapter
 from fedpeft.bases.base import Base
 from fedpeft.errors import AdapterError
 from fedpeft.methods.lora import Lora
-from fedpeft.methods.targets import linear_roles
 from fedpeft.tensors import Tensors
-
-Forward = Callable[[Tensor], Tensor]
-
-AFFINE = 1e-3
-"""Largest relative departure from an affine layer that is taken for rounding (quantized layers round their inputs)."""
-NEGLIGIBLE = 1e-7
-PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def to_lora(base: Base, adapter: Adapter, rank: int) -> Converted:
         AdapterError: the adapter is of another base, leaves the linear layers as they are, or makes one of them non-linear.
     """
     shell = base.shell(adapter.spec.head)
-    plain = {name: _rows(shell.get_submodule(name)) for name in linear_roles(shell)}
+    plain = probes(shell)
     tokens = torch.randint(5, int(base.config.vocab_size), (4, 16), generator=torch.Generator().manual_seed(0)).to(base.device)
     with Live.attach(base, adapter.spec) as live:
         live.load(adapter.tensors)
@@ -84,58 +77,8 @@ class _Found(NamedTuple):
 
 def _factors(model: nn.Module, plain: Mapping[str, Tensor], rank: int, adapter: Adapter) -> dict[str, _Found]:
     """The change of each linear layer, cut to ``rank``; layers that did not change are left out."""
-    who, found = f"adapter {adapter.spec.task}: {adapter.spec.method.kind}", {}
-    for name, probe in plain.items():
-        layer = _layer(model, name, who)
-        bare = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        if not torch.allclose(_rows(bare, bare.forward), probe, rtol=1e-4, atol=1e-5):
-            raise AdapterError(f"{who} rewrites {name} in place, so its change cannot be read; merge it with its own library first")
-        before, after = _matrix(layer, bare.forward), _matrix(layer, layer)
-        change, scale = (after - before).t(), float(before.norm())
-        bend = float((_rows(layer) - _rows(layer, bare.forward) - _probe(layer) @ change.t()).norm())
-        if bend > AFFINE * max(float(change.norm()), scale):
-            raise AdapterError(f"{who} makes {name} non-linear (off by {bend:.2g}), which no LoRA can say; serve it with fedpeft as it is")
-        if float(change.norm()) > NEGLIGIBLE * scale:
-            found[name] = _split(change, rank)
-    return found
-
-
-def _layer(model: nn.Module, name: str, who: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise AdapterError(
-            f"{who} acts outside the linear layers (prompts, caches), which no LoRA can say; serve it with fedpeft"
-        ) from None
-
-
-def _width(layer: Any) -> int:
-    bare = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return int(bare.nx if hasattr(bare, "nx") else bare.in_features)
-
-
-def _probe(layer: Any) -> Tensor:
-    """A few fixed rows (N, in) on the layer's device."""
-    rows = torch.randn(PROBES, _width(layer), generator=torch.Generator().manual_seed(1))
-    return rows.to(next(layer.parameters()).device)
-
-
-@torch.no_grad()
-def _through(layer: Any, rows: Tensor, forward: Forward | None) -> Tensor:
-    """What ``forward`` (the layer with its hooks, when None) makes of ``rows`` beyond what it makes of zero: (N, out), float32."""
-    weight = next(layer.parameters())
-    inputs = torch.cat([torch.zeros_like(rows[:1]), rows]).to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
-    out: Tensor = (forward or layer)(inputs[None])[0].float()
-    return out[1:] - out[0]
-
-
-def _rows(layer: Any, forward: Forward | None = None) -> Tensor:
-    return _through(layer, _probe(layer), forward)
-
-
-def _matrix(layer: Any, forward: Forward) -> Tensor:
-    """The transposed weight (in, out) of an affine layer."""
-    return _through(layer, torch.eye(_width(layer), device=_probe(layer).device), forward)
+    found = changes(model, plain, adapter.spec)
+    return {one.name: _split(one.change.t(), rank) for one in found if not one.negligible}
 
 
 def _split(change: Tensor, rank: int) -> _Found:

@@ -9,6 +9,7 @@ from fedpeft.bases.fingerprint import fingerprint
 from fedpeft.bases.quiet import hush
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.spec import BaseSpec, Family, Fingerprint, HeadSpec, Quantization
+from fedpeft.errors import BaseError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,7 @@ __all__ = [
     "Quantization",
     "fingerprint",
     "load_base",
+    "load_encoder",
     "meta_base",
     "module_roles",
     "resolve_model",
@@ -44,6 +46,24 @@ def load_base(spec: BaseSpec, device: str = "auto") -> Base:
     base = load(spec, device)
     LOADS += 1
     return base
+
+
+def load_encoder(named: str, base: Base) -> Base:
+    """The model that ``named`` (``model@identity``, as router cards say it) embeds with: ``base`` itself where it is that or empty.
+
+    Raises:
+        BaseError: that encoder cannot be found, or is another one here.
+    """
+    if named in ("", base.encoder):
+        return base
+    model, _, identity = named.partition("@")
+    found = load_base(BaseSpec(model=model))
+    if found.fingerprint.identity != identity:
+        raise BaseError(
+            f"the router cards were made with {model} {identity[:12]}, {model} here is {found.fingerprint.identity[:12]}; "
+            "get the same weights and tokenizer"
+        )
+    return found
 
 
 def meta_base(spec: BaseSpec) -> Base:

@@ -27,6 +27,11 @@ def watch(base: Base, text: str, modules: Collection[str]) -> States:
         AdapterError: the base has no such module.
     """
     base.require_free("watch")
+    return states(base, text, modules)
+
+
+def states(base: Base, text: str, modules: Collection[str]) -> States:
+    """`watch` where the caller knows that what is attached acts on no row. Raises `AdapterError` when the base has no such module."""
     ids = torch.tensor([tokens(base, text)], device=base.device)
     with torch.no_grad(), evaluating(base.trunk), watching(base.model, modules) as seen:
         base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -71,10 +71,42 @@ def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: R
 
 
 @app.command()
-def export(ref: Ref, folder: Annotated[Path, typer.Argument(help="New folder to write.")], registry: Root = HERE) -> None:
-    """Write one version as a Hugging Face PEFT folder (plus its signed manifest)."""
-    _open(registry).export(ref, folder)
-    print(f"{ref} written to {folder}; load it with peft.PeftModel.from_pretrained(model, {str(folder)!r})")
+def export(
+    ref: Annotated[str, typer.Argument(help="TASK, TASK@NUMBER, sha256:PREFIX, or an adapter's folder.")],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    form: Annotated[str, typer.Option("--format", help="peft, merged, vllm or gguf.")] = "peft",
+    check: Annotated[bool, typer.Option("--check", help="Load what was written and compare its logits; fail when they differ.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="base=MODEL where it is not found by its name, quantization=nf4 as it is served, or the format's own: max_rank=64.",
+        ),
+    ] = None,
+    registry: Root = HERE,
+) -> None:
+    """Write one version for another server: a PEFT folder, merged weights, vLLM's LoRA layout, or GGUF."""
+    from fedpeft.bases import BaseSpec, load_base
+    from fedpeft.exporting import Export, exported, make_format
+
+    table, adapter = _settings(settings or []), _adapter(ref, registry)
+    spec = BaseSpec(table.pop("base", adapter.spec.base_model), table.pop("quantization", "none"))
+    chosen = make_format({"kind": form, **table})
+    loaded = load_base(spec) if chosen.needs_base or (check and form != "gguf") else None
+    written, found = exported(chosen, Export(adapter, loaded, _files(ref, registry)), folder, check)
+    print(f"{ref} written to {folder} as {form}")
+    for note in written.notes:
+        print(f"  {note}")
+    if found is not None:
+        print(f"  checked: {found.said}")
+
+
+def _files(ref: str, registry: Path) -> Any:
+    """The files of a version, manifest and signature too; none for a folder that is no version."""
+    if (Path(ref) / "fedpeft.json").is_file():
+        return None
+    store = _open(registry)
+    return store.files(store.resolve(ref))
 
 
 @app.command()

@@ -127,7 +127,7 @@ def test_an_unknown_verb_is_a_usage_error(capsys):
 FLAGS = {
     "adapters cluster": ["--how", "--json", "--out", "--registry", "--set"],
     "adapters convert": ["--base", "--quantization", "--rank", "--registry"],
-    "adapters export": ["--registry"],
+    "adapters export": ["--check", "--format", "--registry", "--set"],
     "adapters history": ["--registry"],
     "adapters list": ["--json", "--registry"],
     "adapters merge": ["--how", "--origin", "--out", "--registry", "--set"],
@@ -140,6 +140,7 @@ FLAGS = {
     "client dry-run": ["--json", "--plan", "--round", "--set"],
     "client identity": [],
     "client join": [],
+    "client serve": ["--registry", "--set"],
     "client start": ["--fit", "--json", "--plan", "--registry", "--task"],
     "coordinator status": ["--json"],
     "coordinator up": ["--set"],

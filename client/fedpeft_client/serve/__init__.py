@@ -1,0 +1,1 @@
+"""The site's OpenAI-compatible API (see README.md). Importing this imports nothing heavy."""

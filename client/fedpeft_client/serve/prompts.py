@@ -1,0 +1,67 @@
+"""Bodies to token ids, within the context. All but `fitted` run inside `Backend.read`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from jinja2 import TemplateError
+
+from fedpeft.serving.backend import Backend
+from fedpeft_client.serve.errors import invalid
+from fedpeft_client.serve.flow import Wanted
+from fedpeft_client.serve.schema import Chat
+from fedpeft_client.serve.targets import Target
+
+if TYPE_CHECKING:
+    from fedpeft_client.serve.generating import Job
+
+
+class Read(NamedTuple):
+    """A prompt in both forms."""
+
+    text: str
+    ids: list[int]
+
+
+def chat_prompt(backend: Backend, target: Target, body: Chat) -> list[int]:
+    """A lone message to a task that was not trained on chats is asked as the task's rows ask; all else goes through the chat template."""
+    messages = [message.plain() for message in body.messages]
+    lone = len(messages) == 1 and target.served is not None and not getattr(target.served.task, "chat", False)
+    try:
+        return backend.prompt(messages[0]["content"] if lone else messages)
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as fault:
+        raise invalid(f"the base's chat template takes no such messages: {str(fault)[:200]}", "messages") from None
+
+
+def of_input(backend: Backend, given: str | list[int], cut: bool = False) -> Read:
+    """A text or its tokens. Raises `ApiError` when a token is none of the base's."""
+    if isinstance(given, str):
+        return Read(given, backend.ids(given, cut))
+    _known(given, backend.vocabulary, "input" if cut else "prompt")
+    return Read(backend.text(given), given[: backend.context] if cut else given)
+
+
+def fitted(job: Job, backend: Backend, limit: int) -> list[Wanted]:
+    """Every choice with what it may generate. Raises `ApiError` when prompt and answer do not fit the context, or the answer the limit."""
+    context, found = backend.context, []
+    _known(job.body.logit_bias or {}, backend.vocabulary)
+    for ids in job.prompts:
+        room = context - len(ids)
+        asked = min(room, limit) if job.budget is None else job.budget
+        if room < 1 or asked > room:
+            raise invalid(
+                f"the base takes {context} tokens; the prompt has {len(ids)} and max_tokens is {job.budget}; shorten one of them",
+                "messages" if job.chat else "prompt",
+                "context_length_exceeded",
+            )
+        if asked > limit:
+            raise invalid(f"max_tokens is {asked}; this server generates at most {limit} a request", "max_tokens", "invalid_value")
+        found += [Wanted(tuple(ids), job.body.sampling(asked, copy, job.tops)) for copy in range(job.body.copies)]
+    return found
+
+
+def _known(tokens: Iterable[int], size: int, name: str = "logit_bias") -> None:
+    wrong = [token for token in tokens if not 0 <= token < size]
+    if wrong:
+        raise invalid(f"token {wrong[0]} is none of the base's, which has {size}", name, "invalid_value")

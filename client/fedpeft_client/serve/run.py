@@ -1,0 +1,144 @@
+"""`fedpeft client serve`: load the base, bring in what the registry serves, answer until interrupted."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.bases import BaseSpec
+from fedpeft.config import Section, override, parse
+from fedpeft.errors import AdapterError, StorageError
+from fedpeft.registry import Registry
+from fedpeft_client.config import SiteBase, load_site
+from fedpeft_client.serve.settings import Serve
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from fedpeft.bases import Base
+    from fedpeft.serving.backend import Backend
+
+HERE = Path("registry")
+
+
+def serve(site: Path | None, registry: Path | None, overrides: Mapping[str, str]) -> None:
+    """Answer until interrupted; then running requests go on for ``patience_seconds``.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a key file that is not as it must be.
+        AdapterError: neither a base nor a registry with a version is given.
+        BaseError: the base cannot be loaded, or cannot be served in batches.
+        StorageError: the address is taken.
+    """
+    settings, spec, device = _settings(site, registry, overrides)
+    settings.key_digests()
+    listener = _listen(settings)
+    with listener:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+        for noisy in ("httpx", "uvicorn.access"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        _answer(settings, spec, device, listener)
+
+
+class Alone(Section):
+    """What may be set without a site.toml."""
+
+    serve: Serve = Serve()
+    base: SiteBase | None = None
+    device: str = "auto"
+
+
+def _settings(site: Path | None, registry: Path | None, overrides: Mapping[str, str]) -> tuple[Serve, BaseSpec, str]:
+    if site is not None:
+        config = load_site(site, overrides)
+        folder = registry or config.serve.registry or site.resolve().parent / HERE
+        return _at(config.serve, folder), config.base.spec(), config.device
+    alone = _alone(overrides)
+    folder = registry or alone.serve.registry or HERE
+    return _at(alone.serve, folder), alone.base.spec() if alone.base else _base_of(folder), alone.device
+
+
+def _at(settings: Serve, registry: Path) -> Serve:
+    return settings.model_copy(update={"registry": registry})
+
+
+def _alone(overrides: Mapping[str, str]) -> Alone:
+    table: dict[str, Any] = {}
+    for key, value in overrides.items():
+        override(table, key, value)
+    return parse(table, Alone, "--set")
+
+
+def _base_of(folder: Path) -> BaseSpec:
+    """The base that the registry's newest versions were trained on."""
+    versions = [Registry(folder).get(task) for task in Registry(folder).tasks()] if folder.is_dir() else []
+    if not versions:
+        raise AdapterError(f"{folder}: no registry with a version there; give --registry, or a SITE.TOML that names the base")
+    return BaseSpec(versions[0].manifest.base_model)
+
+
+def _listen(settings: Serve) -> socket.socket:
+    """The bound socket: a taken address is known before the base is loaded."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as fault:
+        listener.close()
+        raise StorageError(f"serve: {settings.host}:{settings.port} cannot be listened on: {fault.strerror}; set serve.port") from None
+    return listener
+
+
+def _answer(settings: Serve, spec: BaseSpec, device: str, listener: socket.socket) -> None:
+    from fedpeft.bases import load_base
+
+    with opened(settings, load_base(spec, device)) as backend:
+        name = f"http{'s' if settings.certificate else ''}://{settings.host}:{listener.getsockname()[1]}"
+        tasks = sorted(backend.catalog.served())
+        print(f"serving {spec.model} and {len(tasks)} tasks {tasks} at {name}/v1", flush=True)
+        server(settings, backend).run(sockets=[listener])
+        backend.close(settings.patience_seconds)
+
+
+def opened(settings: Serve, base: Base) -> Backend:
+    """A backend with everything that can be served now; what cannot is named in the log."""
+    from fedpeft.serving import Limits
+    from fedpeft.serving.backend import Backend
+
+    assert settings.registry is not None
+    limits = Limits(settings.rows, settings.queue, settings.bite)
+    backend = Backend(base, Registry(settings.registry), limits, settings.router)
+    try:
+        backend.catalog.refresh()
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def server(settings: Serve, backend: Backend) -> uvicorn.Server:
+    """Uvicorn over the application, bounded in connections."""
+    import uvicorn
+
+    from fedpeft_client.serve.app import build
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            build(backend, settings),
+            log_config=None,
+            access_log=False,
+            http="h11",
+            ws="none",
+            server_header=False,
+            limit_concurrency=settings.connections,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(int(settings.patience_seconds), 1),
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.key,
+        )
+    )

@@ -1,0 +1,226 @@
+"""Bodies of the OpenAI API that are understood here; what is not understood is refused by name, never silently dropped."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedpeft.serving import Sampling
+from fedpeft_client.serve.errors import ApiError, invalid
+
+Body = TypeVar("Body", bound=BaseModel)
+Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+Stop = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+    BeforeValidator(lambda value: () if value is None else (value,) if isinstance(value, str) else value),
+    Field(max_length=4),
+]
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "suffix": (None, ""),
+    "echo": (None, False),
+    "best_of": (None, 1),
+    "dimensions": (None,),
+}
+"""Fields of the API that only their neutral values are accepted of: anything else would change the answer, and cannot be had here."""
+IGNORED = frozenset({"user", "metadata", "store", "service_tier", "reasoning_effort", "verbosity", "safety_identifier", "prompt_cache_key"})
+"""Fields that do not change what is answered."""
+
+
+class Ours(BaseModel):
+    """What only this server knows: an explicit mixture of tasks with their weights, in place of the model's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mixture: dict[str, Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]] = Field(min_length=1, max_length=16)
+
+
+class StreamOptions(BaseModel):
+    """``include_usage`` adds a last chunk with the usage."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    include_usage: bool = False
+
+
+class Common(BaseModel):
+    """What chat and plain completions share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, max_length=256)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop = ()
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    fedpeft: Ours | None = None
+
+    @property
+    def copies(self) -> int:
+        """``n``."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int, copy: int, top_logprobs: int | None) -> Sampling:
+        """Settings of the ``copy``-th choice; the API's defaults where nothing is said."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=None if self.seed is None else (self.seed + copy) % 2**64,
+            stop=self.stop,
+            top_logprobs=top_logprobs,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+        )
+
+
+class Part(BaseModel):
+    """A text part of a message."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn; parts of text are joined."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def plain(self) -> dict[str, str]:
+        """What chat templates take."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+
+class Chat(Common):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1024)
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Chat:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs = true")
+        if not any(message.role == "user" for message in self.messages):
+            raise ValueError("messages hold no message of the role 'user'")
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """Most tokens to generate, where it is said."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        """How many likeliest tokens to report, None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def asked(self) -> str:
+        """The last message of the user: what is routed and classified."""
+        return next(message.text for message in reversed(self.messages) if message.role == "user")
+
+
+class Completion(Common):
+    """POST /v1/completions."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one a choice."""
+        return several(self.prompt)
+
+
+class Embeddings(BaseModel):
+    """POST /v1/embeddings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, max_length=256)
+    input: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    fedpeft: Ours | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one an embedding."""
+        return several(self.input)
+
+
+def several(value: Any) -> list[str | list[int]]:
+    """A text or its tokens, or a list of such, as a list."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else list(value)
+
+
+def parse(raw: bytes, body: type[Body]) -> Body:
+    """Read a request's body. Raises `ApiError` (400) naming the field, the value and what is allowed."""
+    try:
+        table = json.loads(raw)
+    except (ValueError, RecursionError) as fault:
+        raise invalid(f"the body is not JSON: {str(fault)[:120]}") from None
+    if not isinstance(table, dict):
+        raise invalid(f"the body is a JSON {type(table).__name__}; it must be an object")
+    try:
+        return body.model_validate(_understood(table, body))
+    except ValidationError as faults:
+        raise _fault(faults, body) from None
+
+
+def _understood(table: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
+    for name, allowed in NEUTRAL.items():
+        if name in table and name not in body.model_fields and table[name] not in allowed:
+            raise invalid(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+    skipped = (IGNORED | set(NEUTRAL)) - set(body.model_fields)
+    return {name: value for name, value in table.items() if name not in skipped}
+
+
+def _fault(faults: ValidationError, body: type[BaseModel]) -> ApiError:
+    first = faults.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "float")))) or None
+    if first["type"] == "extra_forbidden":
+        return invalid(f"unrecognized request argument supplied: {name}; known are {sorted(body.model_fields)}", name, "unknown_parameter")
+    if first["type"] == "missing":
+        return invalid(f"you must provide {name}", name, "missing_required_parameter")
+    seen = repr(first["input"])
+    shown = "" if isinstance(first["input"], dict | list) else f" (got {seen if len(seen) <= 80 else seen[:79] + '…'})"
+    return invalid(f"{name or 'the body'}: {first['msg'].removeprefix('Value error, ')}{shown}", name, "invalid_value")

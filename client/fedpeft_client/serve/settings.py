@@ -1,0 +1,90 @@
+"""``[serve]`` of site.toml: where the API listens, who may call it, and what bounds it."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from fedpeft.config import Section
+from fedpeft.errors import ConfigError
+
+
+class Serve(Section):
+    """How the site answers requests.
+
+    Loopback needs nothing. Beyond it keys and TLS must be on; ``behind_proxy`` says that a proxy before us ends TLS. ``keys`` is a file of
+    one API key a line. ``rows`` requests run at once and ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of
+    the others. ``watch_seconds`` is how often the registry is looked at; ``patience_seconds`` how long running requests may go on when the
+    server stops; ``stall_seconds`` how long one write to, or the body of, a caller may take. ``router`` decides for ``model = "auto"``.
+    """
+
+    registry: Path | None = None
+    router: str = "chain"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    keys: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    behind_proxy: bool = False
+    hosts: tuple[str, ...] = ()
+    rows: int = Field(default=32, ge=1, le=4096)
+    queue: int = Field(default=256, ge=0, le=100_000)
+    bite: int = Field(default=512, ge=1)
+    max_tokens: int = Field(default=4096, ge=1)
+    max_inputs: int = Field(default=256, ge=1)
+    max_body_kb: int = Field(default=1024, ge=1)
+    connections: int = Field(default=1024, ge=1)
+    watch_seconds: float = Field(default=2.0, gt=0)
+    patience_seconds: float = Field(default=30.0, ge=0)
+    stall_seconds: float = Field(default=30.0, gt=0)
+
+    @model_validator(mode="after")
+    def _closed(self) -> Serve:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("serve.certificate and serve.key belong together; set both or neither")
+        if self.loopback:
+            return self
+        if self.keys is None:
+            raise ValueError(f"serve.host {self.host} is beyond loopback and needs serve.keys, a file of one API key a line")
+        if self.certificate is None and not self.behind_proxy:
+            raise ValueError(
+                f"serve.host {self.host} is beyond loopback and needs serve.certificate and serve.key, or serve.behind_proxy = true"
+            )
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can call."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Names that a request may be addressed to, so that no page in a browser reaches us under a name of its own; none for any."""
+        return self.hosts or (("localhost", "127.0.0.1", "::1", self.host) if self.loopback else ())
+
+    def key_digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of each API key; none where everyone may call. Raises `ConfigError` when the file is missing, empty or open to others."""
+        if self.keys is None:
+            return ()
+        try:
+            lines = self.keys.read_text(encoding="utf-8").splitlines()
+            mode = self.keys.stat().st_mode
+        except (OSError, UnicodeDecodeError) as fault:
+            raise ConfigError(f"serve.keys: {self.keys} cannot be read: {fault}; write one API key a line there") from None
+        if mode & 0o077:
+            raise ConfigError(f"serve.keys: {self.keys} can be read by others; run chmod 600 {self.keys}")
+        found = tuple(hashlib.sha256(line.strip().encode()).digest() for line in lines if line.strip())
+        if not found:
+            raise ConfigError(f"serve.keys: {self.keys} holds no key; write one API key a line there")
+        return found
+
+    def rooted(self, folder: Path) -> Serve:
+        """Relative paths are relative to ``folder``."""
+        paths = {name: getattr(self, name) for name in ("registry", "keys", "certificate", "key")}
+        return self.model_copy(update={name: folder / path.expanduser() for name, path in paths.items() if path is not None})

@@ -1,0 +1,100 @@
+"""From ``model`` to what answers: the base, a task's version, a given mixture, or where the text is routed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft.errors import AdapterError
+from fedpeft.serving import Mixture, Served
+from fedpeft.serving.backend import Backend
+from fedpeft_client.serve.errors import ApiError, invalid
+from fedpeft_client.serve.schema import Ours
+
+BASE, AUTO, TASK = "base", "auto", "task:"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers: ``shares`` of tasks (none is the base alone), how that was decided, and the only task, where it is one."""
+
+    shares: Mapping[str, float]
+    route: Mapping[str, Any]
+    served: Served | None = None
+
+    @property
+    def kind(self) -> str:
+        """``generation`` (the base too), ``classification`` or ``choice``."""
+        return self.served.task.kind if self.served else "generation"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A target with the versions that serve it now; they stay until all requests that shared them have ended."""
+
+    target: Target
+    mixture: Mixture
+
+    def said(self, **extra: Any) -> dict[str, Any]:
+        """The response's ``fedpeft`` field."""
+        return {"mixture": dict(self.mixture), "route": dict(self.target.route), **extra}
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The same, short, as a header; versions' names are ASCII."""
+        return {"x-fedpeft-mixture": ", ".join(f"{name}={weight:g}" for name, weight in self.mixture.items()) or BASE}
+
+
+async def choose(backend: Backend, model: str, ours: Ours | None, text: str) -> Target:
+    """The target that ``model`` names. Raises `ApiError` (404) when there is no such model or task."""
+    if ours is not None:
+        return _target(backend, ours.mixture, {"kind": "given"})
+    if model == BASE:
+        return Target({}, {"kind": BASE})
+    if model == AUTO:
+        return await _routed(backend, text)
+    if model.startswith(TASK):
+        return _target(backend, {model.removeprefix(TASK): 1.0}, {"kind": "task"})
+    tasks = [TASK + name for name in sorted(backend.catalog.served())]
+    raise ApiError(404, f"the model {model!r} does not exist; models are {[BASE, AUTO, *tasks]}", "model_not_found", "model")
+
+
+@contextmanager
+def hold(backend: Backend, target: Target) -> Iterator[Held]:
+    """The versions that serve ``target`` now; requests made inside share them. Raises `ApiError` (404) when a task is gone."""
+    try:
+        held = Held(target, backend.catalog.take(target.shares))
+    except AdapterError as fault:
+        raise ApiError(404, str(fault), "model_not_found", "model") from None
+    try:
+        yield held
+    finally:
+        backend.catalog.release(held.mixture)
+
+
+async def _routed(backend: Backend, text: str) -> Target:
+    asked = await asyncio.to_thread(backend.route, text)  # the first time after a swap it makes the router
+    route = await asyncio.wrap_future(asked)
+    if isinstance(route, AdapterError):
+        raise ApiError(500, f"routing failed: {route}", "routing_failed")
+    said = {"kind": route.router, "why": route.why, "task": route.task, "score": route.score, "scores": dict(route.scores)}
+    return _target(backend, backend.shares(route), said)
+
+
+def _target(backend: Backend, shares: Mapping[str, float], route: Mapping[str, Any]) -> Target:
+    try:
+        served = [backend.catalog.find(task) for task in shares]
+    except AdapterError as fault:
+        raise ApiError(404, str(fault), "model_not_found", "model") from None
+    if len(served) == 1:
+        return Target(shares, route, served[0])
+    for one in served:
+        if one.task.kind != "generation":
+            raise invalid(
+                f"task {one.task.name!r} is of kind {one.task.kind}, which is not mixed with others; mix generation tasks",
+                "fedpeft.mixture",
+            )
+    return Target(shares, route)

@@ -1,0 +1,90 @@
+"""What was written, loaded by peft and transformers alone, beside the adapter as it is served here."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedpeft.adapters.live import Live
+from fedpeft.bases import Base, HeadSpec, resolve_model
+from fedpeft.bases.quiet import quiet_transformers
+from fedpeft.errors import AdapterError
+from fedpeft.exporting.formats import Checked, Export
+
+ROWS, WIDTH = 4, 24
+ROUNDING = {"int8": 0.1, "bf16": 0.05}
+"""Largest distance of logits, over the largest, that is rounding alone: layers of these kinds round what they read, whatever is merged."""
+EXACT = 1e-3
+
+
+def allowed(base: Base) -> float:
+    """The distance that counts as rounding on this base."""
+    return ROUNDING.get(base.spec.quantization, EXACT)
+
+
+def tokens(base: Base) -> Tensor:
+    """A few fixed rows of random tokens (N, T); the first are left out, where special ones lie."""
+    drawn = torch.randint(5, int(base.config.get_text_config().vocab_size), (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
+    return drawn.to(base.device)
+
+
+def served(export: Export, ids: Tensor) -> Tensor:
+    """Logits of the adapter as it is served."""
+    with Live.attach(export.loaded(), export.adapter.spec) as live:
+        live.load(export.adapter.tensors)
+        return logits(live.model.eval(), ids)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Float32 logits of rows without padding."""
+    found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return found.float().cpu()
+
+
+def peft_check(export: Export, folder: Path) -> Checked:
+    """Logits of `peft.PeftModel` on a freshly loaded dense base. Raises `AdapterError` when peft cannot load the folder."""
+    from peft import PeftModel
+
+    base, spec = export.loaded(), export.adapter.spec
+    if base.spec.quantization != "none":
+        raise AdapterError(
+            f"export: --check of a PEFT folder compares on the dense base; leave --quantization {base.spec.quantization} out"
+        )
+    fresh = _fresh(resolve_model(base.spec.model, base.spec.revision), spec.head, base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = PeftModel.from_pretrained(fresh, folder).eval()
+    except (KeyError, ValueError, RuntimeError, TypeError) as fault:
+        raise AdapterError(f"{folder}: peft cannot load it ({str(fault).splitlines()[0][:120]}); export it merged, or convert it") from None
+    return compared(export, loaded, "logits of peft")
+
+
+def merged_check(export: Export, folder: Path) -> Checked:
+    """Logits of the merged model as transformers loads it."""
+    base = export.loaded()
+    return compared(export, _fresh(folder, export.adapter.spec.head, base), "logits of the merged model")
+
+
+def compared(export: Export, model: nn.Module, what: str) -> Checked:
+    """How far ``model`` is from the adapter as it is served."""
+    ids = tokens(export.loaded())
+    ours, theirs = served(export, ids), logits(model.to(export.loaded().device), ids)
+    return Checked(what, float((ours - theirs).abs().max()), float(ours.abs().max()), allowed(export.loaded()))
+
+
+def _fresh(folder: Path, head: HeadSpec, base: Base) -> Any:
+    kind = AutoModelForCausalLM if head.kind == "lm" else AutoModelForSequenceClassification
+    extra = {} if head.kind == "lm" else {"num_labels": len(head.labels)}
+    with quiet_transformers():
+        model = kind.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
+        )
+    model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    return model.to(base.device).eval()
