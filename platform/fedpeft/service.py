@@ -5,7 +5,8 @@ What ``fedpeft route`` and ``fedpeft evaluate`` call. One base is loaded once, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,15 @@ from fedpeft.errors import AdapterError, BaseError, DataError
 from fedpeft.registry import Registry, Version, router_card
 from fedpeft.routing import Request, Route, Router, RouterCard, make_router
 from fedpeft.routing.cards import common_encoder
+from fedpeft.routing.policies import token_router
 from fedpeft.update import Counters, add_counters
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedpeft.adapters import Adapter
     from fedpeft.bases import Base
+    from fedpeft.mixtures import Bank
     from fedpeft.tasks import Row, Task
 
 DEFAULT = "chain"
@@ -77,8 +82,8 @@ class Service:
         """The answer of the route's mixture to ``text``; the base's own where it generates text, else None."""
         if route.task is None:
             return self._base_answer(text)
-        with self._live(route) as live:
-            return self.tasks[route.task].answer(live.model, self.base, text)
+        with self._acting(route) as model:
+            return self.tasks[route.task].answer(model, self.base, text)
 
     def evaluate(self, rows: Sequence[Row], router: str | None = DEFAULT) -> dict[str, dict[str, Any]]:
         """Score rows per task, each answered by what ``router`` sends it to; by its own task's adapter with None.
@@ -110,7 +115,7 @@ class Service:
         routes = [router.route(self.request(task.text_of(row), name if kind == "task" else None)) for row in rows]
         scored = [pair for pair in zip(rows, routes, strict=True) if task.head.kind == "lm" or pair[1].task == name]
         counters: Counters = {}
-        for _, pairs in _alike(scored).items():
+        for pairs in _alike(scored, apart=task.head.kind != "lm"):
             counters = add_counters(counters, self._counters(name, [row for row, _ in pairs], pairs[0][1]))
         return {
             "rows": len(rows),
@@ -126,8 +131,8 @@ class Service:
         data = task.encode(rows, self.base)
         if route.task is None:
             return task.evaluate(self.base.shell(task.head), data, self.base)
-        with self._live(route) as live:
-            return task.evaluate(live.model, data, self.base)
+        with self._acting(route) as model:
+            return task.evaluate(model, data, self.base)
 
     def _base_answer(self, text: str) -> str | None:
         found = next((task for _, task in sorted(self.tasks.items()) if task.head.kind == "lm"), None)
@@ -143,13 +148,29 @@ class Service:
             groups.setdefault(name, []).append(row)
         return groups
 
-    def _live(self, route: Route) -> Any:
+    @contextmanager
+    def _acting(self, route: Route) -> Iterator[nn.Module]:
+        """The model under the route's mixture: one adapter, or, where every token chooses, a bank of all of them."""
         from fedpeft.adapters import attach
 
+        if route.level == "token":
+            with self._bank(route) as bank:
+                yield bank.model
+            return
         adapter = self._mixed(route)
-        live = attach(self.base, adapter.spec)
-        live.load(adapter.tensors)
-        return live
+        with attach(self.base, adapter.spec) as live:
+            live.load(adapter.tensors)
+            yield live.model
+
+    def _bank(self, route: Route) -> Bank:
+        from fedpeft.mixtures import Bank
+        from fedpeft.mixtures.routers import routed
+
+        assert route.task is not None
+        router, head = token_router(route.router, self.cards), self.tasks[route.task].head
+        bank = Bank.attach(self.base, head, {name: self.registry.load(self.versions[name].digest) for name in router.names})
+        bank.use(routed(router, self.base.device), heads=None if head.kind == "lm" else [route.task])
+        return bank
 
     def _mixed(self, route: Route) -> Adapter:
         """The route's mixture as one adapter, exactly: ``sum_e w_e B_e A_e`` by stacked ranks; labels have no mixture, so the first's."""
@@ -164,12 +185,13 @@ class Service:
         return merge(list(kept.values()), [route.weights[name] for name in kept], make_rule("cat"), task=route.task)
 
 
-def _alike(pairs: Sequence[tuple[Row, Route]]) -> dict[tuple[tuple[str, float], ...], list[tuple[Row, Route]]]:
-    """Rows by where they go."""
-    groups: dict[tuple[tuple[str, float], ...], list[tuple[Row, Route]]] = {}
-    for row, route in pairs:
-        groups.setdefault(tuple(sorted(route.weights.items())), []).append((row, route))
-    return groups
+def _alike(pairs: Sequence[tuple[Row, Route]], apart: bool) -> Collection[list[tuple[Row, Route]]]:
+    """Rows by where they go: those whose tokens choose all together, or each ``apart`` where a head must be named for every row."""
+    groups: dict[Any, list[tuple[Row, Route]]] = {}
+    for place, (row, route) in enumerate(pairs):
+        key = (route.router, place if apart else None) if route.level == "token" else tuple(sorted(route.weights.items()))
+        groups.setdefault(key, []).append((row, route))
+    return groups.values()
 
 
 def load_base_of(versions: dict[str, Version], quantization: str = "none") -> Base:

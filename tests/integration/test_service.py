@@ -93,6 +93,8 @@ def test_a_router_over_tokens_reads_the_base(registry, base):
         assert sum(route.weights.values()) == pytest.approx(1.0, abs=1e-5)
         assert all(0 <= score <= 1 for score in route.scores.values())
         assert service.answer("a dog barks", route)
+        report = service.evaluate([{"task": "money", "text": text, "label": "gain"} for text in TEXTS["money"]], kind)["money"]
+        assert report["scored"] == round(3 * report["routed right"])
     named, told = service.request("a dog barks"), service.base.watch("a dog barks", ["bert.encoder.layer.0.attention.self.query"])
     assert set(told) < set(named.states)
     assert all(np.array_equal(named.states[module], values) for module, values in told.items())

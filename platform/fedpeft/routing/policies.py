@@ -11,7 +11,7 @@ from fedpeft.routing.cards import Card, calibrate
 from fedpeft.routing.chain import Calibrated, Chain
 from fedpeft.routing.requests import Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MeanRouter, TaskRouter
-from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter
+from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter, TokenRouter
 
 Cards = Mapping[str, RouterCard]
 """Router cards by adapter."""
@@ -42,6 +42,15 @@ def make_router(kind: str, cards: Cards) -> Router:
     if made is None:
         raise AdapterError(f"router {kind}: none of {sorted(cards)} has {NEEDS[kind]}")
     return made
+
+
+def token_router(kind: str, cards: Cards) -> TokenRouter:
+    """The router over tokens, ``gate``, ``arrow`` or ``spectr``, that a route at the level of tokens names. Raises `AdapterError`."""
+    made = make_router(kind, cards)
+    inner = made.router if isinstance(made, Calibrated) else made
+    if not isinstance(inner, GateRouter | ArrowRouter | SpectrRouter):
+        raise AdapterError(f"router {kind}: weighs whole requests; choose gate, arrow or spectr")
+    return inner
 
 
 def _of_chain(kind: str, cards: Cards) -> Router | None:

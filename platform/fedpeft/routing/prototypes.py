@@ -15,6 +15,8 @@ from fedpeft.errors import AdapterError
 from fedpeft.factors import Factor, Product
 
 Values = NDArray[np.float32]
+EPSILON = 1e-12
+"""What lengths and deviations are taken to be at least."""
 
 
 def arrow(product: tuple[Factor, Factor]) -> Values:
@@ -82,5 +84,5 @@ def mix(experts: Sequence[Product], weights: Values, x: Values) -> Values:
 
 def _standard(rows: Values) -> Values:
     centred = rows - rows.mean(axis=1, keepdims=True)
-    standard: Values = centred / np.maximum(centred.std(axis=1, keepdims=True), np.float32(1e-12))
+    standard: Values = centred / np.maximum(centred.std(axis=1, keepdims=True), np.float32(EPSILON))
     return standard

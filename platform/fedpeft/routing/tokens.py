@@ -156,7 +156,8 @@ class SpectrRouter:
         """1 / ``top`` on each of the ``top``."""
         here, spectra = stacked(self, module)
         taken = [normed(spectrum) if self.unit else spectrum for spectrum in spectra]
-        return lambda x: even(chosen(spread(here, spectrum_scores(taken, x)), self.top))
+        each = np.float32(1.0 / min(self.top, len(here)))
+        return lambda x: (chosen(spread(here, spectrum_scores(taken, x)), self.top) > 0.0) * each
 
     def route(self, request: Request) -> Route:
         """See `over_tokens`."""
@@ -208,13 +209,6 @@ def spread(here: Sequence[bool], scores: Values) -> Values:
 def chosen(scores: Values, k: int) -> Values:
     """`prototypes.top` of at most all adapters; those at -inf weigh nothing."""
     return top(scores, min(k, scores.shape[1]))
-
-
-def even(weights: Values) -> Values:
-    """Equal shares of what weighs anything in each row."""
-    taken = (weights > 0.0).astype(np.float32)
-    shares: Values = taken / np.maximum(taken.sum(axis=1, keepdims=True), np.float32(1.0))
-    return shares
 
 
 def unit(rows: Values) -> Values:
