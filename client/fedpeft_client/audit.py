@@ -18,6 +18,7 @@ class Departure:
     """What one answer carried away: values and bytes per role, names of counters, weight, digest of the answer.
 
     ``masked`` names the masked sum that values, weight and counters went into, and the step; empty: they left in the clear.
+    ``protected`` says how they were bounded and noised; ``epsilon`` is what the task had spent at this site with this answer.
     """
 
     federation: str
@@ -31,6 +32,8 @@ class Departure:
     digest: str = ""
     repeated: bool = False
     masked: str = ""
+    protected: str = ""
+    epsilon: float | None = None
 
 
 def record(path: Path, departure: Departure) -> None:

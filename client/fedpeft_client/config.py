@@ -65,7 +65,10 @@ class Auth(Section):
 class Policy(Section):
     """What a plan may ask; an empty list or an absent number allows everything that key speaks about.
 
-    ``tasks`` empty means the tasks of ``[data]``. ``bases`` are fingerprint identities or model names.
+    ``tasks`` empty means the tasks of ``[data]``. ``bases`` are fingerprint identities or model names. ``modules`` are patterns of the
+    tensors that may leave, as in ``*.attention.*``. ``max_epsilon`` at ``delta`` is what a task may spend at this site, over all runs.
+    ``clip`` is the norm to which the site scales down what it trained before anything else is done to it, and ``noise`` the deviation,
+    in multiples of ``clip``, of Gaussian noise that it adds by itself, whatever the plan says.
     """
 
     bases: tuple[str, ...] = ()
@@ -75,8 +78,18 @@ class Policy(Section):
     max_upload_mb: float = Field(default=512.0, gt=0)
     min_cohort: int = Field(default=1, ge=1)
     require_secure_aggregation: bool = False
+    modules: tuple[str, ...] = ()
     max_epsilon: float | None = Field(default=None, gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_steps: int = Field(default=10_000, ge=1)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Policy:
+        if self.noise and self.clip is None:
+            raise ValueError(f"policy.noise = {self.noise:g} and no policy.clip: noise hides what is bounded only; set policy.clip as well")
+        return self
 
 
 class SiteConfig(Section):

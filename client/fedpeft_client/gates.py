@@ -42,8 +42,11 @@ def train(work: Work, start: Tensors, bench: Bench) -> Counters:
     from fedpeft.adapters import attach
     from fedpeft.training.gates import train_gates
 
-    if work.plan.epsilon > 0:
-        raise PolicyError(f"gates of task {work.plan.task!r}: the plan promises epsilon {work.plan.epsilon:g}, and gates are not accounted")
+    if work.promise is not None:
+        raise PolicyError(
+            f"gates of task {work.plan.task!r}: the plan promises epsilon {work.promise.epsilon:g}, and gates are not accounted; the "
+            "federation must set routing.gates = false"
+        )
     task, asked = work.task, work.plan.gates
     data = bench.shelf.encoded(task, "train", bench.base)
     weight = share(len(bench.shelf.rows(task.name, "train")), work.plan.weight_cap)

@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedpeft import config
-from fedpeft.errors import AdapterError, UpdateError
-from fedpeft.schemes import SCHEMES, Controls, Masks, Phase, Scheme, SiteContext
-from fedpeft.tensors import Layout, Tensors
+from fedpeft.errors import PrivacyError, UpdateError
+from fedpeft.privacy import promise
+from fedpeft.privacy.mechanism import Mechanism
+from fedpeft.privacy.promise import Promise, Whole
+from fedpeft.schemes import SCHEMES, Masks, Phase, Scheme
+from fedpeft.schemes.base import linear
+from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
 from fedpeft.update import Grid
-from fedpeft.wire import Envelope, flat
-from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta, hear
-from fedpeft.wire.envelope import control_key
+from fedpeft.wire import flat
+from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, as_delta
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_client.config import SiteConfig
-from fedpeft_client.personal import Own
 from fedpeft_client.policy import Ask
-from fedpeft_client.secure import fewest
-from fedpeft_client.store import Store
+from fedpeft_client.secure import NOTHING
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
@@ -33,15 +34,12 @@ if TYPE_CHECKING:
     from fedpeft.tasks import Task
 
 
-class MissingVersion(AdapterError):  # noqa: N818 - it says what happened, as its base does
-    """The site lacks the adapter that the plan's array patches: the coordinator must send it whole."""
-
-
 @dataclass(frozen=True)
 class Work:
     """One task of a round, read: everything but rows, base and start values. ``round`` is the task's own.
 
-    ``codec`` and ``lanes`` None send the grid's 32-bit codes; only one of them is ever there.
+    ``codec`` and ``lanes`` None send the grid's 32-bit codes; only one of them is ever there. ``promise`` is how the answer is protected
+    (None: it is not), ``scores`` says that it holds counters of held-out rows instead of a delta.
     """
 
     round: int
@@ -53,18 +51,35 @@ class Work:
     settings: TrainSettings
     codec: DeltaCodec | None = None
     lanes: Lanes | None = None
+    promise: Promise | None = None
+    scores: bool = False
 
     @property
     def upload_bytes(self) -> int:
         """The most bytes of values that travel up, without weight and counters."""
         if self.lanes is not None:
             return self.lanes.bytes()
-        return (self.codec or Plain()).most(self.up.size, 1)
+        return (self.codec or Plain()).most(self.sent.size, 1)
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """What bounds and noises the site's vector; None where it leaves as it is."""
+        return self.promise.mechanism if isinstance(self.promise, Whole) else None
 
     @property
     def grid(self) -> Grid:
         """The round's grid. Raises `UpdateError` when the plan's numbers make none."""
-        return Grid(self.plan.grid_sites, self.plan.grid_reach)
+        return Grid(self.plan.grid_sites, self.plan.grid_reach) if self.mechanism is None else self.mechanism.grid
+
+    @property
+    def answer(self) -> Layout:
+        """The layout of the answer's values: of the delta, or of none."""
+        return NOTHING if self.scores else self.up
+
+    @property
+    def sent(self) -> Layout:
+        """The layout of the vector that leaves: under a mechanism counters are in it as well."""
+        return self.answer if self.mechanism is None else self.mechanism.layout(self.answer)
 
     @property
     def up(self) -> Layout:
@@ -77,12 +92,13 @@ class Work:
         return self.spec.layout.subset(self.phase.trains)
 
 
-def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
+def read(round_plan: RoundPlan, plan: TaskPlan, scores: bool = False) -> Work:
     """Build the nouns that ``plan`` describes.
 
     Raises:
         UpdateError: a field cannot be read, the scheme can do nothing with the adapter, its phase of this round is another one,
             or what it sends would hold private tensors.
+        PrivacyError: what it says of privacy cannot be read, or cannot hold.
     """
     from fedpeft.adapters import AdapterSpec
     from fedpeft.tasks import TASKS
@@ -98,10 +114,17 @@ def read(round_plan: RoundPlan, plan: TaskPlan) -> Work:
     except (ValueError, KeyError, TypeError) as fault:
         raise UpdateError(f"plan of task {plan.task!r} cannot be read: {fault}; do both sides run one version?") from None
     number = plan.task_round or round_plan.round
-    work = _checked(Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings))
-    codec = _codec(plan)
+    promised = promise.loads(plan.privacy_json) if plan.privacy_json else None
+    work = Work(number, plan, task, spec, scheme, scheme.phase(number, spec.layout), settings, promise=promised, scores=scores)
+    return _written(_checked(work), _codec(plan))
+
+
+def _written(work: Work, codec: Codec) -> Work:
+    """``work`` with how its values travel; a mechanism's grid says it by itself. Raises `UpdateError`."""
+    if work.mechanism is not None:
+        return dataclasses.replace(work, lanes=Lanes.of_grid(work.sent, work.grid))
     if isinstance(codec, Ring):
-        return dataclasses.replace(work, lanes=Lanes.told(work.up, work.phase.roles, codec, plan.scales, work.grid))
+        return dataclasses.replace(work, lanes=Lanes.told(work.up, work.phase.roles, codec, work.plan.scales, work.grid))
     return dataclasses.replace(work, codec=as_delta(codec))
 
 
@@ -122,7 +145,7 @@ def _settings(table: Any) -> TrainSettings:
     return TypeAdapter(TrainSettings).validate_python(table)
 
 
-def _built(task: str, text: str) -> Codec:
+def codec_from(task: str, text: str) -> Codec:
     """The codec that ``text`` describes. Raises `UpdateError`."""
     try:
         return config.build(CODECS, _json(text), "codec")
@@ -132,7 +155,7 @@ def _built(task: str, text: str) -> Codec:
 
 def _codec(plan: TaskPlan) -> Codec:
     """The codec of what travels up. Raises `UpdateError` when it cannot be read, or does not go with the rest of the plan."""
-    codec = _built(plan.task, plan.codec_json) if plan.codec_json else Plain()
+    codec = codec_from(plan.task, plan.codec_json) if plan.codec_json else Plain()
     if not codec.masked and (plan.secure_aggregation or plan.HasField("masking")):
         raise UpdateError(
             f"plan of task {plan.task!r}: codec {codec.kind} and secure aggregation: messages of scales of the site's own have no sum; "
@@ -155,10 +178,22 @@ def _checked(work: Work) -> Work:
             f"plan of task {plan.task!r}: promises secure aggregation, which shows the coordinator nothing but sums, and scheme "
             f"{scheme.kind} needs every site's part; the coordinator cannot keep that promise"
         )
+    if work.mechanism is not None:
+        _check_noise(work)
     leaks = sorted(work.up.roles & phase.private)
     if leaks:
         raise UpdateError(f"scheme {scheme.kind}: sends the private roles {leaks} in the task's round {work.round}; it is broken")
     return work
+
+
+def _check_noise(work: Work) -> None:
+    """Raise `PrivacyError` where noise on one vector does not protect what the plan asks for."""
+    task, roles, scheme = work.plan.task, work.phase.roles & work.spec.layout.roles, work.scheme
+    if not linear(roles) or work.up.roles - roles or work.codec is not None:
+        raise PrivacyError(
+            f"plan of task {task!r}: noise on roles {sorted(work.up.roles)} of scheme {scheme.kind}, codec "
+            f"{'none' if work.codec is None else work.codec.kind}: client-level noise needs one factor, nothing beside it and no codec"
+        )
 
 
 def rank_of(scheme: Scheme, method: object, limit: int) -> int:
@@ -179,62 +214,12 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),
         upload_bytes=work.upload_bytes + flat.HEADER,
-        cohort=plan.cohort if instance is None else fewest(instance),
+        cohort=plan.cohort if instance is None else instance.fewest,
         steps=max(work.settings.steps, plan.gates.steps) * work.settings.accumulate,
         secure_aggregation=instance is not None,
-        epsilon=plan.epsilon or None,
+        accounted=work.promise is not None or bool(site.policy.noise),
+        modules=tuple(entry.name for entry in work.answer.entries),
     )
-
-
-def start(work: Work, envelope: Envelope, adapters: Store) -> Tensors:
-    """The global adapter that the plan starts from: kept from before, sent whole, or patched; its digest is verified.
-
-    Raises:
-        MissingVersion: the plan patches an adapter that the site does not hold, or holds damaged.
-        AdapterError: values do not have the promised digest, or are not finite.
-        UpdateError: the array is missing, damaged or of another layout.
-    """
-    layout, wanted = work.spec.layout, work.plan.adapter_digest
-    kept = _kept(wanted, layout, adapters)
-    if kept is not None:
-        return kept
-    given = layout.subset(work.plan.down_roles) if work.plan.down_roles else layout
-    array = envelope.array(work.plan.task, given.fingerprint)
-    if not work.plan.previous_digest:
-        whole = Tensors(given, _float32(array))
-    else:
-        held = _previous(work, adapters)
-        whole = held.patch(_step(work.plan, held.pick(given.roles), array))
-    if whole.layout != layout or whole.digest != wanted:
-        raise AdapterError(
-            f"plan of task {work.plan.task!r}: start values have digest {whole.digest[:12]}, the plan promises {wanted[:12]}"
-        )
-    if not whole.finite:
-        raise AdapterError(f"plan of task {work.plan.task!r}: start values are not finite; roll the task back to an earlier version")
-    adapters.put(wanted, whole.flat.astype("<f4", copy=False).tobytes())
-    return whole
-
-
-def context(work: Work, envelope: Envelope, site: SiteConfig, own: Own) -> SiteContext:
-    """What the scheme may know of this site when it trains.
-
-    Raises:
-        UpdateError: the global control is missing, damaged or of another layout.
-        AdapterError: it does not have the promised digest.
-    """
-    rank = rank_of(work.scheme, work.spec.method, site.policy.max_rank)
-    smaller = rank < int(getattr(work.spec.method, "r", 0))
-    return SiteContext(work.plan.seed, site.name, rank if smaller else None, _controls(work, envelope, own))
-
-
-def _controls(work: Work, envelope: Envelope, own: Own) -> tuple[Tensors, Tensors] | None:
-    if not isinstance(work.scheme, Controls):
-        return None
-    layout, task = work.spec.layout.subset(work.phase.roles), work.plan.task
-    common = Tensors(layout, _float32(envelope.array(control_key(task), layout.fingerprint)))
-    if common.digest != work.plan.control_digest or not common.finite:
-        raise AdapterError(f"plan of task {task!r}: the control is not the promised {work.plan.control_digest[:12]}, or is not finite")
-    return common, own.control(layout)
 
 
 def answer_key(site: SiteConfig, kind: str, round_plan: RoundPlan, work: Work, data_digest: str) -> str:
@@ -245,41 +230,3 @@ def answer_key(site: SiteConfig, kind: str, round_plan: RoundPlan, work: Work, d
         plan.ClearField(name)
     head = json.dumps([kind, site.name, round_plan.federation, round_plan.round, data_digest]).encode()
     return hashlib.sha256(head + b"\0" + plan.SerializeToString(deterministic=True)).hexdigest()
-
-
-def settings_json(settings: TrainSettings) -> str:
-    """``settings`` as a plan carries them."""
-    return json.dumps(dataclasses.asdict(settings), sort_keys=True)
-
-
-def _float32(values: Any) -> Any:
-    if values.dtype.str not in ("<f4", "=f4"):
-        raise UpdateError(f"wire: start values are {values.dtype}, float32 was expected")
-    return values.astype("float32", copy=False)
-
-
-def _step(plan: TaskPlan, held: Tensors, array: Any) -> Tensors:
-    """What ``held`` becomes: the values of ``array``, or the step that it writes in the plan's codec."""
-    if not plan.down_codec_json:
-        return Tensors(held.layout, _float32(array))
-    codec = as_delta(_built(plan.task, plan.down_codec_json))
-    if codec is None or array.dtype.str != "|u1":
-        raise UpdateError(f"plan of task {plan.task!r}: a step of {array.dtype} in {plan.down_codec_json}; do both sides run one version?")
-    return hear(codec, held, array.data)
-
-
-def _previous(work: Work, adapters: Store) -> Tensors:
-    previous = _kept(work.plan.previous_digest, work.spec.layout, adapters)
-    if previous is None:
-        raise MissingVersion(f"task {work.plan.task!r}: this site does not hold adapter {work.plan.previous_digest[:12]}; send it whole")
-    return previous
-
-
-def _kept(digest: str, layout: Layout, adapters: Store) -> Tensors | None:
-    import numpy as np
-
-    blob = adapters.get(digest) if digest else None
-    if blob is None or len(blob) != 4 * layout.size:
-        return None
-    tensors = Tensors(layout, np.frombuffer(blob, "<f4").astype(np.float32))
-    return tensors if tensors.digest == digest else None

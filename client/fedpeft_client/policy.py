@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from fedpeft.errors import PolicyError
 from fedpeft_client.config import SiteConfig
@@ -11,8 +12,9 @@ from fedpeft_client.config import SiteConfig
 
 @dataclass(frozen=True)
 class Ask:
-    """What one task of a plan asks: ``base`` are identity and model name; ``epsilon`` None means not accounted.
+    """What one task of a plan asks: ``base`` are identity and model name, ``modules`` the tensors that would leave.
 
+    ``accounted``: something protects the answer and is charged; ``epsilon`` is what the task has then spent, None before that is known.
     ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened.
     """
 
@@ -24,7 +26,9 @@ class Ask:
     cohort: int
     steps: int
     secure_aggregation: bool = False
+    accounted: bool = False
     epsilon: float | None = None
+    modules: tuple[str, ...] = ()
 
 
 Rule = Callable[[Ask, SiteConfig], str | None]
@@ -83,9 +87,19 @@ def _epsilon(ask: Ask, site: SiteConfig) -> str | None:
     limit = site.policy.max_epsilon
     if limit is None:
         return None
-    if ask.epsilon is None:
+    if not ask.accounted:
         return f"asked without privacy accounting, allowed at most epsilon {limit:g}"
-    return None if ask.epsilon <= limit else f"asked epsilon {ask.epsilon:g}, allowed at most {limit:g}"
+    if ask.epsilon is None or ask.epsilon <= limit:
+        return None
+    return (
+        f"asked epsilon {ask.epsilon:.4g} at delta {site.policy.delta:g} with all that the task has spent here, allowed at most {limit:g}"
+    )
+
+
+def _modules(ask: Ask, site: SiteConfig) -> str | None:
+    allowed = site.policy.modules
+    beyond = [name for name in ask.modules if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+    return f"asked {len(beyond)} other tensors ({', '.join(beyond[:2])}), allowed {list(allowed)}" if allowed and beyond else None
 
 
 def _steps(ask: Ask, site: SiteConfig) -> str | None:
@@ -100,6 +114,7 @@ RULES: dict[str, Rule] = {
     "tasks": _tasks,
     "bases": _bases,
     "methods": _methods,
+    "modules": _modules,
     "max_rank": _rank,
     "max_upload_mb": _upload,
     "min_cohort": _cohort,

@@ -12,14 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError, BaseError, DataError, PolicyError
+from fedpeft.privacy.mechanism import protect
+from fedpeft.privacy.metric import Metric
+from fedpeft.privacy.noise import SecureNoise
+from fedpeft.privacy.selftest import check_moved
 from fedpeft.routing import histogram
 from fedpeft.schemes import Masks, SiteContext
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
-from fedpeft.update import Counters, snap_counters
+from fedpeft.update import Counters, Update, snap_counters
 from fedpeft.wire.v1.federation_pb2 import Centroid
 from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
+from fedpeft_client.privacy import Guard, Steps
+from fedpeft_client.secure import NOTHING
 from fedpeft_client.sending import Sent, contribution
 from fedpeft_client.shelf import Shelf
 
@@ -33,10 +39,11 @@ class WrongBase(BaseError):  # noqa: N818 - it says what happened, as its base d
 
 @dataclass(frozen=True)
 class Bench:
-    """What a task works with: the warm base, the rows, and who hears of progress (task, step)."""
+    """What a task works with: the warm base, the rows, who guards them, and who hears of progress (task, step)."""
 
     base: Base
     shelf: Shelf
+    guard: Guard
     progress: Callable[[str, int], None] = lambda _task, _step: None
 
 
@@ -60,11 +67,16 @@ def check_base(work: Work, base: Base) -> None:
 
 @dataclass(frozen=True)
 class Begin:
-    """Where a site's round begins: the adapter with the site's private tensors in place, what the scheme may know, what was kept."""
+    """Where a site's round begins: the adapter with the site's private tensors in place, what the scheme may know, what was kept.
+
+    ``common`` is the adapter as all sites have it, ``steps`` how rows are protected while they are trained on (None: they are not).
+    """
 
     tensors: Tensors
     site: SiteContext
     own: Own
+    common: Tensors
+    steps: Steps | None = None
 
 
 def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Sent, float, Own]:
@@ -74,6 +86,7 @@ def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Sen
         DataError: no rows, or rows that the task cannot read.
         PolicyError: the scheme cannot train a rank as small as the site's.
         UpdateError: training diverged, or the delta leaves the round's grid.
+        PrivacyError: what leaves would not be protected as promised.
     """
     from fedpeft.adapters import attach
     from fedpeft.training import train as run
@@ -83,13 +96,18 @@ def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Sen
     job = replace(job_of(work, begin.site), checkpoint=checkpoint, progress=lambda step, _loss: bench.progress(work.plan.task, step))
     with attach(bench.base, work.spec) as live:
         live.load(begin.tensors)
-        result = run(live, work.task, data, work.settings, job)
+        result = run(live, work.task, data, work.settings, job, None if begin.steps is None else begin.steps.engine)
         after = live.read()
+    if work.promise is not None and job.mask is None:
+        check_moved(begin.tensors, after, work.trained.roles)
     raw = None if result.gradient is None else Tensors(work.trained, result.gradient).pick(work.phase.roles)
     delta = work.scheme.contribution(begin.tensors, after, work.phase, replace(begin.site, gradient=raw))
     own = begin.own.after(after.pick(work.phase.private), raw)
-    weighted = share(examples, work.plan.weight_cap), _counters(result, examples)
-    sent, own = contribution(work, delta, weighted, own, begin.site.name)
+    counters = {"train.examples": (float(examples),)} if bench.guard.own and work.promise is None else _counters(result, examples)
+    bounded = bench.guard.disturb(delta)
+    if work.mechanism is not None:
+        bounded = Metric.of(begin.common, work.phase.roles).into(bounded)
+    sent, own = contribution(work, bounded, (share(examples, work.plan.weight_cap), counters), own, begin.site.name)
     return sent, result.seconds, own
 
 
@@ -136,6 +154,12 @@ def evaluate(work: Work, start: Tensors, bench: Bench, base_alone: Callable[[], 
     counters |= {f"base.{name}": values for name, values in base_alone().items()}
     counters |= router_counters(work, bench)
     return snap_counters(counters), time.monotonic() - began
+
+
+def protected(work: Work, counters: Counters) -> Update:
+    """``counters`` of an evaluation as one noised vector. Raises `PrivacyError` where the plan's mechanism names others."""
+    assert work.mechanism is not None
+    return protect(Tensors.zeros(NOTHING), counters, work.mechanism, SecureNoise())
 
 
 def score_base(work: Work, bench: Bench) -> Counters:

@@ -121,7 +121,7 @@ class Secure:
 
     def _keys(self, asked: RoundPlan, plan: TaskPlan) -> Masked:
         instance = masking.instance_of(plan.masking.instance)
-        hidden = fewest(instance)
+        hidden = instance.fewest
         if hidden < self.least:
             raise PolicyError(
                 f"min_cohort: the masked sum of task {plan.task!r} may be opened over {hidden} sites, allowed at least {self.least}; "
@@ -163,11 +163,6 @@ class Secure:
     def _reveal(self, asked: RoundPlan, plan: TaskPlan) -> Masked:
         signatures = {name: masking.signature_of(mark) for name, mark in plan.masking.signatures.items()}
         return Masked(reveal=masking.reveal_message(self.members.get(asked, plan).reveal(signatures, self.peers.known())))
-
-
-def fewest(instance: Instance) -> int:
-    """The fewest sites over which the sum of ``instance`` is opened."""
-    return max(instance.least, instance.shape.quorum if instance.shape.complete else 0)
 
 
 def _marks(work: str, member: Member, survivors: tuple[str, ...]) -> dict[str, str]:

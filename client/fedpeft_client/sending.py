@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from fedpeft.privacy.mechanism import protect
+from fedpeft.privacy.noise import SecureNoise
+from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Gathers
 from fedpeft.tensors import Tensors
-from fedpeft.update import Counters, Update
+from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.wire import masking
 from fedpeft.wire.codecs import receive, seed_of, send
+from fedpeft.wire.vector import Vector
 from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
+from fedpeft_client.secure import NOTHING
+
+if TYPE_CHECKING:
+    from fedpeft.privacy.secagg import Instance
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,14 @@ def contribution(work: Work, delta: Tensors, weighted: tuple[float, Counters], o
     The residual is kept of roles whose next delta lives in the same coordinates, not of probes or controls beside them. Where there are
     none, values are rounded by the plan's seed, which is unbiased and gives the same bytes when the plan is sent again.
 
+    Under a mechanism the delta is clipped and weighs as much as any other site's, and counters are in one vector with it.
+
     Raises:
         UpdateError: the delta is not finite or leaves the round's grid.
+        PrivacyError: it is not finite, or the mechanism names counters that are not here.
     """
+    if work.mechanism is not None:
+        return Sent(protect(delta, weighted[1], work.mechanism, SecureNoise())), own
     if work.codec is None and work.lanes is None:
         return Sent(Update.encode(delta, *weighted, work.grid)), own
     kept = kept_roles(work)
@@ -55,3 +70,12 @@ def kept_roles(work: Work) -> frozenset[str]:
     own = work.spec.layout.subset(work.phase.roles)
     plain = work.up.subset(own.roles) == own and not work.phase.settles and not isinstance(work.scheme, Gathers)
     return own.roles if plain else frozenset()
+
+
+def vector_of(work: Work, instance: Instance) -> Vector:
+    """What the masked vector of ``work`` holds, and in how many bits; under a mechanism counters are among its values."""
+    if work.mechanism is not None:
+        return Vector(Schema(work.sent, work.grid, {}), work.lanes)
+    if work.scores:
+        return Vector(Schema(NOTHING, Grid(len(instance.members)), masking.counters_of(work.plan.masking.counters)))
+    return Vector(Schema(work.up, work.grid, TRAIN_COUNTERS), work.lanes)

@@ -8,28 +8,31 @@ import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft import bases
-from fedpeft.errors import DataError, FedpeftError, LinkError, PolicyError, PrivacyError
+from fedpeft.errors import DataError, FedpeftError, LinkError
 from fedpeft.files import write_atomic
-from fedpeft.privacy.packing import Schema
+from fedpeft.privacy.ledger import Kind
+from fedpeft.privacy.promise import Single
 from fedpeft.tensors import Tensors
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
-from fedpeft.wire import Envelope, flat, masking
+from fedpeft.update import Counters
+from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
-from fedpeft.wire.vector import Vector
-from fedpeft_client import answers, audit, gates, plan, policy, rounds
+from fedpeft_client import answers, audit, beginning, gates, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.faults import failure
 from fedpeft_client.personal import Personal
-from fedpeft_client.plan import MissingVersion, Work
-from fedpeft_client.rounds import Begin, Bench, WrongBase
-from fedpeft_client.secure import NOTHING, Secure
+from fedpeft_client.plan import Work
+from fedpeft_client.privacy import Guard, Spending, Steps
+from fedpeft_client.rounds import Begin, Bench
+from fedpeft_client.secure import Secure
+from fedpeft_client.sending import vector_of
 from fedpeft_client.shelf import Shelf, Split
 from fedpeft_client.store import Store, scratch, sweep
 
@@ -46,18 +49,19 @@ log = logging.getLogger("fedpeft.worker")
 
 @dataclass(frozen=True)
 class Done:
-    """An answer about to leave, and the work it answers when that could be read."""
+    """An answer about to leave, the work it answers when that could be read, and what its task has then spent where it is charged."""
 
     answer: Answer
     work: Work | None = None
     repeated: bool = False
+    epsilon: float | None = None
 
     @property
     def tensors(self) -> dict[str, int]:
         """Bytes of values by role; of a codec's message, each role's share by number of values."""
         if self.work is None or not self.answer.array or not self.answer.result.layout_fingerprint:
             return {}
-        up, lanes = self.work.up, self.work.lanes
+        up, lanes = self.work.sent, self.work.lanes
         if lanes is not None and not self.work.plan.HasField("masking"):
             lanes = lanes.alone
         each = 4.0 if self.work.codec is None else (len(self.answer.array) - flat.HEADER) / max(up.size, 1)
@@ -86,6 +90,7 @@ class Worker:
         self.answers = Store(self.site.state / "answers", self.keep)
         self.personal = Personal(Store(self.site.state / "personal", self.keep))
         self.secure = Secure(self.site.name, self.site.state, self.site.peers, self.site.policy.min_cohort)
+        self.guard = Guard(self.site.name, self.site.policy, self.site.state / "ledger")
         self.held = _read_held(self.site.state / "held.json")
         self.broken = False
 
@@ -165,7 +170,7 @@ class Worker:
             done = self._answer(envelope, asked, task)
             self._record(envelope.kind, asked, task, done)
         except Exception as fault:  # noqa: BLE001 - the edge between tasks: one task's fault must not take the others down
-            done = Done(_failure(task.task, fault))
+            done = Done(failure(task.task, fault))
             self.broken = self.broken or type(fault).__name__ == "AcceleratorError"
             with suppress(FedpeftError):
                 self._record(envelope.kind, asked, task, done)
@@ -174,37 +179,57 @@ class Worker:
     def _answer(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
         if envelope.kind == "secure":
             return Done(Answer(self.secure.answer(asked, task)))
-        work, instance = plan.read(asked, task), self.secure.instance(asked, task, envelope.kind)
-        policy.check(plan.ask(work, self.base.fingerprint.identity, self.site, instance), self.site)
+        work = plan.read(asked, task, scores=envelope.kind == "evaluate")
+        instance = self.secure.instance(asked, task, envelope.kind)
+        wanted = plan.ask(work, self.base.fingerprint.identity, self.site, instance)
+        policy.check(wanted, self.site)
         rounds.check_base(work, self.base)
+        self.guard.check(work.promise, instance, work.answer)
         self.progress(task.task, 0)
-        start = plan.start(work, envelope, self.adapters)
+        start = beginning.start(work, envelope, self.adapters)
         self._hold(task.task, task.adapter_digest)
         run, trains = (asked.federation, asked.run), envelope.kind == "train"
         own = self.personal.at(run, task.task, task.counted_round)
         begin = own.patch(start, work.phase)
         key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task) + own.digest)
+        steps = self._steps(work) if trains else None
+        spending = self._foreseen(asked, work, key, steps)
+        policy.check(replace(wanted, epsilon=spending.epsilon), self.site)
         kept = self.answers.get(key)
         if kept is not None:
-            return Done(self._leaving(asked, work, instance, Answer.from_bytes(kept)), work, repeated=True)
+            return self._leaving(asked, Done(Answer.from_bytes(kept), work, repeated=True), instance, spending)
         if trains:
-            answer = self._train(work, Begin(begin, plan.context(work, envelope, self.site, own), own), run, key)
+            answer = self._train(work, Begin(begin, beginning.context(work, envelope, self.site, own), own, start, steps), run, key)
         else:
             answer = self._evaluate(work, begin)
         self.answers.put(key, answer.to_bytes())
         shutil.rmtree(self.site.state / "checkpoints" / key, ignore_errors=True)
-        return Done(self._leaving(asked, work, instance, answer), work)
+        return self._leaving(asked, Done(answer, work), instance, spending)
 
-    def _leaving(self, asked: RoundPlan, work: Work, instance: Instance | None, answer: Answer) -> Answer:
-        """``answer`` as it leaves: in the clear, as keys alone, or under the masks of ``instance``."""
-        if instance is None:
-            return answers.narrowed(answer, work.lanes.alone) if answer.array and work.lanes is not None else answer
-        if work.plan.masking.step == Masking.STEP_KEYS:
-            return self.secure.keyed(asked, work.plan, answer)
-        if answer.array:
-            return self.secure.masked(asked, work.plan, answer, Vector(Schema(work.up, work.grid, TRAIN_COUNTERS), work.lanes))
-        counters = masking.counters_of(work.plan.masking.counters)
-        return self.secure.masked(asked, work.plan, answer, Vector(Schema(NOTHING, Grid(len(instance.members)), counters)))
+    def _leaving(self, asked: RoundPlan, done: Done, instance: Instance | None, spending: Spending) -> Done:
+        """``done`` as it leaves: in the clear, as keys alone, or under the masks of ``instance``; charged unless its values stay."""
+        work, answer = done.work, done.answer
+        assert work is not None
+        if instance is not None and work.plan.masking.step == Masking.STEP_KEYS:
+            return replace(done, answer=self.secure.keyed(asked, work.plan, answer))
+        spent = self.guard.spend(spending)
+        answer.result.epsilon = spent
+        if instance is not None:
+            answer = self.secure.masked(asked, work.plan, answer, vector_of(work, instance))
+        elif answer.array and work.lanes is not None:
+            answer = answers.narrowed(answer, work.lanes.alone)
+        return replace(done, answer=answer, epsilon=spent if spending.charges else None)
+
+    def _steps(self, work: Work) -> Steps | None:
+        """How DP-SGD protects the rows of ``work`` where its plan asks for it."""
+        if not isinstance(work.promise, Single):
+            return None
+        return Steps.of(work.promise, work.settings, len(self.shelf.encoded(work.task, "train", self.base)))
+
+    def _foreseen(self, asked: RoundPlan, work: Work, key: str, steps: Steps | None) -> Spending:
+        kind: Kind = "adapter" if not work.scores else "centroid" if work.plan.want_embedding else "metrics"
+        name = f"{asked.run}/{asked.round}/{work.plan.task}/{kind}/{key[:16]}"
+        return self.guard.foresee(name, work.plan.task, kind, self.guard.events(work.promise, work.answer, steps))
 
     def _local(self, kind: str, task: str) -> str:
         """What of this site, beside the plan, determines an answer."""
@@ -218,7 +243,10 @@ class Worker:
         return answers.of_update(work.plan.task, sent.update, seconds, work.plan.adapter_digest, sent.message)
 
     def _evaluate(self, work: Work, start: Tensors) -> Answer:
+        self.guard.check_scores(work.promise)
         counters, seconds = gates.evaluate(work, start, self._bench, lambda: self._base_alone(work))
+        if work.mechanism is not None:
+            return answers.of_update(work.plan.task, rounds.protected(work, counters), seconds, work.plan.adapter_digest)
         return answers.of_counters(work.plan.task, counters, seconds, work.plan.adapter_digest)
 
     def _base_alone(self, work: Work) -> Counters:
@@ -229,7 +257,7 @@ class Worker:
 
     @property
     def _bench(self) -> Bench:
-        return Bench(self.base, self.shelf, self.progress)
+        return Bench(self.base, self.shelf, self.guard, self.progress)
 
     def _hold(self, task: str, digest: str) -> None:
         if self.held.get(task) != digest:
@@ -251,45 +279,16 @@ class Worker:
             digest=done.answer.digest,
             repeated=done.repeated,
             masked=_masked(task),
+            protected="" if done.work is None else self.guard.describe(done.work.promise),
+            epsilon=done.epsilon,
         )
         audit.record(self.site.state / "audit.jsonl", left)
-
-
-def _failure(task: str, fault: Exception) -> Answer:
-    """The named failure for ``fault``; details that could quote a row stay in the site's log."""
-    log.error("task %s: %s: %s", task, type(fault).__name__, fault, exc_info=None if isinstance(fault, FedpeftError) else fault)
-    if isinstance(fault, MissingVersion):
-        return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
-    if isinstance(fault, PolicyError | PrivacyError | WrongBase):
-        return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
-    return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))
-
-
-def _reason(task: str, fault: Exception) -> str:
-    name = type(fault).__name__
-    if isinstance(fault, DataError):
-        return f"{name}: the rows of task {task!r} cannot be used; the site's worker.log says which row and why"
-    if isinstance(fault, FedpeftError):
-        return f"{name}: {fault}"
-    if isinstance(fault, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(fault):
-        _free_memory()
-        return f"OutOfMemory: task {task!r} does not fit into this site's memory; lower training.batch_size or base.max_tokens"
-    if isinstance(fault, OSError):
-        return f"StorageError: {fault.strerror}; free space or set `state` in site.toml to another disk"
-    return f"{name}: a defect of fedpeft in task {task!r}; the site's worker.log has the traceback"
 
 
 def _masked(task: TaskPlan) -> str:
     """The step and the masked sum of an answer to ``task``."""
     step = Masking.Step.Name(task.masking.step).removeprefix("STEP_").lower() if task.masking.step in Masking.Step.values() else "unknown"
     return f"{step} {task.masking.name}" if task.HasField("masking") else ""
-
-
-def _free_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _read_held(path: Path) -> dict[str, str]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedpeft.errors import CohortError, UpdateError
 from fedpeft.schemes import Gathers, Reports
 from fedpeft.schemes.robust import Buckets, CombineRule, Rooted
 from fedpeft.tensors import Layout, Tensors
-from fedpeft.update import Update
+from fedpeft.update import Counters, Update
 from fedpeft_coordinator.planning import phase_of
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import TaskRound
 from fedpeft_coordinator.updates import Gathered, up_layout
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What is kept of a task's updates: the mean, its weight, counters, the share of sites inside the clip (None: unknown)."""
+
+    mean: Tensors
+    weight: float
+    counters: Counters
+    inside: float | None = None
 
 
 def mean_layout(setup: Setup, row: TaskRound) -> Layout:

@@ -12,12 +12,15 @@ from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
 from fedpeft.errors import BaseError, ConfigError, DataError
 from fedpeft.privacy.secagg import enough
+from fedpeft.privacy.settings import Distributed
+from fedpeft.routing import BINS
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
 from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.control.opening import open_registry
 from fedpeft_coordinator.fitting import check_fit
+from fedpeft_coordinator.private_rules import lengths, settings_of
 from fedpeft_coordinator.release import Release
 from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup, derive
 
@@ -90,6 +93,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         secure=secure(config),
         routing=config.routing,
         sharing=config.sharing,
+        privacy=settings_of(config),
     )
     return setup, RegistryPublisher(open_registry(config.registry_folder, config.control), specs, tables, type(config.scheme).kind)
 
@@ -124,6 +128,7 @@ def secure(config: FederationConfig) -> SecureAggregation | None:
         grouped=table.least or enough(config.combine.size if isinstance(config.combine, Buckets) else 0, table.dropping),
         deadline=table.deadline,
         identities=table.identities,
+        full=isinstance(config.privacy, Distributed),
     )
 
 
@@ -147,17 +152,22 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
     starts = {name: describe(entry.start.how) for name, entry in config.tasks.items() if entry.start is not None}
     if starts:
         found["starts"] = starts
+    privacy = settings_of(config)
+    if privacy is not None:  # the budget may be raised later: the noise stays what it was calibrated to
+        found["privacy"] = describe(replace(privacy, epsilon=1.0))
     return dict(json.loads(json.dumps(found)))
 
 
 def renewed(known: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that an earlier version wrote, with the defaults of settings that it did not know; unknown kinds stay as they are."""
     from fedpeft.methods import METHODS
+    from fedpeft.privacy.settings import PRIVACY
     from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS
     from fedpeft.schemes.robust import COMBINES
     from fedpeft.tasks import TASKS
 
     kinds: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "scheme": SCHEMES, "server": SERVER_OPTIMIZERS, "combine": COMBINES}
+    kinds["privacy"] = PRIVACY
     found = {key: _full(table, known[key]) for key, table in kinds.items() if key in known}
     return {**known, **found, "tasks": {name: _full(TASKS, table) for name, table in known.get("tasks", {}).items()}}
 
@@ -204,6 +214,7 @@ def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
         seed=seed,
         scores=task.scores,
         travel=lambda role: config.settings(spec.task).travel(role) * spec.method.lr_scale(role),
+        counters=lengths(len(task.head.labels), int(getattr(base.config, "hidden_size", 0)), spec.task, BINS),
     )
 
 

@@ -105,10 +105,25 @@ class Tally:
 class Expected(Protocol):
     """What the updates of a task must look like; without ``codec`` and ``lanes`` they are the grid's 32-bit codes."""
 
-    layout: Layout
-    grid: Grid
-    codec: DeltaCodec | None
-    lanes: Lanes | None
+    @property
+    def layout(self) -> Layout:
+        """Of the values."""
+        ...
+
+    @property
+    def grid(self) -> Grid:
+        """Of the codes."""
+        ...
+
+    @property
+    def codec(self) -> DeltaCodec | None:
+        """Of the message."""
+        ...
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """Of narrow codes."""
+        ...
 
 
 def decode(result: TaskResult, envelope: Envelope, expected: Expected) -> Update:

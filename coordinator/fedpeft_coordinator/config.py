@@ -20,6 +20,7 @@ from fedpeft.schemes.sharing import Sharing
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.listening import Tls, guarded, rooted
+from fedpeft_coordinator.private_rules import Privacy
 from fedpeft_coordinator.rules import RULES
 from fedpeft_coordinator.starting import Start, StartTable
 
@@ -173,6 +174,7 @@ class FederationConfig(Section):
     secure_aggregation: SecureAggregation = SecureAggregation()
     sharing: Sharing | None = None
     routing: Routing = Routing()
+    privacy: Privacy = "none"
     wire: Wire = Wire()
     link: Link = Link()
     control: Control | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fedpeft.errors import ConfigError, UpdateError
+from fedpeft.errors import ConfigError, PrivacyError, UpdateError
+from fedpeft.privacy.settings import Client, check_phase
 from fedpeft.schemes import Scheme
+from fedpeft.schemes.base import linear
 from fedpeft.schemes.robust import CombineRule
 from fedpeft.tensors import Layout
 from fedpeft.wire.codecs import choose
@@ -38,6 +40,22 @@ def check_fit(config: FederationConfig, layout: Layout) -> None:
         _check_budget(config, layout, config.wire.budget)
     if config.combine is not None:
         _check_rule(scheme, config.combine, layout)
+    if isinstance(config.privacy, Client):
+        _check_noise(scheme, config.privacy, layout)
+
+
+def _check_noise(scheme: Scheme, privacy: Client, layout: Layout) -> None:
+    for phase in (scheme.phase(number, layout) for number in ROUNDS):
+        beside = sorted(scheme.travels(layout, phase).roles - phase.roles)
+        if beside:
+            raise ConfigError(
+                f"scheme.kind = {scheme.kind!r} and privacy.kind = {privacy.kind!r}: the scheme sends {beside} beside its deltas, which "
+                "clipping and noise would spoil; take alternating, ffa or fedsb"
+            )
+        try:
+            check_phase(privacy, linear(phase.roles & layout.roles), scheme.kind)
+        except PrivacyError as fault:
+            raise ConfigError(str(fault)) from None
 
 
 def _check_budget(config: FederationConfig, layout: Layout, budget: int) -> None:

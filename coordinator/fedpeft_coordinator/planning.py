@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, floor
 
 from fedpeft.errors import UpdateError
+from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Phase, check_start
 from fedpeft.tensors import Layout, Tensors
@@ -110,8 +111,28 @@ def phase_of(plan: TaskRound) -> Phase:
     return Phase(plan.phase, frozenset(plan.roles), frozenset(plan.private), frozenset(plan.settles))
 
 
+def mechanism_of(plan: TaskRound) -> Mechanism:
+    """How the sum of ``plan`` is noised. Raises `PrivacyError` where it is not."""
+    return Mechanism.from_json(plan.privacy or {})
+
+
+def sampled(plan: TaskRound) -> bool:
+    """Whether who takes part is a secret of the coordinator's dice."""
+    return bool(plan.privacy) and mechanism_of(plan).rate < 1
+
+
+def expected(plan: TaskRound) -> int:
+    """The sites that may be said to take part: those asked, or under sampling as many as are to be expected, whoever was drawn."""
+    if not sampled(plan):
+        return len(plan.cohort)
+    mechanism = mechanism_of(plan)
+    return max(1, floor(mechanism.rate * mechanism.sites))
+
+
 def grid_of(plan: TaskRound, limits: Limits) -> Grid:
-    """The fixed-point grid of the round: wide enough for the whole cohort."""
+    """The fixed-point grid of the round: wide enough for the whole cohort, and for noise where there is some."""
+    if plan.privacy:
+        return mechanism_of(plan).grid
     return Grid(max(len(plan.cohort), 1), limits.reach)
 
 

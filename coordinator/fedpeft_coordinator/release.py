@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from fedpeft.routing import RouterCard
 from fedpeft.tensors import Tensors
+from fedpeft_coordinator.planning import expected, sampled
 from fedpeft_coordinator.setup import TaskSetup
 from fedpeft_coordinator.state import Round, TaskRound
 
@@ -68,6 +69,6 @@ def release_of(task: str, history: Sequence[Round], rated: TaskRound, names: tup
         parents=tuple(versions[-1:]),
         weight=last.weight,
         examples=int(sum(last.counters.get("train.examples", ()))),
-        sites=len(last.cohort) - len(last.drops),
+        sites=expected(last) if sampled(last) else len(last.cohort) - len(last.drops),
         kinds=rated.kinds,
     )

@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import describe
+from fedpeft.privacy import promise
+from fedpeft.privacy.settings import Client, Example
 from fedpeft.schemes import Controls, State
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import purpose
 from fedpeft.wire.v1.federation_pb2 import Centroid, Gates, Masking, RoundPlan, TaskPlan
-from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, grid_of, phase_of
+from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, expected, grid_of, mechanism_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
 from fedpeft_coordinator.telling import step_of
@@ -92,10 +94,12 @@ class Writer:
             weight_cap=plan.weight_cap,
             grid_sites=grid.sites,
             grid_reach=grid.reach,
-            cohort=len(plan.cohort),
+            cohort=expected(plan),
             task_round=plan.number,
             secure_aggregation=self.setup.secure is not None,
         )
+        if self.setup.privacy is not None:
+            message.privacy_json = promise.dumps(self._promise(plan, self.setup.privacy))
         if kind == "evaluate" and self.gates is not None:
             message.gates.CopyFrom(self.gates)
         elif kind == "evaluate":
@@ -105,13 +109,18 @@ class Writer:
         return message
 
     def _want_codec(self, message: TaskPlan, plan: TaskRound) -> None:
-        """Say how the site writes what travels up: a ring on public scales, or scales of its own; nothing for 32-bit codes."""
+        """Say how the site writes what travels up: a ring on public scales, or scales of its own; nothing for codes of the grid."""
         if plan.ring is not None:
             message.codec_json, message.scales = json.dumps(dict(plan.ring)), self.scales(plan)
             return
-        codec = codec_of(up_layout(self.setup, plan).size, message.grid_sites, self.setup.limits)
+        codec = None if plan.privacy else codec_of(up_layout(self.setup, plan).size, message.grid_sites, self.setup.limits)
         if codec is not None:
             message.codec_json = json.dumps(describe(codec))
+
+    def _promise(self, plan: TaskRound, settings: Client | Example) -> promise.Promise:
+        if isinstance(settings, Example):
+            return promise.single(settings, self.setup.rounds)
+        return promise.whole(settings, mechanism_of(plan))
 
     def _control(self, message: TaskPlan, plan: TaskRound) -> dict[str, bytes]:
         """The scheme's global control as a second array beside the plan, where it has one."""

@@ -12,15 +12,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from fedpeft.errors import CohortError, ConfigError, UpdateError
+from fedpeft.errors import CohortError, ConfigError, PrivacyError, UpdateError
 from fedpeft.tensors import Tensors
-from fedpeft.update import Counters
-from fedpeft_coordinator import averaging, gathering, gating, planning, scoring, sharing
+from fedpeft_coordinator import averaging, gathering, gating, planning, sharing
 from fedpeft_coordinator.advancing import Advance
+from fedpeft_coordinator.averaging import Averaged
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.exchange import Around
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.planning import Known
+from fedpeft_coordinator.privacy import private_of
+from fedpeft_coordinator.rating import Rater
 from fedpeft_coordinator.release import Publisher, due, moved_since_version, release_of
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.roster import Roster
@@ -56,12 +58,13 @@ class Coordinator:
         if "run" not in notes:
             self.journal.note("run", self.run_id)
             self.journal.note("facts", dict(self.setup.facts))
-        self.centroids: dict[str, tuple[float, ...]] = {name: tuple(values) for name, values in notes.get("centroids", {}).items()}
         self.history = self.journal.rounds()
         self.roster = Roster(self.setup, self.journal, self.transport, self.events)
         self._around = Around(self.transport, self.roster, self.events)
         self._scaling = Scaling(self.setup, self.store)
         self._secure = self._masks()
+        self._private = private_of(self.setup, self.run_id, self.journal, self.store.root.parent)
+        self._rater = Rater(self.setup, self.journal, self._around, self._writer, self._secure, self._private)
         self._cache: dict[str, Tensors] = {}
         self._advance = Advance(self.setup, self.store, self._load, self._remember)
 
@@ -124,8 +127,20 @@ class Coordinator:
         if not plan.asked:
             self.roster.wait(lambda: bool(self._planned(number, attempt).asked), lambda: f"round {number}: {why(plan)}")
             plan = self._planned(number, attempt)
+        plan = self._bounded(plan)
         self.events("plan", round=number, attempt=attempt, rounds=self.setup.rounds, tasks=summary(plan))
         return plan
+
+    def _bounded(self, plan: Round) -> Round:
+        """``plan`` under privacy. Where no budget is left, what was trained is published. Raises `PrivacyError`."""
+        if self._private is None:
+            return plan
+        try:
+            return self._private.plan(plan, self.history)
+        except PrivacyError:
+            if self.history and self.history[-1].step == "published":
+                self._save(self._versions(self.history[-1]))
+            raise
 
     def _planned(self, number: int, attempt: int) -> Round:
         known = Known(self.history, self.roster.refresh().values(), self._load, sharing.Shelf(self._load, self.store))
@@ -143,7 +158,8 @@ class Coordinator:
             return sealed if sealed.step == "sealed" else self._repeat(self._told(sealed))
         updates, drops = gathering.train(plan, self._writer(plan), self._around, self._scaling.lanes)
         rows = {name: replace(plan.tasks[name], drops=drops.get(name, {})) for name in plan.asked}
-        done = self._told(plan.at("combined", **{name: self._combine(row, updates.tasks[name]) for name, row in rows.items()}))
+        plan = plan.at(plan.step, **rows)
+        done = self._told(plan.at("combined", **{name: self._combine(plan, name, updates.tasks[name]) for name in rows}))
         return done if done.updated else self._repeat(done)
 
     def _told(self, done: Round) -> Round:
@@ -153,21 +169,29 @@ class Coordinator:
             self.events("drift", round=done.number, tasks=drifts, warnings=losses(done))
         return done
 
-    def _combine(self, plan: TaskRound, mine: Gathered) -> TaskRound:
+    def _combine(self, at: Round, name: str, mine: Gathered) -> TaskRound:
         """The task's mean, or the task untouched when too few sites contributed."""
-        total = mine.total
-        if total.count < self.setup.limits.min_sites:
-            few = f"{total.count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
+        plan, count = at.tasks[name], mine.total.count
+        if count < self.setup.limits.min_sites and not planning.sampled(plan):
+            few = f"{count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
             return planning.skipped(plan, few)
         current = self._load(self.setup.tasks[plan.task], plan.before)
         try:
-            mean = averaging.average(self.setup, plan, current, mine)
+            found = self._averaged(at, name, current, mine)
         except UpdateError as fault:
             return planning.skipped(plan, str(fault))
-        digest = self.store.put_tensors(mean)
-        self._advance.means[digest] = mean
-        kept = replace(plan, drift=averaging.drift(self.setup, plan, current, mean), means=self._scaling.learned(plan, digest))
-        return replace(kept, outcome="updated", mean=digest, weight=total.weight, counters=dict(total.counters))
+        digest = self.store.put_tensors(found.mean)
+        self._advance.means[digest] = found.mean
+        drift, means = averaging.drift(self.setup, plan, current, found.mean), self._scaling.learned(plan, digest)
+        kept = replace(plan, drift=drift, means=means, inside=found.inside)
+        return replace(kept, outcome="updated", mean=digest, weight=found.weight, counters=dict(found.counters))
+
+    def _averaged(self, at: Round, name: str, current: Tensors, mine: Gathered) -> Averaged:
+        """What is kept of the task's updates; under privacy nothing but what was noised, stored and charged."""
+        if self._private is not None:
+            return self._private.averaged(at, name, current, mine.total)
+        mean = averaging.average(self.setup, at.tasks[name], current, mine)
+        return Averaged(mean, mine.total.weight, dict(mine.total.counters))
 
     def _repeat(self, done: Round) -> Round:
         """Plan the round again: no task moved. Raises `CohortError` when it was repeated often enough."""
@@ -184,10 +208,12 @@ class Coordinator:
         """Open the masked sums. What cannot be opened is not asked for again: sites sign one sum of a round."""
         if self._secure is None:
             raise ConfigError(f"round {sealed.number} is a masked sum; set secure_aggregation.enabled back to true to open it")
+        sealed = sealed if self._private is None else self._private.before_opening(sealed)
         sums, rows = self._secure.open(sealed), dict(sealed.tasks)
         for name, found in sums.results().items():
             drops = {**rows[name].drops, **sums.left_out(name)}
-            rows[name] = self._combine(replace(rows[name], drops=dict(sorted(drops.items()))), Opened(found))
+            rows[name] = replace(rows[name], drops=dict(sorted(drops.items())))
+            rows[name] = self._combine(sealed.at("sealed", **rows), name, Opened(found))
         rows |= {name: planning.skipped(rows[name], why) for name, why in sums.lost.items()}
         return self._told(sealed.at("combined", **rows))
 
@@ -206,40 +232,7 @@ class Coordinator:
         """Score the round where that is due; everything that a version will say is in the journal before it is published."""
         if not (self._due(done.number) or due(done.number, self.setup.evaluate_every)):
             return done.at("scored")
-        unshared = sharing.counterfactual(done)
-        without = self._score(unshared) if unshared.tasks else {}
-        counters = self._evaluate(done, cards=self._due(done.number))
-        rows = {name: self._rated(row, counters.get(name, {})) for name, row in done.tasks.items()}
-        self.events("scores", round=done.number, tasks={name: dict(row.scores) for name, row in rows.items()})
-        if self.setup.sharing is not None and without:
-            rows |= sharing.judged(self.setup.sharing, rows, (counters, without), self.history)
-            self.events("sharing", round=done.number, tasks=sharing.told(rows))
-        return done.at("scored", **rows)
-
-    def _rated(self, row: TaskRound, counters: Counters) -> TaskRound:
-        kinds = {self.roster.sites[site].quantization for site in row.cohort if site in self.roster.sites}
-        return replace(
-            row,
-            scores=scoring.scores(self.setup.tasks[row.task], counters),
-            card=scoring.card(row.task, counters, self.centroids.get(row.task), self.setup.identity),
-            kinds=tuple(sorted(kinds - {""})),
-        )
-
-    def _evaluate(self, done: Round, cards: bool) -> dict[str, Counters]:
-        """Counters of held-out rows, per task; asked a second time where a card is due whose centroid was not known yet."""
-        counters = self._score(done)
-        fresh = {name: found for name in counters if name not in self.centroids and (found := scoring.direction(counters[name]))}
-        if fresh:
-            self.centroids |= fresh
-            self.journal.note("centroids", {name: list(values) for name, values in self.centroids.items()})
-        return self._score(done) if cards and fresh else counters
-
-    def _score(self, done: Round) -> dict[str, Counters]:
-        self.roster.refresh()
-        able = {name: tuple(site.name for site in self.roster.present if site.test.get(name, 0) > 0) for name in done.tasks}
-        if self._secure is not None:
-            return self._secure.score(done, able, self._writer(done))
-        return gathering.score(done, able, self._writer(done), self._around)
+        return self._rater.rate(done, self.history, cards=self._due(done.number))
 
     # scored ----------------------------------------------------------------------------------------------------------------
 
@@ -254,10 +247,16 @@ class Coordinator:
 
     def _publish(self, done: Round) -> Round:
         if self.publisher is not None and self._due(done.number):
-            done = done.at(done.step, **{name: self._release(done, name, self.publisher) for name in done.tasks})
+            done = self._versions(done)
         self.store.prune(done.blobs)
+        if self._private is not None:
+            self._private.prune(done)
         self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))
         return done.at("published")
+
+    def _versions(self, done: Round) -> Round:
+        publisher = self.publisher
+        return done if publisher is None else done.at(done.step, **{name: self._release(done, name, publisher) for name in done.tasks})
 
     def _release(self, done: Round, name: str, publisher: Publisher) -> TaskRound:
         """Publish one task, unless it never moved or did not move since its last version."""
@@ -277,7 +276,7 @@ class Coordinator:
 
     def _writer(self, plan: Round) -> Writer:
         kept = self._advance.state, self._advance.told, self._scaling.shifts
-        return Writer(self.setup, self.run_id, self.history, self._load, *kept, self.centroids)
+        return Writer(self.setup, self.run_id, self.history, self._load, *kept, self._rater.centroids)
 
     def _remember(self, task: TaskSetup, tensors: Tensors) -> None:
         self._cache[f"{task.name} {tensors.digest}"] = tensors

@@ -8,6 +8,7 @@ from fedpeft.privacy.secagg import LEAST
 from fedpeft.schemes import Gathers
 from fedpeft.schemes.robust import Buckets, Rooted
 from fedpeft.wire.codecs import Ring, as_ring
+from fedpeft_coordinator import private_rules
 
 if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
@@ -197,6 +198,7 @@ RULES = (
     _least_rule,
     _root_rule,
     _start_rule,
+    *private_rules.RULES,
     _secure_rule,
     _sharing_rule,
     _wire_rule,

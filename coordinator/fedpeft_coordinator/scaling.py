@@ -14,13 +14,14 @@ import numpy as np
 from fedpeft import config
 from fedpeft.config import describe
 from fedpeft.errors import ConfigError, UpdateError
+from fedpeft.privacy.settings import Client
 from fedpeft.tensors import Flat, Layout, Tensors
 from fedpeft.wire.codecs import Lanes, Ring
 from fedpeft_coordinator import planning
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import Round, TaskRound
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.updates import up_layout
+from fedpeft_coordinator.updates import sent_layout, up_layout
 
 SHIFTS = "shifts"
 FIRST = 8
@@ -44,6 +45,8 @@ class Scaling:
 
     def lanes(self, row: TaskRound) -> Lanes | None:
         """How the codes of ``row`` travel; None where all have 32 bits."""
+        if row.privacy:
+            return Lanes.of_grid(sent_layout(self.setup, row), planning.grid_of(row, self.setup.limits))
         if row.ring is None:
             return None
         ring = config.build({"ring": Ring}, dict(row.ring), "journal")
@@ -55,6 +58,8 @@ class Scaling:
         return {**row.means, up_layout(self.setup, row).fingerprint: mean} if row.ring is not None else row.means
 
     def _planned(self, row: TaskRound) -> TaskRound:
+        if isinstance(self.setup.privacy, Client):
+            return row  # delta and noise share one grid, whose bits the mechanism says
         up, grid = up_layout(self.setup, row), planning.grid_of(row, self.setup.limits)
         narrow, mean = up.subset(row.roles), self._mean(row, up)
         try:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.privacy.packing import Schema
-from fedpeft.privacy.secagg import Collector, Instance
+from fedpeft.privacy.secagg import Collector
 from fedpeft.tensors import Layout
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid
+from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft.wire.vector import Vector
@@ -30,7 +30,7 @@ from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.scaling import Scaling
 from fedpeft_coordinator.setup import SecureAggregation, Setup
 from fedpeft_coordinator.state import Round, TaskRound
-from fedpeft_coordinator.updates import groups, up_layout
+from fedpeft_coordinator.updates import groups, sent_layout
 
 Sites = Callable[[Collector], Iterable[str]]
 NOTE = "identities"
@@ -71,12 +71,13 @@ class Secure:
 
         Where sites scored the round before, they alone are asked: they sign sums of it over the same sites only.
         """
+        return {name: total.counters for name, total in self.totals(done, able, writer).items()}
+
+    def totals(self, done: Round, able: Mapping[str, tuple[str, ...]], writer: Writer) -> dict[str, Update]:
+        """As `score`, the sums themselves: where they are noised, counters are in their vectors. Raises `LinkError`."""
         sums = self._begin("evaluate", done, {name: [self._scored.get((done.number, name), able[name])] for name in able}, writer)
         self._ask("evaluate", done, sums, lambda one: one.instance.members, ("keys", writer))
-        sums.vectors = {
-            name: Vector(Schema(Layout(()), Grid(len(one.instance.members)), sums.counters[name]))
-            for (name, _), one in sums.collectors.items()
-        }
+        sums.vectors = {name: self._counted(done.tasks[name], one, sums.counters[name]) for (name, _), one in sums.collectors.items()}
         self._shares(done, sums)
         self._vectors("evaluate", done, sums, writer)
         self._agree(done, sums)
@@ -84,7 +85,7 @@ class Secure:
         self._scored |= {(done.number, name): sums.collectors[name, 0].survivors for name in found}
         if sums.lost:
             self.around.events("unscored", round=done.number, tasks=sums.lost)
-        return {name: total.counters for name, (total,) in found.items()}
+        return {name: total for name, (total,) in found.items()}
 
     # exchanges -------------------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class Secure:
             purpose = writer.purpose(kind, plan, name)
             for place, members in enumerate(parted):
                 fresh = f"{purpose}#{secrets.token_hex(16)}"
-                sums.collectors[name, place] = Collector(Instance(fresh, members, self.settings.colluding, self.settings.dropping, least))
+                sums.collectors[name, place] = Collector(self.settings.instance(fresh, members, least))
         sums.require(lambda one: one.instance.shape.sites, "can be asked")
         return sums
 
@@ -160,8 +161,17 @@ class Secure:
         }
 
     def _vector(self, row: TaskRound) -> Vector:
-        schema = Schema(up_layout(self.setup, row), planning.grid_of(row, self.setup.limits), TRAIN_COUNTERS)
+        counters = {} if row.privacy else TRAIN_COUNTERS
+        schema = Schema(sent_layout(self.setup, row), planning.grid_of(row, self.setup.limits), counters)
         return Vector(schema, self.scaling.lanes(row))
+
+    @staticmethod
+    def _counted(row: TaskRound, collector: Collector, counters: Mapping[str, int]) -> Vector:
+        """What an evaluation's vector holds."""
+        if row.privacy:
+            mechanism = planning.mechanism_of(row)
+            return Vector(Schema(mechanism.layout(Layout(())), mechanism.grid, {}))
+        return Vector(Schema(Layout(()), Grid(len(collector.instance.members)), counters))
 
     def _identities(self) -> dict[str, str]:
         return {**self.journal.notes().get(NOTE, {}), **self.settings.identities}

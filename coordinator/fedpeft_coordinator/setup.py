@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from fedpeft.errors import ConfigError
+from fedpeft.privacy.secagg import Instance
+from fedpeft.privacy.settings import Client, Example
 from fedpeft.routing.settings import Routing
 from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
@@ -22,7 +25,8 @@ Scores = Callable[[Counters], Mapping[str, float]]
 class TaskSetup:
     """One task: what sites must know of it (JSON forms), its layout, its round-0 tensors with their seed, its metrics.
 
-    ``travel`` says about how far one value of a role moves in a round at most (`TrainSettings.travel`).
+    ``travel`` says about how far one value of a role moves in a round at most (`TrainSettings.travel`); ``counters`` are those that an
+    evaluation may give, by name with their lengths.
     """
 
     name: str
@@ -34,6 +38,7 @@ class TaskSetup:
     seed: int
     scores: Scores = lambda _counters: {}
     travel: Callable[[str], float] = lambda _role: 0.0
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Limits:
 class SecureAggregation:
     """Masked sums: the shares of sites that may collude and vanish, the fewest that a sum is opened over, seconds for a short exchange.
 
-    ``grouped`` is the fewest for a sum over one of several groups of sites. ``identities`` are the public keys of sites that are
-    not to be believed as they were first seen.
+    ``grouped`` is the fewest for a sum over one of several groups of sites, ``identities`` are the public keys of sites that are not
+    to be believed as they were first seen. ``full``: all but the share that may vanish must be in a sum, because they carry its noise.
     """
 
     colluding: float = 0.1
@@ -67,6 +72,16 @@ class SecureAggregation:
     grouped: int = 3
     deadline: float = 120.0
     identities: Mapping[str, str] = field(default_factory=dict)
+    full: bool = False
+
+    def instance(self, name: str, members: tuple[str, ...], least: int) -> Instance:
+        """The masked sum ``name`` over ``members``, of whom ``least`` at least are in it."""
+        least = max(least, ceil((1 - self.dropping) * len(members))) if self.full else least
+        return Instance(name, members, self.colluding, self.dropping, least)
+
+    def fewest(self, sites: int) -> int:
+        """The fewest of ``sites`` over whom a sum is opened. Raises `PrivacyError` when there are too few."""
+        return self.instance("", tuple(map(str, range(sites))), self.least).fewest
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,8 @@ class Setup:
     """Everything that rounds need and that does not change while they run.
 
     ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum, ``secure`` None lets sites send
-    their parts of it in the clear. ``facts`` is what may not change between two starts on one state folder; the journal remembers
-    it, and ``renew`` brings what it remembers up to date.
+    their parts of it in the clear, ``privacy`` None adds no noise. ``facts`` is what may not change between two starts on one state
+    folder; the journal remembers it, and ``renew`` brings what it remembers up to date.
     """
 
     name: str
@@ -95,6 +110,7 @@ class Setup:
     secure: SecureAggregation | None = None
     routing: Routing = field(default_factory=Routing)
     sharing: Sharing | None = None
+    privacy: Client | Example | None = None
 
     @property
     def keeps_parts(self) -> bool:

@@ -22,7 +22,8 @@ class TaskRound:
     adapter had it not shared this step, ``gain`` what the two lose on held-out rows, ``moved_to`` the group that it leaves for.
     ``ring`` describes the ring of narrow codes, if there is one, ``scales`` is the digest of its shifts, and ``means`` are digests of
     the last means by fingerprint of what travelled. ``told`` is that of the message by which ``before`` becomes ``after``, empty where
-    values go down as they are.
+    values go down as they are. ``privacy`` is the mechanism that protects its sum (None: nothing does), ``inside`` the noised share of
+    sites within its bound.
     """
 
     task: str
@@ -59,6 +60,8 @@ class TaskRound:
     scales: str = ""
     means: Mapping[str, str] = field(default_factory=dict)
     told: str = ""
+    privacy: Mapping[str, Any] | None = None
+    inside: float | None = None
 
     @property
     def moves(self) -> frozenset[str]:
@@ -94,8 +97,8 @@ class Round:
 
     @property
     def asked(self) -> list[str]:
-        """Tasks with a cohort to ask."""
-        return [name for name, task in self.tasks.items() if task.outcome != "skipped" and task.cohort]
+        """Tasks with a cohort to ask; one of which secret dice chose nobody is a round of noise all the same."""
+        return [name for name, task in self.tasks.items() if task.outcome != "skipped" and (task.cohort or task.privacy)]
 
     @property
     def updated(self) -> list[str]:

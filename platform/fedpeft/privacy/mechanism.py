@@ -181,7 +181,7 @@ def release(total: Update, mechanism: Mechanism, source: SecureNoise) -> Release
             ``source`` is no `SecureNoise`.
     """
     check_secure(source)
-    _check_sum(total, mechanism)
+    check_sum(total, mechanism)
     codes = total.codes.astype(np.float64)
     if not mechanism.shares:
         codes += source.rounded(len(codes), mechanism.deviation / total.grid.step)
@@ -192,7 +192,8 @@ def release(total: Update, mechanism: Mechanism, source: SecureNoise) -> Release
     return Released(mean, *_read(values[travels.size :], mechanism, count))
 
 
-def _check_sum(total: Update, mechanism: Mechanism) -> None:
+def check_sum(total: Update, mechanism: Mechanism) -> None:
+    """Raise `PrivacyError` unless ``total`` is a sum over sites that were protected by ``mechanism``, enough of them to carry its noise."""
     if total.grid != mechanism.grid or total.counters or total.weight != total.count:
         raise PrivacyError("privacy: the sum is of another grid, or has weights or counters in the clear; was it protected for this round?")
     least = mechanism.shares or int(mechanism.rate == 1)

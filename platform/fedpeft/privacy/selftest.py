@@ -13,14 +13,16 @@ import numpy as np
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.clipping import Values, norm
-from fedpeft.privacy.mechanism import Mechanism, protect, release
+from fedpeft.privacy.mechanism import Mechanism, Released, protect, release
 from fedpeft.privacy.noise import SecureNoise
-from fedpeft.tensors import Layout, Tensors
+from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Update
 
 DOUBT = 7.0
 """Standard errors: a sound mechanism fails one check in 10^11."""
 SITES = 5
+MOST = 4096
+"""Values of `sample`: enough to tell noise of another size, cheap before every round."""
 SMALLEST = 64
 """Values below which a vector is repeated until noise can be told from its absence."""
 
@@ -71,6 +73,30 @@ def self_test(mechanism: Mechanism, layout: Layout, source: SecureNoise) -> Find
         residues.append(released.mean.flat.astype(np.float64) * divisor - meant)
         longest = max(longest, *(_length(update, mechanism) for update in updates))
     return _judged(np.concatenate(residues), mechanism, count, longest)
+
+
+def sample(layout: Layout) -> Layout:
+    """As many values as ``layout`` has, or as many as tell: what `self_test` says of a mechanism depends on no more."""
+    return Layout.of([Entry("B", "self-test", (min(layout.size, MOST),))])
+
+
+def check_release(total: Update, released: Released, mechanism: Mechanism) -> None:
+    """Compare what is about to be released with the sum that it was made of: noise of the promised size, or none where sites added it.
+
+    Raises:
+        PrivacyError: the difference is not the coordinator's noise; nothing may be released.
+    """
+    count = mechanism.rate * mechanism.sites if mechanism.rate < 1 else total.count
+    values = total.codes[: released.mean.layout.size].astype(np.float64) * total.grid.step
+    residue = released.mean.flat.astype(np.float64) * count - values
+    size, promised = max(len(residue), 1), 0.0 if mechanism.shares else mechanism.deviation
+    found = float(np.sqrt(np.sum(residue**2) / size))
+    slack = promised * DOUBT / sqrt(2 * size) + 1e-3 * promised + 1e-6 * float(np.abs(values).max(initial=0.0))
+    if abs(found - promised * bool(len(residue))) > slack:
+        raise PrivacyError(
+            f"self-test: what would be released differs by {found:.3g} from the sum, {promised:.3g} was promised; nothing is released: "
+            "report this"
+        )
 
 
 def _judged(residue: Values, mechanism: Mechanism, count: int, longest: float) -> Findings:

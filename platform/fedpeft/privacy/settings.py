@@ -101,17 +101,18 @@ def make_privacy(table: Any) -> Off | Central | Distributed | Example:
         raise ConfigError(f"privacy: {fault}") from None
 
 
-def noise_for(settings: Client, rounds: int) -> float:
-    """The noise multiplier of adapters with which ``rounds`` of them, and their evaluations, spend the budget of ``settings``.
+def noise_for(settings: Client, rounds: int, evaluations: int | None = None) -> float:
+    """The noise multiplier of adapters with which ``rounds`` of them and ``evaluations`` (as many, unless said) spend the budget.
 
     Raises:
         PrivacyError: no noise is enough.
     """
     concentrated = isinstance(settings, Distributed)
+    scored = (rounds if evaluations is None else evaluations) if settings.evaluation else 0
 
     def events(noise: float) -> Sequence[Event]:
-        kinds = [1.0, settings.evaluation] if settings.evaluation else [1.0]
-        return [Event(noise * part, settings.rate, rounds, concentrated) for part in kinds]
+        kinds = [(1.0, rounds), (settings.evaluation, scored)]
+        return [Event(noise * part, settings.rate, count, concentrated) for part, count in kinds if count]
 
     return calibrate(events, settings.epsilon, settings.delta)
 

@@ -12,6 +12,8 @@ import pytest
 
 from fedpeft import bases, config
 from fedpeft.errors import LinkError, StorageError, UpdateError
+from fedpeft.privacy.mechanism import Mechanism
+from fedpeft.privacy.promise import Whole, dumps
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
@@ -188,7 +190,8 @@ def test_a_centroid_of_another_base_is_that_tasks_failure(site: SiteConfig, make
         ({"min_cohort": 4}, {}, ["min_cohort"]),
         ({"require_secure_aggregation": True}, {}, ["require_secure_aggregation"]),
         ({"max_epsilon": 2.0}, {}, ["max_epsilon"]),
-        ({"max_epsilon": 2.0}, {"epsilon": 3.0}, ["max_epsilon"]),
+        ({"max_epsilon": 2.0}, {"privacy_json": dumps(Whole(8.0, 1e-5, Mechanism(0.5, 1.0, 3)))}, ["max_epsilon"]),
+        ({"modules": ("*.value.*",)}, {}, ["modules"]),
         ({"max_steps": 1}, {}, ["max_steps"]),
         ({"max_steps": 1, "min_cohort": 9}, {}, ["max_steps", "min_cohort"]),
     ],
@@ -205,7 +208,8 @@ def test_each_policy_rule_refuses_by_name(site: SiteConfig, make_worker: MakeWor
 
 def test_a_policy_that_names_this_base_accepts(site: SiteConfig, make_worker: MakeWorker, plans, base) -> None:
     for name in ("minilm", base.fingerprint.identity):
-        result = plans.results(make_worker(policy(site, bases=(name,), max_epsilon=4.0)).handle(plans.message(plans.of(epsilon=3.0))))
+        plan = plans.of(privacy_json=dumps(Whole(4.0, 1e-5, Mechanism(2.0, 1.0, 3))))
+        result = plans.results(make_worker(policy(site, bases=(name,), max_epsilon=4.0)).handle(plans.message(plan)))
         assert result["kinds"].status == OK
 
 

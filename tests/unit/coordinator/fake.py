@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from fedpeft import config
+from fedpeft.privacy import promise
+from fedpeft.privacy.mechanism import Mechanism, protect
+from fedpeft.privacy.metric import Metric
+from fedpeft.privacy.noise import SecureNoise
 from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
@@ -84,11 +88,17 @@ class Site:
             return TaskResult(task=task.task, status=TaskResult.STATUS_MISSING_VERSION, reason="not here")
         if envelope.kind == "evaluate":
             result = TaskResult(task=task.task, status=TaskResult.STATUS_OK, adapter_digest=task.adapter_digest)
+            if task.privacy_json:
+                return self._sent(result, protect(Tensors.zeros(Layout(())), self._scores(begin, task), mechanism(task), NOISE), arrays)
             for name, values in self._scores(begin, task).items():
                 result.counters[name].values.extend(values)
             return result
         scheme: Scheme = config.build(SCHEMES, json.loads(task.scheme_json), "scheme")
         delta = self._train(scheme, task, begin, self._context(envelope, task))
+        if task.privacy_json:
+            delta = Metric.of(begin, frozenset(task.roles)).into(delta)
+            result = TaskResult(task=task.task, status=TaskResult.STATUS_OK, adapter_digest=task.adapter_digest)
+            return self._sent(result, protect(delta, {"train.loss": (2.5, 2.0)}, mechanism(task), NOISE), arrays)
         weight = min(self.holds[task.task], task.weight_cap) / task.weight_cap
         update, values = self._written(task, delta, weight)
         arrays[task.task] = flat.pack(update.layout.fingerprint, values)
@@ -101,6 +111,13 @@ class Site:
         )
         for name, values in update.counters.items():
             result.counters[name].values.extend(values)
+        return result
+
+    @staticmethod
+    def _sent(result: TaskResult, update: Update, arrays: dict[str, bytes]) -> TaskResult:
+        """A protected vector as it travels: one array, the weight of everybody."""
+        arrays[result.task] = flat.pack(update.layout.fingerprint, update.codes)
+        result.weight, result.layout_fingerprint = update.weight, update.layout.fingerprint
         return result
 
     def _written(self, task: TaskPlan, delta: Tensors, weight: float) -> tuple[Update, np.ndarray]:
@@ -185,6 +202,16 @@ class Site:
         return self.kept[task.adapter_digest]
 
 
+NOISE = SecureNoise()
+
+
+def mechanism(task: TaskPlan) -> Mechanism:
+    """How the plan wants the site's vector bounded and noised."""
+    promised = promise.loads(task.privacy_json)
+    assert isinstance(promised, promise.Whole)
+    return promised.mechanism
+
+
 def _spread(layout: Layout, part: Tensors) -> np.ndarray:
     return Tensors.zeros(layout).patch(part).flat
 
@@ -217,7 +244,8 @@ def setup(
 def task_setup(name: str, layout: Layout = LAYOUT) -> TaskSetup:
     return TaskSetup(
         name, layout, json.dumps({"kind": "classification", "name": name}), "{}", "{}", lambda: start(name, layout), 11,
-        lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]}, lambda _role: 1.0,
+        lambda counters: {"accuracy": counters["correct"][0] / counters["count"][0]} if any(counters.get("count", ())) else {},
+        lambda _role: 1.0, {"adapter.correct": 1, "adapter.count": 1, "embedding.sum": 2, "embedding.count": 1, f"cosine.{name}": 64},
     )  # fmt: skip
 
 

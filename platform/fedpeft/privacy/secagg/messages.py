@@ -35,6 +35,11 @@ class Instance:
         """Degree and thresholds. Raises `PrivacyError` when there are too few members."""
         return shape(len(self.members), self.colluding, self.dropping)
 
+    @property
+    def fewest(self) -> int:
+        """The fewest sites over which the sum is opened. Raises `PrivacyError` when there are too few members."""
+        return max(self.least, self.shape.quorum if self.shape.complete else 0)
+
     @cached_property
     def graph(self) -> dict[str, tuple[str, ...]]:
         """Neighbours by member."""
@@ -48,10 +53,9 @@ class Instance:
 
     def require(self, count: int, what: str) -> None:
         """Raise `PrivacyError` unless ``count`` members are enough to go on."""
-        needed = max(self.least, self.shape.quorum if self.shape.complete else 0)
-        if count < needed:
+        if count < self.fewest:
             raise PrivacyError(
-                f"secure aggregation {self.name}: {count} of {len(self.members)} sites {what}, {needed} are needed; nothing is opened"
+                f"secure aggregation {self.name}: {count} of {len(self.members)} sites {what}, {self.fewest} are needed; nothing is opened"
             )
 
 

@@ -62,7 +62,7 @@ class RoundPlan(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
-    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "epsilon", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "scales", "down_codec_json", "gates")
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "scales", "privacy_json", "down_codec_json", "gates")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TASK_JSON_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -79,7 +79,6 @@ class TaskPlan(_message.Message):
     GRID_REACH_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     SECURE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
-    EPSILON_FIELD_NUMBER: _ClassVar[int]
     WANT_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     CENTROIDS_FIELD_NUMBER: _ClassVar[int]
     TASK_ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +87,7 @@ class TaskPlan(_message.Message):
     MASKING_FIELD_NUMBER: _ClassVar[int]
     CODEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_JSON_FIELD_NUMBER: _ClassVar[int]
     DOWN_CODEC_JSON_FIELD_NUMBER: _ClassVar[int]
     GATES_FIELD_NUMBER: _ClassVar[int]
     task: str
@@ -106,7 +106,6 @@ class TaskPlan(_message.Message):
     grid_reach: float
     cohort: int
     secure_aggregation: bool
-    epsilon: float
     want_embedding: bool
     centroids: _containers.RepeatedCompositeFieldContainer[Centroid]
     task_round: int
@@ -115,9 +114,10 @@ class TaskPlan(_message.Message):
     masking: Masking
     codec_json: str
     scales: bytes
+    privacy_json: str
     down_codec_json: str
     gates: Gates
-    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., epsilon: _Optional[float] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., scales: _Optional[bytes] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ...) -> None: ...
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., scales: _Optional[bytes] = ..., privacy_json: _Optional[str] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ...) -> None: ...
 
 class Gates(_message.Message):
     __slots__ = ("steps", "lr")
@@ -285,7 +285,7 @@ class RoundReply(_message.Message):
     def __init__(self, site: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[TaskResult, _Mapping]]] = ..., base_loads: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class TaskResult(_message.Message):
-    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest", "masked")
+    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest", "masked", "epsilon")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[TaskResult.Status]
@@ -314,6 +314,7 @@ class TaskResult(_message.Message):
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
     task: str
     status: TaskResult.Status
     reason: str
@@ -323,7 +324,8 @@ class TaskResult(_message.Message):
     train_seconds: float
     adapter_digest: str
     masked: Masked
-    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ...) -> None: ...
+    epsilon: float
+    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ..., epsilon: _Optional[float] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("values",)

@@ -1,0 +1,45 @@
+"""What a site says of a fault: its name and the next step, never a row; details stay in the site's log."""
+
+from __future__ import annotations
+
+import logging
+
+from fedpeft.errors import DataError, FedpeftError, PolicyError, PrivacyError
+from fedpeft.wire.v1.federation_pb2 import TaskResult
+from fedpeft_client import answers
+from fedpeft_client.answers import Answer
+from fedpeft_client.beginning import MissingVersion
+from fedpeft_client.rounds import WrongBase
+
+log = logging.getLogger("fedpeft.worker")
+
+
+def failure(task: str, fault: Exception) -> Answer:
+    """The named failure for ``fault``; details that could quote a row stay in the site's log."""
+    log.error("task %s: %s: %s", task, type(fault).__name__, fault, exc_info=None if isinstance(fault, FedpeftError) else fault)
+    if isinstance(fault, MissingVersion):
+        return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
+    if isinstance(fault, PolicyError | PrivacyError | WrongBase):
+        return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
+    return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))
+
+
+def _reason(task: str, fault: Exception) -> str:
+    name = type(fault).__name__
+    if isinstance(fault, DataError):
+        return f"{name}: the rows of task {task!r} cannot be used; the site's worker.log says which row and why"
+    if isinstance(fault, FedpeftError):
+        return f"{name}: {fault}"
+    if isinstance(fault, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(fault):
+        _free_memory()
+        return f"OutOfMemory: task {task!r} does not fit into this site's memory; lower training.batch_size or base.max_tokens"
+    if isinstance(fault, OSError):
+        return f"StorageError: {fault.strerror}; free space or set `state` in site.toml to another disk"
+    return f"{name}: a defect of fedpeft in task {task!r}; the site's worker.log has the traceback"
+
+
+def _free_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
