@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedpeft.errors import StorageError
+from fedpeft.wire.v1.federation_pb2 import Masking, TaskPlan
 
 LIMIT_BYTES = 16_000_000
 
@@ -49,3 +50,9 @@ def record(path: Path, departure: Departure) -> None:
             os.fsync(file.fileno())
     except OSError as fault:
         raise StorageError(f"{path}: the audit log cannot be written: {fault.strerror}; nothing leaves this site without it") from None
+
+
+def masked_step(task: TaskPlan) -> str:
+    """The step and the masked sum of an answer to ``task``; empty in the clear."""
+    step = Masking.Step.Name(task.masking.step).removeprefix("STEP_").lower() if task.masking.step in Masking.Step.values() else "unknown"
+    return f"{step} {task.masking.name}" if task.HasField("masking") else ""

@@ -175,7 +175,7 @@ def task_of(plain: Plain, name: str) -> Task:
 
     if name not in plain.tasks:
         raise ConfigError(f"task {name!r} is not the federation's; it has {sorted(plain.tasks)}")
-    table = {key: value for key, value in plain.tasks[name].items() if key not in ("training", "start")}
+    table = {key: value for key, value in plain.tasks[name].items() if key not in ("training", "start", "clusters")}
     try:
         task: Task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
     except ValueError as fault:

@@ -209,7 +209,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
     """
     plan = work.plan
     return Ask(
-        task=plan.task,
+        task=work.task.name,
         base=tuple(dict.fromkeys((work.spec.base_model, work.spec.base, identity))),
         method=type(work.spec.method).kind,
         rank=rank_of(work.scheme, work.spec.method, site.policy.max_rank),

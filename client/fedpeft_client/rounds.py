@@ -17,7 +17,7 @@ from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.selftest import check_moved
 from fedpeft.routing import histogram
-from fedpeft.schemes import Masks, SiteContext
+from fedpeft.schemes import Masks, SiteContext, ifca
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
 from fedpeft.update import Counters, Update, snap_counters
@@ -52,13 +52,14 @@ def check_base(work: Work, base: Base) -> None:
 
     That the layout is what the method gives on this base is checked when the adapter is attached.
     """
-    mine = base.fingerprint.identity
-    if work.spec.base != mine:
+    identity = base.fingerprint.identity
+    if work.spec.base != identity:
         raise WrongBase(
-            f"task {work.plan.task!r}: the plan is for base {work.spec.base} ({work.spec.base_model}), this site holds base {mine} "
+            f"task {work.plan.task!r}: the plan is for base {work.spec.base} ({work.spec.base_model}), this site holds base {identity} "
             f"({base.spec.model}); get the same weights and tokenizer on both sides"
         )
-    if {work.spec.task, work.task.name} != {work.plan.task} or work.spec.head != work.task.head:
+    mine = work.task.name == work.plan.task or ifca.is_cluster(work.plan.task, work.task.name)
+    if work.spec.task != work.plan.task or not mine or work.spec.head != work.task.head:
         raise AdapterError(
             f"plan of task {work.plan.task!r}: adapter of {work.spec.task!r} with {len(work.spec.head.labels)} labels, rows of "
             f"{work.task.name!r} with {len(work.task.head.labels)}; a plan speaks of one task"
@@ -92,7 +93,7 @@ def train(work: Work, begin: Begin, bench: Bench, checkpoint: Path) -> tuple[Sen
     from fedpeft.training import train as run
 
     data = bench.shelf.encoded(work.task, "train", bench.base)
-    examples = len(bench.shelf.rows(work.plan.task, "train"))
+    examples = len(bench.shelf.rows(work.task.name, "train"))
     job = replace(job_of(work, begin.site), checkpoint=checkpoint, progress=lambda step, _loss: bench.progress(work.plan.task, step))
     with attach(bench.base, work.spec) as live:
         live.load(begin.tensors)

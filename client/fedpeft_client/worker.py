@@ -23,7 +23,7 @@ from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
-from fedpeft_client import answers, audit, beginning, gates, plan, policy, rounds
+from fedpeft_client import answers, audit, beginning, choosing, gates, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.faults import failure
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 KEPT_PER_TASK = 8
 """How many adapters, answers and half-done rounds stay on disk for each task: the youngest of each kind."""
-ASKED = ("train", "evaluate", "secure")
+ASKED = ("train", "evaluate", "secure", "choose")
 SPLITS: dict[str, tuple[Split, ...]] = {"train": ("train",), "evaluate": ("train", "test")}
 log = logging.getLogger("fedpeft.worker")
 
@@ -153,7 +153,7 @@ class Worker:
         return Holding(task=task, train_examples=train, test_examples=test, adapter_digest=digest if digest in self.adapters else "")
 
     def _round(self, envelope: Envelope, asked: RoundPlan) -> Envelope:
-        given = [self._task(envelope, asked, task) for task in asked.tasks]
+        given = self._choose(envelope, asked) if envelope.kind == "choose" else [self._task(envelope, asked, task) for task in asked.tasks]
         reply = RoundReply(
             site=self.site.name,
             run=asked.run,
@@ -163,6 +163,12 @@ class Worker:
             instance=self.instance,
         )
         return Envelope.of("reply", reply, {answer.result.task: answer.array for answer in given if answer.array})
+
+    def _choose(self, envelope: Envelope, asked: RoundPlan) -> list[Answer]:
+        given = choosing.answers_to(asked, self.site, lambda work: beginning.start(work, envelope, self.adapters), self._bench)
+        for task, answer in zip(asked.tasks, given, strict=True):
+            self._record(envelope.kind, asked, task, Done(answer))
+        return given
 
     def _task(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Answer:
         """Answer one task; whatever goes wrong is its named failure and nobody else's."""
@@ -191,7 +197,7 @@ class Worker:
         run, trains = (asked.federation, asked.run), envelope.kind == "train"
         own = self.personal.at(run, task.task, task.counted_round)
         begin = own.patch(start, work.phase)
-        key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, task.task) + own.digest)
+        key = plan.answer_key(self.site, envelope.kind, asked, work, self._local(envelope.kind, work.task.name) + own.digest)
         steps = self._steps(work) if trains else None
         spending = self._foreseen(asked, work, key, steps)
         policy.check(replace(wanted, epsilon=spending.epsilon), self.site)
@@ -278,17 +284,11 @@ class Worker:
             weight=result.weight,
             digest=done.answer.digest,
             repeated=done.repeated,
-            masked=_masked(task),
+            masked=audit.masked_step(task),
             protected="" if done.work is None else self.guard.describe(done.work.promise),
             epsilon=done.epsilon,
         )
         audit.record(self.site.state / "audit.jsonl", left)
-
-
-def _masked(task: TaskPlan) -> str:
-    """The step and the masked sum of an answer to ``task``."""
-    step = Masking.Step.Name(task.masking.step).removeprefix("STEP_").lower() if task.masking.step in Masking.Step.values() else "unknown"
-    return f"{step} {task.masking.name}" if task.HasField("masking") else ""
 
 
 def _read_held(path: Path) -> dict[str, str]:

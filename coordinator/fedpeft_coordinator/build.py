@@ -213,6 +213,7 @@ def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
         initial=cache(lambda: _round_zero(config, base, spec, seed)),
         seed=seed,
         scores=task.scores,
+        rows=task.name if task.name != spec.task else "",
         travel=lambda role: config.settings(spec.task).travel(role) * spec.method.lr_scale(role),
         counters=lengths(len(task.head.labels), int(getattr(base.config, "hidden_size", 0)), spec.task, BINS),
     )

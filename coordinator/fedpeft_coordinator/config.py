@@ -23,14 +23,9 @@ from fedpeft_coordinator.listening import Tls, guarded, rooted
 from fedpeft_coordinator.private_rules import Privacy
 from fedpeft_coordinator.rules import RULES
 from fedpeft_coordinator.starting import Start, StartTable
+from fedpeft_coordinator.tables import TaskEntry, named
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-
-
-def _task_table(value: Any) -> Any:
-    from fedpeft.tasks import TASKS
-
-    return config.build(TASKS, value, "task")
 
 
 def _scheme(value: Any) -> Any:
@@ -70,14 +65,6 @@ class Base(Section):
     def spec(self) -> BaseSpec:
         """The platform's noun."""
         return BaseSpec(self.model, self.quantization, self.revision, self.max_tokens)
-
-
-class TaskEntry(Section):
-    """One task, what of ``[training]`` differs for it, and its own ``start`` in place of the federation's."""
-
-    task: Annotated[Any, BeforeValidator(_task_table)]
-    training: dict[str, Any] = Field(default_factory=dict)
-    start: StartTable = None
 
 
 class Cohort(Section):
@@ -187,7 +174,7 @@ class FederationConfig(Section):
     @classmethod
     def _named(cls, tables: Any) -> Any:
         """A task's name is its key; its own training settings lie beside the task's."""
-        return {name: _entry(name, table) for name, table in tables.items()} if isinstance(tables, Mapping) else tables
+        return named(tables)
 
     @model_validator(mode="after")
     def _consistent(self) -> FederationConfig:
@@ -218,15 +205,6 @@ class FederationConfig(Section):
     def database_url(self) -> str:
         """SQLAlchemy URL of the journal."""
         return self.database or f"sqlite:///{(self.state / 'journal.sqlite').resolve()}"
-
-
-def _entry(name: str, table: Any) -> Any:
-    if not isinstance(table, Mapping):
-        raise ValueError(f"tasks.{name}: is {table!r}; needs a table with kind and labels")
-    if "task" in table:
-        return table
-    beside = {key: table[key] for key in ("training", "start") if key in table}
-    return {"task": {**{key: value for key, value in table.items() if key not in beside}, "name": name}, **beside}
 
 
 def _settings(table: dict[str, Any]) -> TrainSettings:

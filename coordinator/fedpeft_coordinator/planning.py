@@ -34,7 +34,7 @@ class Known:
 
 def holders(task: str, sites: Iterable[Site]) -> list[Site]:
     """Sites that may be asked to train ``task``, by name."""
-    return sorted((site for site in sites if site.usable and site.train.get(task, 0) > 0), key=lambda site: site.name)
+    return sorted((site for site in sites if site.usable and site.trains(task)), key=lambda site: site.name)
 
 
 def cohort(names: Sequence[str], limits: Limits, seed: int) -> tuple[str, ...]:

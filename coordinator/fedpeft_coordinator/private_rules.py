@@ -85,6 +85,15 @@ def _sum_rule(federation: FederationConfig) -> None:
         )
 
 
+def _clusters_rule(federation: FederationConfig) -> None:
+    clusters = sorted(name for name, entry in federation.tasks.items() if entry.task.name != name)
+    if clusters and not isinstance(federation.privacy, Off):
+        raise ValueError(
+            f"privacy.kind = {federation.privacy.kind!r} and clusters (tasks {clusters[:2]}): which cluster a site takes follows from its "
+            "rows and is told without noise; leave clusters out, or privacy off"
+        )
+
+
 def _masks_rule(federation: FederationConfig) -> None:
     privacy, masked = federation.privacy, federation.masks
     if isinstance(privacy, Distributed) and not masked:
@@ -166,4 +175,13 @@ def _sharing_rule(federation: FederationConfig) -> None:
         )
 
 
-RULES: Iterable[Any] = (_sum_rule, _masks_rule, _sampling_rule, _counters_rule, _evaluation_rule, _gates_rule, _sharing_rule)
+RULES: Iterable[Any] = (
+    _sum_rule,
+    _clusters_rule,
+    _masks_rule,
+    _sampling_rule,
+    _counters_rule,
+    _evaluation_rule,
+    _gates_rule,
+    _sharing_rule,
+)

@@ -70,7 +70,7 @@ class Rater:
     def _score(self, done: Round) -> dict[str, Counters]:
         roster = self.around.roster
         roster.refresh()
-        able = {name: tuple(site.name for site in roster.present if site.test.get(name, 0) > 0) for name in done.tasks}
+        able = {name: tuple(site.name for site in roster.present if site.scores(name)) for name in done.tasks}
         if self.private is not None:
             return self.private.score(done, able, set(done.tasks) - set(self.centroids), self._noised)
         if self.setup.privacy is not None:

@@ -56,6 +56,10 @@ class Writer:
         """The request to score ``tasks`` as they are after ``plan``."""
         return self._request("evaluate", plan, {name: plan.tasks[name].current for name in tasks}, _holding(site, whole))
 
+    def choose(self, plan: Round, site: Site, tasks: Iterable[str], whole: bool = False) -> Envelope:
+        """The request to take one of ``tasks``, clusters of one set of rows, by their adapters before ``plan``."""
+        return self._request("choose", plan, {name: plan.tasks[name].before for name in tasks}, _holding(site, whole))
+
     def purpose(self, kind: str, plan: Round, name: str) -> str:
         """What the masked sum of one task is for, with the digest of what all its sites are told."""
         row = plan.tasks[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from fedpeft import __version__
@@ -71,6 +71,11 @@ class Roster:
             self.connected.discard(site.name)
         self._keep([changed])
 
+    def passes(self, passed: Mapping[str, tuple[str, ...]]) -> None:
+        """Take in which clusters sites do not take."""
+        self._keep(replace(self.sites[name], passes=tasks) for name, tasks in passed.items())
+        self.flush()
+
     def _keep(self, sites: Iterable[Site]) -> None:
         for site in sites:
             if self.sites.get(site.name) != site:
@@ -86,17 +91,21 @@ class Roster:
     def _merge(self, said: Site) -> Site:
         """What a site said in its hello, with what its answers said since, unless its worker was restarted in between."""
         known = self.sites.get(said.name)
-        if known is None or known.instance != said.instance or not said.instance:
+        if known is None:
+            return said
+        said = replace(said, passes=known.passes)
+        if known.instance != said.instance or not said.instance:
             return said
         return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads))
 
     def _judge(self, name: str, given: Capabilities) -> Site:
-        tasks = self._setup.tasks.keys()
+        held = {one.task: one for one in given.holdings}
+        mine = {task: held[rows] for task, setup in self._setup.tasks.items() if (rows := setup.rows or task) in held}
         return Site(
             name=name,
-            train={held.task: int(held.train_examples) for held in given.holdings if held.task in tasks},
-            test={held.task: int(held.test_examples) for held in given.holdings if held.task in tasks},
-            have={held.task: held.adapter_digest for held in given.holdings if held.task in tasks and held.adapter_digest},
+            train={task: int(one.train_examples) for task, one in mine.items()},
+            test={task: int(one.test_examples) for task, one in mine.items()},
+            have={task: one.adapter_digest for task, one in mine.items() if one.task == task and one.adapter_digest},
             instance=given.instance,
             base_loads=int(given.base_loads),
             device=line(given.device),

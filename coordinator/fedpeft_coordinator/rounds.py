@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from fedpeft.errors import CohortError, ConfigError, PrivacyError, UpdateError
 from fedpeft.tensors import Tensors
-from fedpeft_coordinator import averaging, gathering, gating, planning, sharing
+from fedpeft_coordinator import averaging, choosing, gathering, gating, planning, sharing
 from fedpeft_coordinator.advancing import Advance
 from fedpeft_coordinator.averaging import Averaged
 from fedpeft_coordinator.events import Events
@@ -124,6 +124,8 @@ class Coordinator:
                 lambda: len(self.roster.present) >= expected, lambda: f"{len(self.roster.present)} of {expected} sites said hello"
             )
         plan = self._planned(number, attempt)
+        if choosing.settle(plan, self._writer(plan), self._around):
+            plan = self._planned(number, attempt)
         if not plan.asked:
             self.roster.wait(lambda: bool(self._planned(number, attempt).asked), lambda: f"round {number}: {why(plan)}")
             plan = self._planned(number, attempt)

@@ -26,7 +26,8 @@ class TaskSetup:
     """One task: what sites must know of it (JSON forms), its layout, its round-0 tensors with their seed, its metrics.
 
     ``travel`` says about how far one value of a role moves in a round at most (`TrainSettings.travel`); ``counters`` are those that an
-    evaluation may give, by name with their lengths.
+    evaluation may give, by name with their lengths. ``rows`` is what sites call its
+    rows, where that is not its name: it is then one of several clusters of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TaskSetup:
     scores: Scores = lambda _counters: {}
     travel: Callable[[str], float] = lambda _role: 0.0
     counters: Mapping[str, int] = field(default_factory=dict)
+    rows: str = ""
 
 
 @dataclass(frozen=True)

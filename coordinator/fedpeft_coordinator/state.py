@@ -123,7 +123,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Site:
-    """What is known of a site: training and held-out examples and the adapter kept, per task; how it was last seen."""
+    """What is known of a site: training and held-out examples and the adapter kept, per task; how it was last seen.
+
+    ``passes`` are clusters of its rows that it does not take.
+    """
 
     name: str
     train: Mapping[str, int] = field(default_factory=dict)
@@ -135,6 +138,15 @@ class Site:
     quantization: str = ""
     vanished: bool = False
     refused: str = ""
+    passes: tuple[str, ...] = ()
+
+    def trains(self, task: str) -> bool:
+        """Whether it has rows of ``task`` and takes it."""
+        return self.train.get(task, 0) > 0 and task not in self.passes
+
+    def scores(self, task: str) -> bool:
+        """Whether it has held-out rows of ``task`` and takes it."""
+        return self.test.get(task, 0) > 0 and task not in self.passes
 
     @property
     def usable(self) -> bool:

@@ -58,7 +58,7 @@ def run(config: FederationConfig, connect: Connect, events: Events) -> None:
 
 def hello(setup: Setup) -> Hello:
     """What every new node is told."""
-    return Hello(federation=setup.name, version=__version__, tasks=sorted(setup.tasks))
+    return Hello(federation=setup.name, version=__version__, tasks=sorted({task.rows or name for name, task in setup.tasks.items()}))
 
 
 @contextmanager

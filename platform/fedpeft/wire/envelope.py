@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import UpdateError
 from fedpeft.wire import flat
 
-KINDS = ("hello", "train", "evaluate", "secure", "reply")
+KINDS = ("hello", "choose", "train", "evaluate", "secure", "reply")
 Proto = TypeVar("Proto", bound=Message)
 
 

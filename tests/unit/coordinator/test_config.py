@@ -131,6 +131,15 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "no report": ({"sharing": {"split_after": 2}, "tasks": TWO}, r"split_after = 2 and evaluate_every = 0: .*report = true"),
     "unknown sharing": ({"sharing": {"shares": "A"}, "tasks": TWO}, r"sharing\.shares: Unexpected"),
+    "one cluster": ({"tasks": {"t": {**TWO["t"], "clusters": 1}}}, r"tasks\.t\.clusters: is 1; needs a whole number from 2"),
+    "a choice without noise": (
+        {"tasks": {"t": {**TWO["t"], "clusters": 2}}, "privacy": {"kind": "example", "epsilon": 3.0}},
+        r"privacy\.kind = 'example' and clusters .*leave clusters out",
+    ),
+    "a cluster's name": (
+        {"tasks": {"t": {**TWO["t"], "clusters": 2}, "t.1": TWO["t"]}},
+        r"tasks: \['t\.1'\] are there twice",
+    ),
     "momentum": ({"training": {"momentum": 0.9}}, r"training\.momentum = 0\.9 and training\.optimizer = 'adamw'"),
     "learning rate": ({"training": {"lr": -1}}, r"lr"),
 }
@@ -184,6 +193,13 @@ def test_a_start_in_all_its_forms(tmp_path: Path) -> None:
     file = tmp_path / "f.toml"
     file.write_text('name = "f"\nstart = { kind = "eva", data = "rows.jsonl" }\n[tasks.t]\nkind = "classification"\nlabels = ["a", "b"]\n')
     assert load_federation(file).start.data.path == str(tmp_path / "rows.jsonl")
+
+
+def test_clusters_are_tasks_with_one_set_of_rows() -> None:
+    found = load(tasks={"t": {**TWO["t"], "clusters": 3, "training": {"steps": 3}}, "u": TWO["u"]})
+    assert sorted(found.tasks) == ["t.0", "t.1", "t.2", "u"]
+    assert {entry.task.name for entry in found.tasks.values()} == {"t", "u"}
+    assert found.settings("t.2").steps == 3
 
 
 def test_a_task_may_have_a_start_of_its_own(tmp_path: Path) -> None:
