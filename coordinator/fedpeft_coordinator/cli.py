@@ -50,3 +50,19 @@ def status(file: File, json: Annotated[bool, typer.Option("--json", help="Print 
     from fedpeft_coordinator.up import summary
 
     summary(found, Console())
+
+
+@app.command()
+def serve(
+    registry: Annotated[Path, typer.Argument(help="Folder of the registry; its keys stay there also when its versions lie elsewhere.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file with the keys of [control]: host, port, tls, store, database, ...")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of [control]: KEY=VALUE, for example port=8001.")] = None,
+) -> None:
+    """Serve a registry and its router over gRPC, in the foreground, until it is interrupted."""
+    from fedpeft_coordinator.control.process import run
+    from fedpeft_coordinator.control.settings import standalone
+
+    settings = standalone(registry, config, _overrides(set_))
+    control = settings.control
+    kind = "mutual TLS, roles by certificate" if control.tls else f"no TLS, everybody is {control.role}"
+    run(settings, lambda port: print(f"control plane of {registry} on grpc://{control.host}:{port} ({kind})", flush=True))

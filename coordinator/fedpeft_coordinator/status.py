@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +15,27 @@ from fedpeft_coordinator.lock import holder
 from fedpeft_coordinator.state import Round, Site
 
 
-def status(config: FederationConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Watched:
+    """What of a federation's settings its status needs, JSON-ready but for the paths."""
+
+    name: str
+    rounds: int
+    masks: bool
+    tasks: tuple[str, ...]
+    state: Path
+    registry_folder: Path
+    database: str | None
+    database_url: str
+
+    @staticmethod
+    def of(config: FederationConfig) -> Watched:
+        """Of a federation.toml."""
+        values = {item.name: getattr(config, item.name) for item in fields(Watched)}
+        return Watched(**{**values, "tasks": tuple(config.tasks)})
+
+
+def status(config: FederationConfig | Watched) -> dict[str, Any]:
     """Everything as JSON-ready values. Raises `StorageError` when nothing ran yet."""
     if config.database is None and not (config.state / "journal.sqlite").exists():
         raise StorageError(f"{config.state}: nothing ran here yet; start with `fedpeft coordinator up`")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import ConfigError, LinkError, StorageError
-from fedpeft.processes import FLAG, free_port, last_words
+from fedpeft.processes import free_port, last_words
+from fedpeft_coordinator.children import Child, Tell
 from fedpeft_coordinator.config import Link
 from fedpeft_coordinator.link import LinkSettings
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 START_SECONDS = 90.0
 """A loaded machine may need a minute to import a web server."""
 STUB = ("fedpeft_coordinator.app:app", "fedpeft_client.app:app")
-Tell = Callable[..., None]
 
 
 @dataclass
@@ -36,9 +33,7 @@ class LinkProcess:
     link: Link
     folder: Path
     tell: Tell = lambda *_a, **_k: None
-    _process: subprocess.Popen[bytes] | None = None
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _child: Child | None = None
 
     def start(self) -> None:
         """Start the child and the thread that restarts it. Raises `LinkError` when its port is taken, `StorageError` without space."""
@@ -46,27 +41,20 @@ class LinkProcess:
         self._private = free_port()
         secret = self._prepare()
         self._endpoint_secret = secret
-        self._spawn()
-        threading.Thread(target=self._watch, name="link-watch", daemon=True).start()
+        module, settings = "fedpeft_coordinator.link", (self.folder / "link.json").resolve()
+        env = {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1"}
+        self._child = Child("link", [sys.executable, "-m", module, str(settings)], self.folder / "link.log", env, self.tell)
+        self._child.start()
 
     def stop(self) -> None:
         """End the child."""
-        self._stopping.set()
-        with self._lock:
-            process = self._process
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if self._child is not None:
+            self._child.stop()
 
     @property
     def pid(self) -> int | None:
         """The child's process id."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     @property
     def endpoint(self) -> Endpoint:
@@ -74,6 +62,10 @@ class LinkProcess:
         from fedpeft.wire._compat import Endpoint
 
         return Endpoint(f"127.0.0.1:{self._private}", self._endpoint_secret)
+
+    @property
+    def _stopping(self) -> bool:
+        return self._child is not None and self._child.stopping
 
     def connect(self) -> Session:
         """Open a run on the link: wait for it, admit the registered sites, submit the stub, take its ServerApp task ourselves.
@@ -87,7 +79,7 @@ class LinkProcess:
                 self._wait_until_up(end)
                 return self._open_run()
             except LinkError:
-                if time.monotonic() >= end or self._stopping.is_set():
+                if time.monotonic() >= end or self._stopping:
                     raise
                 time.sleep(0.5)
 
@@ -138,33 +130,8 @@ class LinkProcess:
             raise StorageError(f"{self.folder}: cannot be written: {fault.strerror}; free space or check permissions") from None
         return secret
 
-    def _spawn(self) -> None:
-        env = os.environ | {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1", FLAG: "1"}
-        with self._lock, (self.folder / "link.log").open("ab") as log:
-            if not self._stopping.is_set():
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "fedpeft_coordinator.link", str((self.folder / "link.json").resolve())],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    env=env,
-                )
-                self.tell("link", reason=f"started as process {self._process.pid}", pid=self._process.pid)
-
-    def _watch(self) -> None:
-        pause, since = 0.2, time.monotonic()
-        while not self._stopping.wait(0.2):
-            if self._process is None or self._process.poll() is None:
-                continue
-            self.tell("link", reason=f"process {self._process.pid} ended with code {self._process.returncode}; starting it again")
-            pause = 0.2 if time.monotonic() - since > 60.0 else min(pause * 2, 10.0)
-            if self._stopping.wait(pause):
-                return
-            since = time.monotonic()
-            self._spawn()
-
     def _wait_until_up(self, end: float) -> None:
-        while time.monotonic() < end and not self._stopping.is_set():
+        while time.monotonic() < end and not self._stopping:
             if listens("127.0.0.1", self._private) and listens(self.link.host, self.link.port):
                 return
             time.sleep(0.1)
@@ -180,14 +147,14 @@ def key_files(folder: Path) -> list[Path]:
     return found
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise `LinkError` when somebody listens at ``host:port`` or the address is not ours."""
+def check_port(host: str, port: int, name: str = "link") -> None:
+    """Raise `LinkError` when somebody listens at ``host:port`` or the address is not ours; ``name`` is the table that sets it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as fault:
-            raise LinkError(f"link {host}:{port}: {fault.strerror}; stop what listens there, or set link.port") from None
+            raise LinkError(f"{name} {host}:{port}: {fault.strerror}; stop what listens there, or set {name}.port") from None
 
 
 def listens(host: str, port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +18,17 @@ from fedpeft.cli.output import size
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_coordinator import display, status
 from fedpeft_coordinator.build import build
+from fedpeft_coordinator.children import Child
 from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.control.settings import Settings
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.lock import held
 from fedpeft_coordinator.rounds import Coordinator
 from fedpeft_coordinator.setup import Setup
+from fedpeft_coordinator.status import Watched
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.supervise import LinkProcess
+from fedpeft_coordinator.supervise import LinkProcess, check_port
 from fedpeft_coordinator.transport_flower import Connect, FlowerTransport
 
 
@@ -39,7 +43,8 @@ def up(config: FederationConfig, console: Console) -> None:
         link = LinkProcess(config.link, config.state / "link", events)
         link.start()
         try:
-            run(config, link.connect, events)
+            with controlled(config, events):
+                run(config, link.connect, events)
         finally:
             link.stop()
     summary(status.status(config), console)
@@ -54,6 +59,25 @@ def run(config: FederationConfig, connect: Connect, events: Events) -> None:
         Coordinator(setup, Journal(config.database_url), Store(config.state / "blobs"), transport, events, publisher).run()
     finally:
         transport.close()
+
+
+@contextmanager
+def controlled(config: FederationConfig, events: Events) -> Iterator[None]:
+    """Run the control plane beside the rounds where the federation wants one. Raises `LinkError` when its port is taken."""
+    if config.control is None:
+        yield
+        return
+    check_port(config.control.host, config.control.port, "control")
+    folder = config.state / "control"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / "settings.json").resolve()
+    Settings(config.control, config.registry_folder.resolve(), folder.resolve(), Watched.of(config)).save(path)
+    child = Child("control", [sys.executable, "-m", "fedpeft_coordinator.control.process", str(path)], folder / "control.log", {}, events)
+    child.start()
+    try:
+        yield
+    finally:
+        child.stop()
 
 
 def hello(setup: Setup) -> Hello:

@@ -33,10 +33,15 @@ def load(path: Path | str, model: type[Model], overrides: Mapping[str, str] | No
     Raises:
         ConfigError: the file is missing or is not TOML, or its content has faults; all of them are named, one a line.
     """
-    table = read_toml(Path(path))
-    for key, value in (overrides or {}).items():
+    return with_overrides(model, overrides or {}, str(path), read_toml(Path(path)))
+
+
+def with_overrides(model: type[Model], overrides: Mapping[str, str], where: str, table: dict[str, Any] | None = None) -> Model:
+    """``table`` (none: the defaults) as ``model``, with `load`'s ``overrides``. Raises `ConfigError` that lists every fault."""
+    table = {} if table is None else table
+    for key, value in overrides.items():
         override(table, key, value)
-    return parse(table, model, str(path))
+    return parse(table, model, where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1.federation_pb2_grpc import FederationServicer
-from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.control.feed import Run
 from fedpeft_coordinator.control.gate import AbsentError
-from fedpeft_coordinator.status import status
+from fedpeft_coordinator.status import Watched, status
 
 BATCH = 256 << 10
 """Bytes of the event file that are read at once."""
@@ -24,11 +23,11 @@ LINE = 64 << 10
 class FederationService(FederationServicer):
     """Tells of ``config``; None: this server stands alone."""
 
-    def __init__(self, config: FederationConfig | None, run: Run, poll: float) -> None:
+    def __init__(self, config: Watched | None, run: Run, poll: float) -> None:
         self.config, self.run, self.poll = config, run, poll
 
     @property
-    def _federation(self) -> FederationConfig:
+    def _federation(self) -> Watched:
         if self.config is None:
             raise AbsentError("federation: this server serves a registry alone; ask the one that `fedpeft coordinator up` runs")
         return self.config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,14 +105,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return call
 
-    async def _send(self, answers: AsyncIterator[Any], context: Any) -> None:
+    async def _send(self, answers: AsyncGenerator[Any, None], context: Any) -> None:
         """A reader that takes nothing for too long loses its slot."""
-        async for answer in answers:
-            try:
-                async with asyncio.timeout(self.stall):
-                    await context.write(answer)
-            except TimeoutError:
-                raise StalledError(f"nothing was read for {self.stall:.0f} s; go on where it stopped") from None
+        async with aclosing(answers) as open_answers:
+            async for answer in open_answers:
+                try:
+                    async with asyncio.timeout(self.stall):
+                        await context.write(answer)
+                except TimeoutError:
+                    raise StalledError(f"nothing was read for {self.stall:.0f} s; go on where it stopped") from None
 
     @contextmanager
     def _admitted(self, method: str, context: Any) -> Iterator[Caller]:

@@ -58,10 +58,13 @@ class RegistryService(RegistryServicer):
         head = await self.run(self._message, found)
         yield pb.PullPart(head=pb.PullHead(version=head, files=files.to_proto(sizes), offset=offset))
         spans = iter(files.spans(sizes, offset))
-        coming = self._read(found.digest, spans)
-        while (part := await coming) is not None:
-            coming = self._read(found.digest, spans)
-            yield part
+        coming = asyncio.create_task(self._read(found.digest, spans))
+        try:
+            while (part := await coming) is not None:
+                coming = asyncio.create_task(self._read(found.digest, spans))
+                yield part
+        finally:
+            coming.cancel()
 
     async def Staged(self, request: pb.StagedRequest, context: Any) -> pb.StagedResponse:
         """Where an earlier push stopped."""

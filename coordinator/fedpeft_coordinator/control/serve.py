@@ -24,7 +24,6 @@ from fedpeft.control.channel import LIMITS
 from fedpeft.control.staging import Staging
 from fedpeft.errors import ConfigError, LinkError, PolicyError
 from fedpeft.registry import Registry
-from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.federation import FederationService
 from fedpeft_coordinator.control.feed import Feed
@@ -32,6 +31,7 @@ from fedpeft_coordinator.control.gate import Gate, Record
 from fedpeft_coordinator.control.registry import RegistryService
 from fedpeft_coordinator.control.router import Reader, RouterService, Texts
 from fedpeft_coordinator.listening import Tls
+from fedpeft_coordinator.status import Watched
 
 LOG = logging.getLogger("fedpeft.control")
 READERS, WORKERS = 8, 2
@@ -55,7 +55,7 @@ class Server:
     registry: Registry
     control: Control
     state: Path
-    federation: FederationConfig | None = None
+    federation: Watched | None = None
     texts: Reader | None = None
     record: Record = lambda *_a, **_k: None
 

@@ -7,31 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpeft.cli import output
+from fedpeft.cli import output, sharing
+from fedpeft.cli.registries import HERE, AsJson, Ref, Root, Who, near, opened
 
-app = typer.Typer(help="List, inspect, copy, verify and roll back published adapters.", no_args_is_help=True)
-
-Root = Annotated[Path, typer.Option("--registry", envvar="FEDPEFT_REGISTRY", help="Folder of the registry.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Ref = Annotated[str, typer.Argument(help="TASK (latest), TASK@NUMBER or sha256:PREFIX.")]
-HERE = Path("registry")
-
-
-def _open(root: Path) -> Any:
-    from fedpeft.errors import AdapterError
-    from fedpeft.registry import Registry
-
-    if not root.is_dir():
-        raise AdapterError(
-            f"{root}: no registry there; give --registry or set FEDPEFT_REGISTRY (a federation keeps it in its state folder)"
-        )
-    return Registry(root)
+app = typer.Typer(help="List, inspect, copy, share, verify and roll back published adapters.", no_args_is_help=True)
+sharing.register(app)
 
 
 @app.command("list")
-def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = None, registry: Root = HERE, json: AsJson = False) -> None:
+def list_(
+    task: Annotated[str | None, typer.Argument(help="Only this task.")] = None,
+    registry: Root = HERE,
+    identity: Who = None,
+    json: AsJson = False,
+) -> None:
     """List versions, newest last; the served one of each task is marked."""
-    store = _open(registry)
+    store = opened(registry, identity)
     versions = store.list(task)
     current = {version.task: version.digest for version in (store.get(name) for name in {v.task for v in versions})}
     if json:
@@ -58,16 +49,16 @@ def _metrics(version: Any) -> str:
 
 
 @app.command()
-def show(ref: Ref, registry: Root = HERE) -> None:
+def show(ref: Ref, registry: Root = HERE, identity: Who = None) -> None:
     """Print one version's manifest: base, method, lineage, metrics, files."""
-    version = _open(registry).get(ref)
+    version = opened(registry, identity).get(ref)
     output.emit({"digest": version.digest, "number": version.number, "path": str(version.path or ""), **version.manifest.to_json()})
 
 
 @app.command()
-def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: Root = HERE) -> None:
+def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: Root = HERE, identity: Who = None) -> None:
     """Print everything that was published or rolled back for a task, oldest first."""
-    output.emit(_open(registry).history(task))
+    output.emit(opened(registry, identity).history(task))
 
 
 @app.command()
@@ -101,11 +92,11 @@ def export(
         print(f"  checked: {found.said}")
 
 
-def _files(ref: str, registry: Path) -> Any:
+def _files(ref: str, registry: str) -> Any:
     """The files of a version, manifest and signature too; none for a folder that is no version."""
     if (Path(ref) / "fedpeft.json").is_file():
         return None
-    store = _open(registry)
+    store = opened(registry)
     return store.files(store.resolve(ref))
 
 
@@ -172,7 +163,7 @@ def cluster(
     from fedpeft.merging.clusters import clusters, cosines
 
     rule = make_rule({"kind": how, **_settings(settings or [])})
-    names = refs or sorted({version.task for version in _open(registry).list()})
+    names = refs or sorted({version.task for version in opened(registry).list()})
     adapters = [_adapter(ref, registry) for ref in names]
     similar = cosines([adapter.tensors for adapter in adapters])
     labels = clusters(similar)
@@ -222,21 +213,24 @@ def _settings(texts: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--set {' '.join(texts)}: {fault}; write key=value, as in rank=16") from None
 
 
-def _adapter(ref: str, registry: Path) -> Any:
+def _adapter(ref: str, registry: str) -> Any:
     """From a folder, or from the registry."""
     from fedpeft.adapters import load
 
-    return load(Path(ref)) if (Path(ref) / "fedpeft.json").is_file() else _open(registry).load(ref)
+    return load(Path(ref)) if (Path(ref) / "fedpeft.json").is_file() else opened(registry).load(ref)
 
 
 @app.command()
 def pull(
-    ref: Ref, source: Annotated[Path, typer.Option("--from", help="Folder of the registry to copy from.")], registry: Root = HERE
+    ref: Ref,
+    source: Annotated[str, typer.Option("--from", help="Folder of the registry to copy from, or grpc://HOST:PORT.")],
+    registry: Root = HERE,
+    identity: Who = None,
 ) -> None:
-    """Copy one version from another registry, after checking its files and signature."""
+    """Copy one version from another registry, after checking its files and signature; a broken pull goes on where it stopped."""
     from fedpeft.registry import Registry
 
-    version = Registry(registry).pull(_open(source), ref)
+    version = Registry(Path(registry)).pull(opened(source, identity), ref)
     print(f"{version.task}@{version.number} sha256:{version.digest[:12]} is in {registry}")
 
 
@@ -245,14 +239,14 @@ def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when
     """Check files, checksums, signatures and the history chain."""
     from fedpeft.errors import AdapterError
 
-    faults = _open(registry).verify(ref)
+    faults = near(registry).verify(ref)
     if faults:
         raise AdapterError("\n".join(faults))
     print(f"{ref or registry}: every checksum, signature and history link holds")
 
 
 @app.command()
-def rollback(task: Annotated[str, typer.Argument(help="Task name.")], ref: Ref, registry: Root = HERE) -> None:
+def rollback(task: Annotated[str, typer.Argument(help="Task name.")], ref: Ref, registry: Root = HERE, identity: Who = None) -> None:
     """Serve an earlier version of a task again; nothing is deleted."""
-    version = _open(registry).rollback(task, ref)
+    version = opened(registry, identity).rollback(task, ref)
     print(f"{task} now serves version {version.number} (sha256:{version.digest[:12]})")

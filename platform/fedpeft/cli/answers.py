@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedpeft.cli import output
-from fedpeft.cli.adapters import HERE, AsJson, Root
+from fedpeft.cli.registries import HERE, AsJson, Root
 
 Which = Annotated[str, typer.Option(help="Who routes: chain, centroid, centroid3, gate, arrow, spectr, cluster, mean.")]
 
@@ -33,7 +33,7 @@ def route(
     from fedpeft.service import Service
 
     request = sys.stdin.read() if text == "-" else text
-    service = Service.open(registry, quantization)
+    service = Service.open(Path(registry), quantization)
     found = service.route(request, task, router)
     answer = service.answer(request, found)
     if json:
@@ -62,7 +62,7 @@ def evaluate(
     from fedpeft.tasks import Source, read_rows
 
     rows = read_rows(Source(path=str(data)))
-    report = Service.open(registry, quantization).evaluate(rows, router if routed else None)
+    report = Service.open(Path(registry), quantization).evaluate(rows, router if routed else None)
     if json:
         return output.emit(report)
     columns = ("rows", "routed right", "to the base", "scored")

@@ -50,6 +50,11 @@ def emit(value: Mapping[str, Any] | Sequence[Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def line(value: Mapping[str, Any]) -> str:
+    """``value`` as one line of JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def size(count: float) -> str:
     """A byte count for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

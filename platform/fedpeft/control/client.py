@@ -33,6 +33,10 @@ class RemoteRegistry:
         """The version that ``ref`` names. Raises `AdapterError` when there is none, `LinkError`, `PolicyError`."""
         return transfer.version(self.link.unary("Registry", "Get", pb.GetRequest(ref=ref)))
 
+    def resolve(self, ref: str) -> str:
+        """The digest that ``ref`` names. Raises as `get` does."""
+        return self.get(ref).digest
+
     def list(self, task: str | None = None) -> tuple[Version, ...]:
         """Every version of ``task``, or of all tasks, oldest first."""
         found: builtins.list[Version] = []

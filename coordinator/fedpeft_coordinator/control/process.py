@@ -1,0 +1,41 @@
+"""The control plane's process: ``python -m fedpeft_coordinator.control.process SETTINGS.json``, or in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fedpeft_coordinator.control.opening import open_registry
+from fedpeft_coordinator.control.settings import Settings
+from fedpeft_coordinator.events import Events
+
+
+def run(settings: Settings, told: Callable[[int], None]) -> None:
+    """Serve until SIGTERM or SIGINT; ``told`` hears the port. Raises `LinkError`, `ConfigError`, `PolicyError`, `StorageError`."""
+    from fedpeft_coordinator.control.serve import Server
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    record = Events(settings.state / "calls.jsonl")
+    registry = open_registry(settings.registry, settings.control)
+    asyncio.run(Server(registry, settings.control, settings.state, settings.federation, record=record).run(told))
+
+
+def main() -> int:
+    """Entry of the child: one argument, the path of a `Settings` file."""
+    from fedpeft.errors import FedpeftError
+    from fedpeft.processes import hold
+
+    hold()
+    try:
+        run(Settings.read(Path(sys.argv[1])), lambda port: print(f"control plane on port {port}", flush=True))
+    except FedpeftError as fault:
+        print(fault, file=sys.stderr, flush=True)
+        return fault.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
