@@ -115,8 +115,9 @@ def _swap_rotation(stack: ExitStack, source: Any) -> None:
 @torch.no_grad()
 def _answers_alike(module: Any, kernel: Callable[..., Any]) -> bool:
     width = len(module.weight) if hasattr(module, "weight") else module.gate_proj.in_features
-    like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    sample = torch.linspace(-2.0, 2.0, 3 * width, device=like.device).view(1, 3, width).to(like.dtype)
+    held = list(module.parameters())
+    dtype = next((parameter.dtype for parameter in held if parameter.is_floating_point()), torch.bfloat16)  # all in 4 bit: any will do
+    sample = torch.linspace(-2.0, 2.0, 3 * width, device=held[0].device).view(1, 3, width).to(dtype)
     try:
         return _close(kernel(sample), module.forward(sample))
     except FAULTS:
