@@ -24,18 +24,23 @@ from fedpeft.errors import AdapterError
 from fedpeft.methods.lora import Lora
 from fedpeft.tensors import Tensors
 
+SMALL = 0.01
+"""A weight error that is not worth a larger rank."""
+
 
 @dataclass(frozen=True)
 class Converted:
     """The LoRA, the share of the weight change that its rank lost, and how far its logits are from the original's.
 
     ``weight_error`` is ||dW - B A|| / ||dW|| over all layers; ``output_error`` the distance of logits over the distance that the
-    original moves them from the base's, on random tokens: what no weight of a linear layer can say shows there.
+    original moves them from the base's, on random tokens: what no weight of a linear layer can say shows there. ``enough`` is the
+    smallest rank whose ``weight_error`` is at most `SMALL`.
     """
 
     adapter: Adapter
     weight_error: float
     output_error: float
+    enough: int
 
 
 def to_lora(base: Base, adapter: Adapter, rank: int) -> Converted:
@@ -61,18 +66,26 @@ def to_lora(base: Base, adapter: Adapter, rank: int) -> Converted:
         before = _logits(live.model, tokens)
         live.load(lora.tensors)
         got = _logits(live.model, tokens)
-    lost, whole = sum(part.lost for part in found.values()), sum(part.whole for part in found.values())
-    moved = max(float((wanted - before).norm()), 1e-30)
-    return Converted(lora, float(np.sqrt(lost / whole)), float((got - wanted).norm()) / moved)
+    errors, moved = _errors(found), max(float((wanted - before).norm()), 1e-30)
+    enough = int(np.argmax(errors <= SMALL))
+    return Converted(lora, float(errors[min(rank, len(errors) - 1)]), float((got - wanted).norm()) / moved, enough)
 
 
 class _Found(NamedTuple):
-    """B (out, r) and A (r, in) of one layer, the energy that they miss and the energy of the whole change."""
+    """B (out, r) and A (r, in) of one layer, and the singular values of the whole change."""
 
     b: NDArray[np.float32]
     a: NDArray[np.float32]
-    lost: float
-    whole: float
+    spectrum: NDArray[np.float64]
+
+
+def _errors(found: Mapping[str, _Found]) -> NDArray[np.float64]:
+    """The relative weight error over all layers, by rank from 0."""
+    energies = np.zeros((len(found), 1 + max(len(part.spectrum) for part in found.values())))
+    for row, part in zip(energies, found.values(), strict=True):
+        row[: len(part.spectrum)] = part.spectrum**2
+    tails = energies.sum(axis=0)[::-1].cumsum()[::-1]
+    return np.asarray(np.sqrt(tails / tails[0]))
 
 
 def _factors(model: nn.Module, plain: Mapping[str, Tensor], rank: int, adapter: Adapter) -> dict[str, _Found]:
@@ -83,9 +96,9 @@ def _factors(model: nn.Module, plain: Mapping[str, Tensor], rank: int, adapter: 
 
 def _split(change: Tensor, rank: int) -> _Found:
     u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
-    kept, root = s[:rank], s[:rank].sqrt()
+    root = s[:rank].sqrt()
     b, a = (u[:, :rank] * root).float().cpu().numpy(), (root[:, None] * v[:rank]).float().cpu().numpy()
-    return _Found(b, a, float((s[len(kept) :] ** 2).sum()), float((s**2).sum()))
+    return _Found(b, a, s.cpu().numpy())
 
 
 def _adapter(base: Base, adapter: Adapter, found: Mapping[str, _Found], rank: int) -> Adapter:

@@ -121,6 +121,7 @@ def convert(
     print(
         f"{ref} written to {folder} as LoRA of rank {rank}: weight error {done.weight_error:.2e} of the adapter's change, "
         f"output error {done.output_error:.2e} of its effect on random tokens"
+        + (f"; rank {done.enough} would bring the former to 1 %" if done.enough > rank else "")
     )
 
 

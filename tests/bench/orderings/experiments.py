@@ -131,6 +131,12 @@ def ranks_one_rate() -> Experiment:
     return replace(ranks(), rates_by="zero-pad")
 
 
+def ranks_control() -> Experiment:
+    """`ranks` with zero-padded values under alternation: whether it is the correction or the alternation that tells."""
+    arms = {"zero-pad, alternating": Arm(lambda shares: Padded("zero", HETEROGENEOUS, shares, Alternating()))}
+    return replace(ranks(), name="ranks_control", arms=arms)
+
+
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "lora_a2": lora_a2,
     "head_only": head_only,
@@ -138,6 +144,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "restart": restart,
     "ranks": ranks,
     "ranks_one_rate": ranks_one_rate,
+    "ranks_control": ranks_control,
     "restart_skewed": restart_skewed,
 }
 

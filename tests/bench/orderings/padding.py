@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tests.bench.orderings.simulate import Mask, Place
 
 from fedpeft.adapters.live import Live
-from fedpeft.schemes import Phase
+from fedpeft.schemes import Phase, Scheme
 from fedpeft.tensors import Layout, Tensors
 
 Slots = NDArray[np.float32]
@@ -25,15 +25,16 @@ AXIS = {"A": 0, "B": 1}
 
 @dataclass(frozen=True)
 class Padded:
-    """Values of the sites' first slots, averaged; ``shares`` are the sites' weights, which sum to 1."""
+    """Values of the sites' first slots, averaged; ``shares`` are the sites' weights, which sum to 1; ``by`` says what moves when."""
 
     kind: Literal["zero", "slot", "mass"]
     ranks: tuple[int, ...]
     shares: tuple[float, ...]
+    by: Scheme | None = None
 
     def phase(self, round: int, layout: Layout) -> Phase:
-        """All roles in every round."""
-        return Phase("all", layout.roles)
+        """All roles in every round, or those of ``by``."""
+        return Phase("all", layout.roles) if self.by is None else self.by.phase(round, layout)
 
     def begin(self, live: Live, current: Tensors, place: Place) -> Tensors:
         """The site's own slots. The others are zero in both factors, hence without gradient, hence zero afterwards."""
@@ -45,12 +46,12 @@ class Padded:
 
     def finish(self, before: Tensors, after: Tensors, phase: Phase, place: Place) -> Tensors:
         """The values."""
-        return after
+        return after.pick(phase.roles)
 
     def advance(self, current: Tensors, mean: Tensors, phase: Phase) -> Tensors:
         """The mean, corrected as the convention says."""
         inverse = (1.0 / self.mass).astype(np.float32)
-        return scaled(mean, {"zero": {}, "slot": {"A": inverse, "B": inverse}, "mass": {"B": inverse}}[self.kind])
+        return current.patch(scaled(mean, {"zero": {}, "slot": {"A": inverse, "B": inverse}, "mass": {"B": inverse}}[self.kind]))
 
     def show(self, live: Live, current: Tensors) -> Tensors:
         """All slots."""

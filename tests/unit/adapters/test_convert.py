@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedpeft.adapters import Adapter, attach, make_spec, save
-from fedpeft.adapters.convert import to_lora
+from fedpeft.adapters.convert import SMALL, to_lora
 from fedpeft.bases import HeadSpec
 from fedpeft.errors import AdapterError
 from fedpeft.methods import METHODS
@@ -80,6 +80,8 @@ def test_the_stated_error_is_the_energy_beyond_the_rank(made):
         lost, whole = lost + (values[2:] ** 2).sum(), whole + (values**2).sum()
     assert done.weight_error == pytest.approx(np.sqrt(lost / whole), rel=1e-4)
     assert 0.01 < done.output_error < 2.0
+    assert 2 < done.enough <= 6
+    assert to_lora(base, adapter, done.enough).weight_error <= SMALL < to_lora(base, adapter, done.enough - 1).weight_error
 
 
 def test_a_rank_too_small_shows_in_the_output_error(made):

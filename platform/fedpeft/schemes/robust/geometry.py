@@ -27,7 +27,7 @@ from fedpeft.tensors import Layout, Tensors
 
 CORE = frozenset("ABR")
 FACTORS = (("B", "A"), ("B2", "A2"))
-COLUMNS = 1 << 14
+COLUMNS = 1 << 15
 """Columns of one block: fifty parts of it stay in the third-level cache."""
 CLOSE = 0.05
 """Below this share of the lengths, a distance from float32 inner products has lost more than a digit and is taken in float64."""
@@ -106,7 +106,7 @@ def gram(measure: Metric, parts: Sequence[Tensors], dtype: type[np.floating[Any]
     Raises:
         UpdateError: a part is not finite, or so large that its square is not.
     """
-    named = [part.named() for part in parts]
+    named = [part.named() for part in parts] if measure.pairs or measure.lifts else []
     total = np.zeros((len(parts), len(parts)))
     with np.errstate(over="ignore", invalid="ignore"):
         for pair in measure.pairs:
@@ -137,7 +137,7 @@ def growth(measure: Metric, parts: Sequence[Tensors]) -> Matrix:
     Raises:
         UpdateError: a part is not finite.
     """
-    named = [part.named() for part in parts]
+    named = [part.named() for part in parts] if measure.pairs else []
     still = Metric((), measure.lifts, measure.plain, measure.before)
     table = np.zeros((len(parts), 3))
     table[:, 0] = np.diagonal(gram(still, parts, np.float64))
