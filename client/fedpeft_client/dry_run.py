@@ -6,7 +6,7 @@ The federation's file is read here for its plain parts alone: the coordinator's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
-from fedpeft.update import TRAIN_COUNTERS, Grid
+from fedpeft.update import TRAIN_COUNTERS, WORD, Grid
 from fedpeft.wire import flat
 from fedpeft.wire.codecs import CODECS, Codec, Lanes, Ring, as_ring, choose
-from fedpeft_client import policy
+from fedpeft_client import foresight, policy
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.foresight import Cost, cost
 from fedpeft_client.plan import rank_of
 from fedpeft_client.policy import Ask
 from fedpeft_client.shelf import Shelf
@@ -57,6 +58,10 @@ class Plain(BaseModel):
     secure_aggregation: dict[str, Any] = {}
     wire: dict[str, Any] = {}
     routing: dict[str, Any] = {}
+    privacy: Any = "none"
+    rounds: int = 10
+    evaluate_every: int = 0
+    publish_every: int = 0
     max_examples: int = 1_000_000
     tasks: dict[str, dict[str, Any]]
 
@@ -103,8 +108,8 @@ class Forecast:
     """What one task would send in the round: nothing when the policy refuses it.
 
     ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1; ``private`` names the
-    roles that train and stay. ``masked``: tensors, weight and counters leave as one vector under masks, and only the sum over sites is
-    ever opened.
+    roles that train and stay, ``cost`` is what ``epsilon`` says in words. ``masked``: tensors, weight and counters leave as one vector
+    under masks, and only the sum over sites is ever opened.
     """
 
     task: str
@@ -119,6 +124,7 @@ class Forecast:
     refused: str | None = None
     private: tuple[str, ...] = ()
     masked: bool = False
+    cost: Cost | None = None
 
 
 def read_plan(path: Path) -> Plain:
@@ -156,17 +162,32 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     counters = {**TRAIN_COUNTERS, **_router(base), **(_gates(spec) if plain.routing.get("gates") else {})}
     rank = rank_of(scheme, spec.method, site.policy.max_rank)
     upload, each = _upload(plain, up, phase.roles)
+    ring = as_ring(_codec(plain, up.size))
+    bits = WORD if ring is None else ring.width(plain.expected)
+    spending = cost(site, plain.model_dump(), foresight.Work(name, up, settings, examples, plain.expected, bits))
     asked = _ask(plain, spec, upload, settings, rank, base.fingerprint.identity)
+    asked = replace(
+        asked,
+        accounted=spending is not None,
+        epsilon=None if spending is None else spending.after,
+        modules=tuple(e.name for e in up.entries),
+    )
     try:
         rules, refused = policy.check(asked, site), None
     except PolicyError as fault:
         rules, refused = tuple(policy.RULES), str(fault)
+    uniform = spending is not None and spending.counters is not None
+    if spending is not None and spending.counters is not None:
+        counters = {key: length for key, length in counters.items() if key in spending.counters}
     weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
+    weight = "every site weighs the same" if uniform else weight
     beside = CODE_BYTES * (Schema(up, Grid(plain.least), TRAIN_COUNTERS).size - up.size) if plain.masked else 0
     size = asked.upload_bytes + (beside or FLOAT_BYTES * sum(TRAIN_COUNTERS.values()))
     private = tuple(sorted(phase.private & spec.layout.roles))
     lines = tuple(Line(entry.name, entry.role, entry.shape, round(each[entry.role] * entry.size)) for entry in up.entries)
-    return Forecast(name, phase.name, examples, weight, lines, counters, size, EPSILON, rules, refused, private, plain.masked)
+    return Forecast(
+        name, phase.name, examples, weight, lines, counters, size, str(spending or EPSILON), rules, refused, private, plain.masked, spending
+    )
 
 
 def task_of(plain: Plain, name: str) -> Task:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedpeft.errors import DataError, PolicyError, PrivacyError
-from fedpeft.privacy.accounting import Event, epsilon
+from fedpeft.privacy.accounting import Event
 from fedpeft.privacy.clipping import clipped
 from fedpeft.privacy.ledger import Budget, Charge, Kind, Ledger, Unit
 from fedpeft.privacy.mechanism import Mechanism, check_shares, protect
@@ -184,12 +184,3 @@ class Guard:
                 f"noise: policy.noise = {self.policy.noise:g} and an evaluation, whose counters carry no noise; nothing is sent: set "
                 "[privacy] with evaluation in the federation, or policy.noise = 0"
             )
-
-
-def per_round(promise: Promise, layout: Layout, steps: Steps | None) -> float:
-    """The epsilon of one adapter's release at the promise's delta."""
-    if steps is not None:
-        return epsilon([steps.event], promise.delta)
-    assert isinstance(promise, Whole)
-    mechanism = promise.mechanism
-    return epsilon([mechanism.event(mechanism.layout(layout).size)], promise.delta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +29,10 @@ Accept = Callable[[str, TaskResult, Envelope], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What one answer meant: per task ``ok`` or why it does not count, which tasks the site wants sent whole, and facts."""
+    """What one answer meant: per task ``ok`` or why it does not count, which tasks the site wants sent whole, and facts.
+
+    ``spent`` is what the site says that its rows have spent, by task.
+    """
 
     site: str
     outcomes: Mapping[str, str]
@@ -38,6 +42,7 @@ class Report:
     base_loads: int | None = None
     vanished: bool = False
     bytes_up: int = 0
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def drops(self) -> dict[str, str]:
@@ -65,6 +70,7 @@ def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> R
         seconds=sum(results[task].train_seconds for task in good),
         base_loads=reply.base_loads,
         bytes_up=envelope.size,
+        spent={task: results[task].epsilon for task in good if 0 < results[task].epsilon < inf},
     )
 
 

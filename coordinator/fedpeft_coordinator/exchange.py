@@ -86,6 +86,7 @@ class Exchange:
             bytes_up=report.bytes_up,
             bytes_down=down,
             base_loads=report.base_loads,
+            epsilon=dict(report.spent),
         )
 
 

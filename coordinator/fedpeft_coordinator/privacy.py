@@ -9,22 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 
-from fedpeft.errors import PrivacyError, UpdateError
+from fedpeft.errors import ConfigError, PrivacyError, UpdateError
 from fedpeft.privacy.clipping import moved
 from fedpeft.privacy.ledger import Budget, Charge, Kind, Ledger
 from fedpeft.privacy.mechanism import Mechanism, Released, check_sum, release
 from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.selftest import check_release, sample, self_test
-from fedpeft.privacy.settings import Client, Cohort, Distributed, noise_for, of_adapter, of_evaluation
+from fedpeft.privacy.settings import Client, Cohort, Distributed, noise_for, of_adapter, of_evaluation, scored_rounds
 from fedpeft.tensors import Layout, Tensors
-from fedpeft.update import TRAIN_COUNTERS, Counters, Update
+from fedpeft.update import TRAIN_COUNTERS, WORD, Counters, Update
+from fedpeft.wire.codecs import as_ring
 from fedpeft_coordinator.averaging import Averaged
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.planning import expected, mechanism_of, phase_of, sampled, skipped
-from fedpeft_coordinator.release import due
 from fedpeft_coordinator.releases import Releases
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.state import Round, TaskRound
@@ -59,7 +60,7 @@ class Private:
         """The run's noise multiplier: calibrated once and kept, whatever is set later."""
         known = self.journal.notes().get(NOTE)
         if known is None:
-            scored = sum(self._scored(number) for number in range(1, self.setup.rounds + 1))
+            scored = scored_rounds(self.setup.rounds, self.setup.evaluate_every, self.setup.publish_every)
             known = noise_for(self.settings, self.setup.rounds, scored)
             self.journal.note(NOTE, known)
         return float(known)
@@ -145,13 +146,11 @@ class Private:
 
     # parts -----------------------------------------------------------------------------------------------------------------
 
-    def _scored(self, number: int) -> bool:
-        """Whether round ``number`` is one after which sites score, as far as the file says."""
-        return number == self.setup.rounds or due(number, self.setup.evaluate_every) or due(number, self.setup.publish_every)
-
     def _protected(self, row: TaskRound, history: Sequence[Round]) -> TaskRound:
-        cohort = Cohort(len(row.cohort), self._least(len(row.cohort)))
+        sites, ring = len(row.cohort), None if self.setup.limits.codec is None else as_ring(self.setup.limits.codec)
+        cohort = Cohort(sites, self._least(sites), WORD if ring is None else ring.width(sites))
         mechanism = of_adapter(self.settings, self.noise, cohort, TRAIN_COUNTERS, self._clip(row.task, history))
+        _check_steps(mechanism, up_layout(self.setup, row).size)
         return replace(row, privacy=mechanism.to_json())
 
     def _evaluation(self, name: str, sites: tuple[str, ...], embedding: bool) -> Mechanism | None:
@@ -232,6 +231,17 @@ class Private:
 
     def _name(self, at: Round, task: str) -> str:
         return f"{self.run}/{at.number}/{at.attempt}/{task}"
+
+
+def _check_steps(mechanism: Mechanism, size: int) -> None:
+    """Refuse a grid so coarse that rounding alone fills the norm of ``size`` values. Raises `ConfigError`."""
+    rounding = mechanism.grid.step * sqrt(size)
+    if rounding > mechanism.clip:
+        raise ConfigError(
+            f"wire.codec leaves {mechanism.bits} bits for the sum of {mechanism.sites} sites: rounding {size} values to steps of "
+            f"{mechanism.grid.step:.3g} adds up to a norm of {rounding:.3g}, privacy.clip is {mechanism.clip:g}, so deltas would be scaled "
+            'down to nothing; take codec = { kind = "ring", bits = 16 }, or none'
+        )
 
 
 def private_of(setup: Setup, run: str, journal: Journal, folder: Path) -> Private | None:

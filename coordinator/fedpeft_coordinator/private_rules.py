@@ -11,6 +11,7 @@ from fedpeft import config
 from fedpeft.privacy.settings import PRIVACY, Central, Client, Distributed, Example, Off
 from fedpeft.schemes import Gathers
 from fedpeft.update import TRAIN_COUNTERS
+from fedpeft.wire.codecs import as_ring
 
 if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
@@ -78,10 +79,11 @@ def _sum_rule(federation: FederationConfig) -> None:
             f"scheme.kind = {federation.scheme.kind!r} and {here}: the scheme makes its own of every site's part, noise protects the sum "
             f"alone; take alternating or ffa, {instead}"
         )
-    if federation.wire.budget is not None or federation.wire.codec.kind != "none":
+    codec = federation.wire.codec
+    if federation.wire.budget is not None or (codec.kind != "none" and as_ring(codec) is None):
         raise ValueError(
-            f"wire.codec = {federation.wire.codec.kind!r}, wire.budget = {federation.wire.budget} and {here}: a codec's scales follow one "
-            "site's values, which no norm bounds; leave both out"
+            f"wire.codec = {codec.kind!r}, wire.budget = {federation.wire.budget} and {here}: a codec's own scales follow one site's "
+            'values, which no norm bounds; drop both, or take codec = { kind = "ring", bits = 16 }, whose codes add up with the noise'
         )
 
 

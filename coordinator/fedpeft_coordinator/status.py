@@ -8,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from fedpeft.errors import StorageError
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.settings import Example, Off
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.events import read_events
 from fedpeft_coordinator.journal import Journal
@@ -50,10 +52,23 @@ def status(config: FederationConfig | Watched) -> dict[str, Any]:
         "step": rounds[-1].step if rounds else "waiting for sites",
         "base": journal.notes().get("facts", {}).get("base"),
         "masked": config.masks,
-        "tasks": {name: _task(name, rounds) for name in config.tasks},
+        "privacy": config.privacy.kind,
+        "tasks": {name: {**_task(name, rounds), "epsilon": _epsilon(config, name, events)} for name in config.tasks},
         "sites": {name: _site(site, rounds, events) for name, site in sites.items()},
         "registry": str(config.registry_folder),
     }
+
+
+def _epsilon(config: FederationConfig, task: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What ``task`` has spent of its budget, by the ledger here or, where sites add noise to single rows, as they say; None: no privacy."""
+    settings = config.privacy
+    if isinstance(settings, Off):
+        return None
+    told = {event["site"]: event["epsilon"][task] for event in events if task in event.get("epsilon", {})}
+    here = 0.0 if isinstance(settings, Example) else Ledger(config.state / "ledger").spent(settings.delta, task)
+    spent = max(told.values(), default=0.0) if isinstance(settings, Example) else here
+    left = max(settings.epsilon - spent, 0.0)
+    return {"spent": spent, "left": left, "budget": settings.epsilon, "delta": settings.delta, "protects": settings.kind, "sites": told}
 
 
 def _task(name: str, rounds: list[Round]) -> dict[str, Any]:

@@ -113,6 +113,15 @@ def summary(found: dict[str, Any], console: Console) -> None:
         drift = ", ".join(f"{value:.3f}" if key == "drift" else f"{key} {value:.3f}" for key, value in sorted(task["drift"].items()))
         tasks.add_row(name, str(task["updated"]), loss, drift, scores, (task["version"] or task["last_reason"] or "")[:19])
     console.print(tasks)
+    for name, task in found["tasks"].items():
+        spent = task["epsilon"]
+        if spent is not None:
+            console.print(
+                f"privacy of {name} ({spent['protects']}): epsilon {spent['spent']:.3f} of {spent['budget']:g} spent, "
+                f"{spent['left']:.3f} left, at delta {spent['delta']:g}",
+                highlight=False,
+                soft_wrap=True,
+            )
     sites = Table("site", "state", "tasks (rows)", "base loads", "up", "down", "training / answer", "last drop-out", title_justify="left")
     for name, site in found["sites"].items():
         rows = ", ".join(f"{task} ({count})" for task, count in sorted(site["tasks"].items()))

@@ -117,6 +117,12 @@ def noise_for(settings: Client, rounds: int, evaluations: int | None = None) -> 
     return calibrate(events, settings.epsilon, settings.delta)
 
 
+def scored_rounds(rounds: int, evaluate_every: int, publish_every: int) -> int:
+    """How many of ``rounds`` are followed by an evaluation: every so many (0: never), those that publish, and the last."""
+    every = [step for step in (evaluate_every, publish_every) if step]
+    return sum(number == rounds or any(number % step == 0 for step in every) for number in range(1, rounds + 1))
+
+
 @dataclass(frozen=True)
 class Cohort:
     """The ``sites`` that may take part in a round, the ``least`` that must be left for a result, ``bits`` of the ring of their sum."""
