@@ -398,10 +398,12 @@ def grouped(fake: ModuleType, folder: Path, secure: bool = True, rounds: int = 2
     return fake.Federation(folder, setup, {name: Guarded(site, folder / "sites") if secure else site for name, site in sites.items()})
 
 
-def test_a_rule_over_masked_sums_of_groups_gives_the_bits_of_the_clear(fake: ModuleType, tmp_path: Path) -> None:
-    ours, oracle = grouped(fake, tmp_path), grouped(fake, tmp_path / "clear", secure=False)
+@pytest.mark.parametrize("codec", [{}, {"codec": Ring(6, 8)}], ids=["wide", "narrow"])
+def test_a_rule_over_masked_sums_of_groups_gives_the_bits_of_the_clear(fake: ModuleType, tmp_path: Path, codec: dict[str, Any]) -> None:
+    ours, oracle = grouped(fake, tmp_path, **codec), grouped(fake, tmp_path / "clear", secure=False, **codec)
     rounds = ours.open().run()
     oracle.open().run()
+    assert all((row.tasks["area"].outcome, row.tasks["area"].ring is not None) == ("updated", bool(codec)) for row in rounds)
     assert ours.final() == oracle.final()
     parted = [groups(ours.setup, row.tasks["area"]) for row in rounds]
     assert sorted(map(len, parted[0])) == [3, 3, 3, 4]
