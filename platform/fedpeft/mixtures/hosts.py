@@ -7,6 +7,7 @@ all of them, as in `methods.fused`. Nothing is wrapped: only the instance's ``fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
-from fedpeft.methods.lowrank import masks
 from fedpeft.mixtures.choice import way_for
 from fedpeft.mixtures.dense import CHILD, Holder
 from fedpeft.mixtures.mixing import Addend, Factors, mix
@@ -23,21 +23,57 @@ from fedpeft.mixtures.slabs import Slab
 from fedpeft.mixtures.state import State
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the layers of a family do under one mixture: the members that it acts on, and their addends."""
+
+    members: tuple[Host, ...]
+    shares: tuple[Share, ...]
+    addends: tuple[Addend, ...]
+    fused: bool
+
+    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of all members for ``x`` (..., I), base and low-rank products in one function."""
+        for share in self.shares:
+            per_token(share.plan, x.numel() // x.shape[-1], self.members[0].name)
+        bases = [(member.weight, member.layer.bias) for member in self.members]
+        return mix(x.to(_dtype(x)), [member.width for member in self.members], bases, self.addends)
+
+
 class Family:
     """Hosts that read one input, and the answers that the first of them prepared for the others."""
 
     def __init__(self) -> None:
         self.members: list[Host] = []
+        self._task: tuple[tuple[object, ...], Task] | None = None
         self._ready: tuple[Tensor, tuple[object, ...], dict[Host, Tensor]] | None = None
 
-    def answer(self, member: Host, x: Tensor, shares: list[Share]) -> Tensor:
+    def answer(self, member: Host, x: Tensor) -> Tensor:
         """The output of ``member`` for ``x``, prepared or computed."""
-        state, ready = (x._version, member.state.version, member.layer.training, torch.is_grad_enabled()), self._ready
-        if ready is None or ready[0] is not x or ready[1] != state or member not in ready[2]:
-            ready = (x, state, dict(zip(self.members, _low_rank(x, self.members, shares, True), strict=True)))
+        key = (x._version, member.state.version, member.layer.training, torch.is_grad_enabled())
+        ready = self._ready
+        if ready is None or ready[0] is not x or ready[1] != key or member not in ready[2]:
+            task = self._task_of(member)
+            if member not in task.members:
+                return cast(Tensor, member.base(x))
+            if not task.fused or not all(other.weight.dtype == _dtype(x) for other in task.members):
+                return member.alone(x, [share for share in task.shares if member.name in share.slab.parts])
+            ready = (x, key, dict(zip(task.members, task.run(x), strict=True)))
         found = ready[2].pop(member)
         self._ready = ready if ready[2] else None
         return found
+
+    def _task_of(self, member: Host) -> Task:
+        """Kept as long as mixture and mode stay; the factors of a dense bank are made anew, as they are part of a graph."""
+        key = (member.state.version, member.layer.training)
+        if self._task is None or self._task[0] != key or member.holder is not None:
+            names = {other.name for other in self.members}
+            shares = tuple(share for share in member.state.fixed if names & share.slab.parts.keys())
+            members = tuple(other for other in self.members if any(other.name in share.slab.parts for share in shares))
+            fused = all(other.dense and all(_plain(share, other.name) for share in shares) for other in members)
+            addends = tuple(addend for share in shares for addend in _addends(members, share)) if fused else ()
+            self._task = (key, Task(members, shares, addends, fused))
+        return self._task[1]
 
 
 class Host:
@@ -87,45 +123,38 @@ class Host:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """X (..., I) -> (..., O), or what the module gives."""
-        shares = self.state.shares(self.name, x)
-        y = self._answer(x, shares, args, kwargs) if shares else self.base(x, *args, **kwargs)
-        if self.holder is None:
-            return y
-        busy = {id(share.slab) for share in shares}
-        return self.holder.idle(y, [slab for slab in self.state.store.slabs if id(slab) not in busy])
-
-    def _answer(self, x: Tensor, shares: list[Share], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if args or kwargs:
-            raise AdapterError(
-                f"mixture: {self.name} is called with more than its input, which no adapter there can follow; serve it alone"
-            )
+            return self._called_otherwise(x, args, kwargs)
+        if self.state.routed:
+            shares = self.state.shares(self.name, x)
+            y = self.alone(x, shares) if shares else self.base(x)
+        else:
+            y = self.family.answer(self, x)
+        return y if self.holder is None else self.holder.idle(y, self.state.resting(self.name))
+
+    def alone(self, x: Tensor, shares: Sequence[Share]) -> Tensor:
+        """The output of this layer, whatever acts on it."""
         for share in shares:
             per_token(share.plan, x.numel() // x.shape[-1], self.name)
-        if not self.state.routed and all(member.fusible(x, shares) for member in self.family.members):
-            return self.family.answer(self, x, shares)
-        return self._general(x, shares)
-
-    def fusible(self, x: Tensor, shares: Sequence[Share]) -> bool:
-        """Whether base and low-rank products may be one function: a dense frozen layer of x's dtype, and nothing but products."""
-        if not self.dense or torch.is_autocast_enabled(x.device.type) or not x.dtype == self.layer.weight.dtype == torch.float32:
-            return False
-        parts = (share.slab.parts.get(self.name) for share in shares)
-        return all(part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze) for part in parts)
-
-    def _general(self, x: Tensor, shares: list[Share]) -> Tensor:
         gain = self._blend(shares, "gain_in", x)
         y: Tensor = self.base(x if gain is None else x * gain)
         own, gain, shift = y, self._blend(shares, "gain_out", y), self._blend(shares, "shift", y)
         y = y if gain is None else y * gain
         y = y if shift is None else y + shift
-        if any(share.slab.parts[self.name].low for share in shares):
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else torch.float32
-            y = y + _low_rank(x.to(dtype), [self], shares, False)[0].to(own.dtype)
+        addends = [addend for share in shares for addend in _addends([self], share)]
+        y = y + mix(x.to(_dtype(x)), [self.width], [None], addends)[0].to(own.dtype) if addends else y
         for share in shares:
             y = y + _squeeze(share, self, y) if share.slab.parts[self.name].squeeze else y
         return y
 
-    def _blend(self, shares: list[Share], what: str, like: Tensor) -> Tensor | None:
+    def _called_otherwise(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.state.routed or any(self.name in share.slab.parts for share in self.state.fixed):
+            raise AdapterError(
+                f"mixture: {self.name} is called with more than its input, which no adapter there can follow; serve it alone"
+            )
+        return self.base(x, *args, **kwargs)
+
+    def _blend(self, shares: Sequence[Share], what: str, like: Tensor) -> Tensor | None:
         """``1 + sum w (l - 1)``, or ``sum w (b - own)``, in a form that broadcasts to ``like`` (..., D); None where nothing acts."""
         total: Tensor | None = None
         for share in shares:
@@ -139,13 +168,19 @@ class Host:
         return total if total is None or what == "shift" else 1.0 + total
 
 
-def _low_rank(x: Tensor, members: Sequence[Host], shares: Sequence[Share], fused: bool) -> tuple[Tensor, ...]:
-    bases = [(member.weight, member.layer.bias) if fused else None for member in members]
-    addends = [addend for share in shares for addend in _addends(x, members, share)]
-    return mix(x, [member.width for member in members], bases, addends)
+def _dtype(x: Tensor) -> torch.dtype:
+    """What low-rank products are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
-def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
+def _plain(share: Share, module: str) -> bool:
+    """Whether a share does nothing at a module, or nothing but products."""
+    part = share.slab.parts.get(module)
+    return part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze)
+
+
+def _addends(members: Sequence[Host], share: Share) -> list[Addend]:
     slab, found = share.slab, []
     for place, member in enumerate(members):
         for a, b in slab.parts[member.name].low if member.name in slab.parts else ():
@@ -153,18 +188,7 @@ def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
     if not found:
         return []
     way, weights = way_for(share, members[0].state.way)
-    p = slab.dropout if members[0].layer.training else 0.0
-    return [Addend(way, tuple(found), weights, _mask(x, p))]
-
-
-def _mask(x: Tensor, p: float) -> Tensor | None:
-    """Inverted dropout on the low-rank input, one mask per row; for a single long row, per group of its tokens."""
-    if p == 0.0:
-        return None
-    rows = x.shape[0] if x.dim() > 2 else 1
-    if rows == 1:
-        return masks(x.numel() // x.shape[-1], x.shape[-1], p, x)
-    return x.new_empty(rows, x.shape[-1]).bernoulli_(1.0 - p).div_(1.0 - p)
+    return [Addend(way, tuple(found), weights, slab.dropout if members[0].layer.training else 0.0)]
 
 
 def _squeeze(share: Share, host: Host, y: Tensor) -> Tensor:

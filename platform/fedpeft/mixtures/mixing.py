@@ -10,16 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedpeft.methods.lowrank import masks as grouped_masks
 from fedpeft.mixtures.ways import Way
 
 Base = tuple[Tensor, Tensor | None]
 """Weight (O, I) and bias of a frozen layer."""
+
+Job = tuple[Sequence[int], Sequence[Base | None], "Sequence[Addend]", Sequence[Tensor | None]]
+"""Widths and bases by layer; addends, and the dropout mask (G, I) of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +37,26 @@ class Factors:
     sink_a: Tensor | None = None
     sink_b: Tensor | None = None
 
+    @cached_property
+    def forth(self) -> tuple[Tensor, Tensor]:
+        """A and B outside autograd, for the way there."""
+        return self.a.detach(), self.b.detach()
+
+    @cached_property
+    def back(self) -> tuple[Tensor, Tensor]:
+        """A and B transposed, for the way back."""
+        a, b = self.forth
+        return a.transpose(1, 2), b.transpose(1, 2)
+
 
 @dataclass(frozen=True, eq=False)
 class Addend:
-    """One slab's share of one term: its factors by layer, the way to multiply them, weights, and a mask (G, I) on its input."""
+    """One slab's share of one term: its factors by layer, the way to multiply them, weights, and the rate of dropout on its input."""
 
     way: Way
     factors: tuple[Factors, ...]
     weights: Tensor | None = None
-    mask: Tensor | None = None
+    dropout: float = 0.0
 
 
 def mix(x: Tensor, widths: Sequence[int], bases: Sequence[Base | None], addends: Sequence[Addend]) -> tuple[Tensor, ...]:
@@ -50,29 +66,30 @@ def mix(x: Tensor, widths: Sequence[int], bases: Sequence[Base | None], addends:
         tensors.append(addend.weights)
         for factors in addend.factors:
             tensors += [factors.a, factors.b]
-    return cast(tuple[Tensor, ...], Mix.apply(x, widths, bases, addends, *tensors))  # type: ignore[no-untyped-call]
+    drawn = [_mask(x, addend.dropout) for addend in addends]
+    return cast(tuple[Tensor, ...], Mix.apply(x, (widths, bases, addends, drawn), *tensors))  # type: ignore[no-untyped-call]
 
 
 class Mix(torch.autograd.Function):
     """See `mix`; the tensors are those of the addends, in order: weights, then A and B of each layer."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, widths: Sequence[int], bases: Sequence[Base | None], addends: Sequence[Addend], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """See `mix`."""
+        widths, bases, addends, masks = job
         flat = x.reshape(-1, x.shape[-1])
         outputs = [_base(x, flat, width, base) for width, base in zip(widths, bases, strict=True)]
         rows = [output.view(-1, output.shape[-1]) for output in outputs]
         kept: list[Tensor] = []
-        for addend in addends:
-            part = addend.way.take(_masked(flat, addend.mask))
+        for addend, mask in zip(addends, masks, strict=True):
+            part = addend.way.take(_masked(flat, mask))
             for factors in addend.factors:
-                h = addend.way.down(part, factors.a.detach().to(x.dtype))
+                a, b = factors.forth
+                h = addend.way.down(part, a.to(x.dtype))
                 kept.append(h)
-                addend.way.up(rows[factors.layer], _weighed(addend, h), factors.b.detach().to(x.dtype))
+                addend.way.up(rows[factors.layer], _weighed(addend, h), b.to(x.dtype))
         ctx.save_for_backward(x, *kept)
-        ctx.bases, ctx.addends = bases, addends
+        ctx.job = job
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -81,25 +98,26 @@ class Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Products for what wants a gradient, and for nothing else."""
         x, *kept = ctx.saved_tensors
+        _, bases, addends, masks = ctx.job
         flat = x.reshape(-1, x.shape[-1])
         rows = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_x = _base_gradient(flat, rows, ctx.bases) if ctx.needs_input_grad[0] else None
+        grad_x = _base_gradient(flat, rows, bases) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
-        saved, wanted = iter(kept), iter(ctx.needs_input_grad[4:])
-        for addend in ctx.addends:
-            found += _backward(addend, flat, rows, grad_x, (saved, wanted))
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *found
+        streams = iter(kept), iter(ctx.needs_input_grad[2:])
+        for addend, mask in zip(addends, masks, strict=True):
+            found += _backward(addend, (flat, mask), rows, grad_x, streams)
+        return None if grad_x is None else grad_x.view(x.shape), None, *found
 
 
 def _backward(
-    addend: Addend, x: Tensor, grads: list[Tensor | None], grad_x: Tensor | None, streams: tuple[Any, Any]
+    addend: Addend, inputs: tuple[Tensor, Tensor | None], grads: list[Tensor | None], grad_x: Tensor | None, streams: tuple[Any, Any]
 ) -> list[Tensor | None]:
     """Gradients of weights, A's and B's of one addend; that of x is added to ``grad_x``."""
-    saved, wanted = streams
+    (x, mask), (saved, wanted) = inputs, streams
     weights, want_w = addend.weights, next(wanted)
     grad_w = weights.new_zeros(weights.shape) if weights is not None and want_w else None
-    part = addend.way.take(_masked(x, addend.mask))
-    total = grad_x if addend.mask is None or grad_x is None else torch.zeros_like(grad_x)
+    part = addend.way.take(_masked(x, mask))
+    total = grad_x if mask is None or grad_x is None else torch.zeros_like(grad_x)
     found: list[Tensor | None] = []
     for factors in addend.factors:
         h, wants, grad = next(saved), (next(wanted), next(wanted)), grads[factors.layer]
@@ -107,15 +125,16 @@ def _backward(
             found += [None, None]
             continue
         g = addend.way.take(grad)
-        gh = addend.way.down(g, factors.b.detach().to(g.dtype).transpose(1, 2))
+        a, b = factors.back
+        gh = addend.way.down(g, b.to(g.dtype))
         if grad_w is not None and weights is not None:
             grad_w += addend.way.grad_w(gh, h, weights)
         gh = _weighed(addend, gh)
         found += _factor_gradients(addend, factors, wants, (part, h, g, gh))
         if total is not None:
-            addend.way.up(total, gh, factors.a.detach().to(g.dtype).transpose(1, 2))
-    if grad_x is not None and total is not None and addend.mask is not None:
-        grad_x += _masked(total, addend.mask)
+            addend.way.up(total, gh, a.to(g.dtype))
+    if grad_x is not None and total is not None and mask is not None:
+        grad_x += _masked(total, mask)
     return [grad_w, *found]
 
 
@@ -142,6 +161,14 @@ def _into(factor: Tensor, sink: Tensor | None) -> Tensor:
 
 def _weighed(addend: Addend, h: Tensor) -> Tensor:
     return h if addend.weights is None else addend.way.weigh(h, addend.weights.detach().to(h.dtype))
+
+
+def _mask(x: Tensor, p: float) -> Tensor | None:
+    """Inverted dropout on the low-rank input, one mask per row; for a single long row, per group of its tokens."""
+    rows = x.shape[0] if x.dim() > 2 else 1
+    if p == 0.0 or rows == 1:
+        return grouped_masks(x.numel() // x.shape[-1], x.shape[-1], p, x)
+    return x.new_empty(rows, x.shape[-1]).bernoulli_(1.0 - p).div_(1.0 - p)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

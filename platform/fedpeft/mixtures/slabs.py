@@ -50,6 +50,8 @@ class Slab:
     spans: dict[str, tuple[slice, tuple[int, ...]]]
     specs: list[AdapterSpec | None]
     names: list[str | None]
+    fresh: set[int] = field(default_factory=set)
+    """Rows that nobody has ever lain in, whose gradients are zero."""
     leaves: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = True
 
@@ -86,7 +88,9 @@ class Slab:
         """Put ``adapter`` in ``row``: one copy; its gradient becomes zero."""
         self.names[row], self.specs[row] = name, adapter.spec
         self.flat(row).copy_(_source(adapter.tensors.flat))
-        self.grads[row].zero_()
+        if row not in self.fresh:
+            self.grads[row].zero_()
+        self.fresh.discard(row)
 
     def flat(self, row: int) -> Tensor:
         """The values of one adapter (P,), a view."""
@@ -176,9 +180,8 @@ class Store:
 
 def _slab(spec: AdapterSpec, rows: int, width: int, device: torch.device | str) -> Slab:
     spans = {e.name: (spec.layout.spans[e.name], e.shape) for e in spec.layout.entries if e.role != "head"}
-    values = torch.zeros(rows, width, device=device)
-    empty: list[None] = [None] * rows
-    return Slab(parts_of(spec), _dropout(spec), values, torch.zeros(rows, width, device=device), spans, [*empty], [*empty])
+    values, grads = torch.zeros(rows, width, device=device), torch.zeros(rows, width, device=device)
+    return Slab(parts_of(spec), _dropout(spec), values, grads, spans, [None] * rows, [None] * rows, set(range(rows)))
 
 
 def _dropout(spec: AdapterSpec) -> float:

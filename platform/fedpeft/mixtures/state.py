@@ -66,6 +66,11 @@ class State:
     heads: tuple[str | None, ...] | None = None
     version: int = 0
 
+    def resting(self, module: str) -> list[Slab]:
+        """The slabs that act on ``module`` under other gates than these."""
+        busy = {id(share.slab) for share in self.fixed} | {id(slab) for routed in self.routed for slab, _ in routed.slabs}
+        return [slab for slab in self.store.slabs if module in slab.parts and id(slab) not in busy]
+
     def shares(self, module: str, x: Tensor) -> list[Share]:
         """All that acts on ``module``, whose input is x."""
         found = [share for share in self.fixed if module in share.slab.parts]

@@ -91,7 +91,9 @@ class Batched(_Paired):
 
     def _factors(self, a: Tensor) -> Tensor:
         found = self.plan.uniform
-        return a.index_select(0, self.plan.slots) if found is None else a[found[0] : found[1]]
+        if found is None:
+            return a.index_select(0, self.plan.slots)
+        return a if found[1] - found[0] == len(a) else a[found[0] : found[1]]
 
     def _outer(self, p: Tensor, q: Tensor, into: Tensor) -> None:
         found = self.plan.uniform
@@ -101,7 +103,10 @@ class Batched(_Paired):
             slots = self.plan.slots if found is None else torch.arange(found[0], found[1], device=into.device)
             into.index_add_(0, slots, torch.bmm(left, right).to(into.dtype))
         else:
-            into[found[0] : found[1]].baddbmm_(left, right)
+            # B's gradient is the product of a wide and a narrow matrix, which is faster as its transpose: (R, n) by (n, O)
+            turned = p.shape[1] > q.shape[1]
+            part = torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2) if turned else torch.bmm(left, right)
+            into[found[0] : found[1]].add_(part)
 
 
 class Segments(_Paired):

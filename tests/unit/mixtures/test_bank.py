@@ -110,6 +110,21 @@ def test_the_shared_adapter_acts_on_every_row_and_adds_up(warm, make_adapter, he
         near(bank.model(**batch).logits, both)
 
 
+def test_adapters_may_act_on_different_layers_of_one_input(warm, make_adapter, head_of, batch):
+    base, head = warm("causal"), head_of("causal")
+    adapters = {name: make_adapter(name, base, {"kind": "lora", "r": 2, "targets": [name]}, head) for name in ("q_proj", "v_proj")}
+    rows = ["q_proj", "v_proj"]
+    inputs = {key: value[:2] for key, value in batch.items()}
+    wanted = []
+    for row, name in enumerate(rows):
+        with attach(base, adapters[name].spec) as live:
+            live.load(adapters[name].tensors)
+            wanted.append(live.model(**{key: value[[row]] for key, value in inputs.items()}).logits[0].detach())
+    with Bank.attach(base, head, adapters) as bank:
+        bank.use(Gates.rows(rows))
+        near(bank.model(**inputs).logits, torch.stack(wanted))
+
+
 def test_checkpoints_recompute_under_the_same_gates(crowd, batch):
     base, head, adapters = crowd("causal")
     found = []
