@@ -42,7 +42,7 @@ class Rows(Protocol):
 class Limits:
     """``rows`` run at once, ``queue`` more wait; at most ``bite`` prompt tokens are read in a step, between which all others go on.
 
-    ``alike`` lets only rows of one mixture run together: how one-adapter-at-a-time servers work, kept for comparison.
+    ``alike`` lets only rows of one mixture run together, from the whole queue: how one-adapter-at-a-time servers work, for comparison.
     """
 
     rows: int = 32
@@ -144,8 +144,8 @@ class Scheduler:
             self.released(request)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.limits.rows and self._fits(self.waiting[0]):
-            request = self.waiting.popleft()
+        while len(self.running) < self.limits.rows and (request := next(filter(self._fits, self.waiting), None)) is not None:
+            self.waiting.remove(request)
             stream = TextStream(self.tokenizer, request.sampling.stop)
             seat = self.rows.open(request.mixture)
             self.running.append(_Running(request, seat, Sampler(request.sampling), stream, list(request.prompt)))

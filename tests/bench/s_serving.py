@@ -1,0 +1,250 @@
+"""S1, S2: serving mixed requests: many adapters in one running batch against one adapter at a time; and latency under a bounded load.
+
+S1 answers the same greedy requests for T adapters, ragged prompts, endings at different times, and counts generated tokens per CPU second:
+ours; our engine with one adapter per batch (``alike``), in order of arrival; peft's ``set_adapter`` with Hugging Face's ``generate``, once
+as a server sees requests (one after the other) and once with all requests known beforehand and batched by adapter, which no server can
+do. The floor is our engine on the base alone. All give the same tokens (checked before timing; rounding may part a few near ties).
+
+S2 sends requests at half the rate that the mixed engine sustains and reports seconds from arrival to the first and to the last token.
+The model is small (stories260k, from the shared folder), so what is measured is mostly what a step costs beside its arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter, process_time, sleep
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpeft.adapters import Adapter, make_spec
+from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
+from fedpeft.methods import Lora
+from fedpeft.mixtures import Bank
+from fedpeft.serving import End, Engine, Event, Limits, Piece, Request, Sampling, Scheduler
+from fedpeft.serving.decoder import Decoder
+from fedpeft.tensors import Tensors
+
+MODEL = Path(os.environ.get("FEDPEFT_SHARED", Path(__file__).parents[3] / "shared")) / "models" / "stories260k"
+TASKS, REQUESTS, RANK, ROWS = (8, 32), 32, 8, 32
+LENGTHS, PROMPTS = (12, 33), (4, 40)
+LOAD_SECONDS, SHARE = 4.0, 0.5
+GOAL = 2.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: its adapter, prompt, and how many tokens it gets."""
+
+    name: str
+    prompt: tuple[int, ...]
+    tokens: int
+
+
+def run(repeats: int = 3) -> list[dict[str, object]]:
+    """Rows of tokens per CPU second (larger is better) and of seconds of latency."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [row for tasks in TASKS for row in _rows(tasks, repeats)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(tasks: int, repeats: int) -> list[dict[str, object]]:
+    base = load_base(BaseSpec(str(MODEL), max_tokens=512))
+    adapters = {f"t{number}": _adapter(base, number) for number in range(tasks)}
+    asked = _requests(tasks)
+    peer = Peer(adapters)
+    with Bank.attach(base, HeadSpec("lm"), adapters) as bank:
+        ours = Ours(base, bank)
+        contenders: dict[str, Callable[[], dict[int, list[int]]]] = {
+            "mixed": lambda: ours.all(asked),
+            "alike": lambda: ours.all(asked, alike=True),
+            "floor": lambda: ours.all(asked, bare=True),
+            "peft, one by one": lambda: peer.in_turn(asked),
+            "peft, all known": lambda: peer.grouped(asked),
+        }
+        said = {name: work() for name, work in contenders.items() if name != "floor"}
+        same = {name: _same(said["mixed"], other) for name, other in said.items()}
+        least = _least(contenders, repeats)
+        speed = {name: sum(one.tokens for one in asked) / seconds for name, seconds in least.items()}
+        rows = [_row(tasks, name, speed, same[name]) for name in ("alike", "peft, one by one", "peft, all known")]
+        return rows + (_latency(base, bank, asked, speed["mixed"]) if tasks == TASKS[0] else [])
+
+
+def _row(tasks: int, name: str, speed: dict[str, float], same: float) -> dict[str, object]:
+    return {
+        "row": "S1",
+        "case": f"serve T={tasks} r={RANK} mixed beside {name} ({same:.0%} same tokens)",
+        "ours": speed["mixed"],
+        "peer": speed[name],
+        "ratio": speed["mixed"] / speed[name],
+        "goal": f"ratio >= {GOAL:g}",
+        "floor_share": speed["mixed"] / speed["floor"],
+        "unit": "tokens/CPU s",
+    }
+
+
+def _adapter(base: Base, seed: int) -> Adapter:
+    spec = make_spec(f"t{seed}", base, Lora(r=RANK, alpha=RANK, targets=("all",)), HeadSpec("lm"))
+    return Adapter(spec, Tensors(spec.layout, np.random.default_rng(seed).normal(scale=0.05, size=spec.layout.size).astype(np.float32)))
+
+
+def _requests(tasks: int) -> list[Asked]:
+    """Arrivals in random order of tasks; prompts of random tokens and of random lengths."""
+    draw = np.random.default_rng(1)
+    sizes, lengths = draw.integers(*PROMPTS, REQUESTS), draw.integers(*LENGTHS, REQUESTS)
+    names = draw.permutation([f"t{number % tasks}" for number in range(REQUESTS)])
+    return [
+        Asked(str(name), tuple(draw.integers(5, 500, int(size)).tolist()), int(n))
+        for name, size, n in zip(names, sizes, lengths, strict=True)
+    ]
+
+
+def _same(first: dict[int, list[int]], second: dict[int, list[int]]) -> float:
+    pairs = [(a, b) for place in first for a, b in zip(first[place], second[place], strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def _least(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    least = dict.fromkeys(contenders, float("inf"))
+    for _ in range(repeats):
+        for name, work in contenders.items():
+            began = process_time()
+            work()
+            least[name] = min(least[name], process_time() - began)
+    return least
+
+
+@dataclass
+class Ours:
+    """The scheduler over a bank, all requests queued at once."""
+
+    base: Base
+    bank: Any
+
+    def all(self, asked: list[Asked], alike: bool = False, bare: bool = False) -> dict[int, list[int]]:
+        """Tokens by request."""
+        said: dict[int, list[int]] = defaultdict(list)
+        scheduler = scheduler_of(self.base, self.bank, Limits(rows=ROWS, queue=REQUESTS, alike=alike))
+        for place, one in enumerate(asked):
+            scheduler.submit(Request(one.prompt, {} if bare else {one.name: 1.0}, settings(one), _into(said[place])))
+        while not scheduler.idle:
+            scheduler.step()
+        return said
+
+
+def scheduler_of(base: Base, bank: Any, limits: Limits) -> Scheduler:
+    """A scheduler over ``bank``."""
+    return Scheduler(Decoder(base, bank), base.tokenizer, frozenset(), limits)
+
+
+def settings(one: Asked) -> Sampling:
+    """Greedy, exactly so many tokens."""
+    return Sampling(max_tokens=one.tokens, temperature=0.0, endless=True)
+
+
+def _into(found: list[int]) -> Callable[[Event], None]:
+    return lambda event: found.append(event.token.id) if isinstance(event, Piece) else None
+
+
+class Peer:
+    """peft with all adapters loaded, and Hugging Face's generate."""
+
+    def __init__(self, adapters: dict[str, Adapter]) -> None:
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from transformers import AutoModelForCausalLM
+
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        names = list(adapters)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model: Any = get_peft_model(model, config, adapter_name=names[0])
+        for name in names[1:]:
+            self.model.add_adapter(name, config)
+        for name, adapter in adapters.items():
+            values = {key: torch.from_numpy(array.copy()) for key, array in adapter.tensors.named().items()}
+            set_peft_model_state_dict(self.model, values, adapter_name=name)
+        self.model.eval()
+
+    def in_turn(self, asked: list[Asked]) -> dict[int, list[int]]:
+        """One request after the other, as they come."""
+        return {place: tokens for place, one in enumerate(asked) for _, tokens in self._batch([(place, one)])}
+
+    def grouped(self, asked: list[Asked]) -> dict[int, list[int]]:
+        """All requests of an adapter in one padded batch, as long as its longest answer."""
+        groups: dict[str, list[tuple[int, Asked]]] = defaultdict(list)
+        for place, one in enumerate(asked):
+            groups[one.name].append((place, one))
+        return {place: tokens for group in groups.values() for place, tokens in self._batch(group)}
+
+    @torch.no_grad()
+    def _batch(self, group: list[tuple[int, Asked]]) -> list[tuple[int, list[int]]]:
+        self.model.set_adapter(group[0][1].name)
+        width, limit = max(len(one.prompt) for _, one in group), max(one.tokens for _, one in group)
+        ids = torch.tensor([[0] * (width - len(one.prompt)) + list(one.prompt) for _, one in group])
+        mask = torch.tensor([[0] * (width - len(one.prompt)) + [1] * len(one.prompt) for _, one in group])
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=limit,
+            min_new_tokens=limit,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        return [(place, row[width : width + one.tokens].tolist()) for (place, one), row in zip(group, out, strict=True)]
+
+
+@dataclass
+class Watch:
+    """When one request came, began and ended."""
+
+    came: float
+    began: float = 0.0
+    ended: float = 0.0
+    done: list[bool] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        """Its sink."""
+        self.began = self.began or perf_counter()
+        if isinstance(event, End):
+            self.ended = perf_counter()
+
+
+def _latency(base: Base, bank: Any, asked: list[Asked], speed: float) -> list[dict[str, object]]:
+    """Seconds to the first and the last token, at a share of the sustained rate; mixed beside one adapter per batch."""
+    rate = SHARE * speed / (sum(one.tokens for one in asked) / len(asked))
+    found = {alike: _loaded(base, bank, asked, rate, alike) for alike in (False, True)}
+    rows: list[dict[str, object]] = []
+    for what, pick in (("first token", lambda one: one.began - one.came), ("last token", lambda one: one.ended - one.came)):
+        for percent in (50, 95, 99):
+            ours, peer = (float(np.percentile([pick(one) for one in found[alike]], percent)) for alike in (False, True))
+            case = f"latency to the {what} p{percent} at {rate:.0f} requests/s, T={TASKS[0]}, beside alike"
+            rows.append({"row": "S2", "case": case, "ours": ours, "peer": peer, "ratio": peer / ours, "goal": "", "unit": "s"})
+    return rows
+
+
+def _loaded(base: Base, bank: Any, asked: list[Asked], rate: float, alike: bool) -> list[Watch]:
+    engine = Engine(scheduler_of(base, bank, Limits(rows=ROWS, queue=10_000, alike=alike))).start()
+    draw, watches, began, due = np.random.default_rng(2), [], perf_counter(), 0.0
+    while due < LOAD_SECONDS:
+        due += float(draw.exponential(1.0 / rate))
+        sleep(max(began + due - perf_counter(), 0.0))
+        one = asked[len(watches) % len(asked)]
+        watches.append(Watch(perf_counter()))
+        engine.submit(Request(one.prompt, {one.name: 1.0}, settings(one), watches[-1]))
+    engine.close(patience=60.0)
+    return watches
+
+
+if __name__ == "__main__":
+    for row in run():
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
