@@ -41,7 +41,7 @@ def identity(site: Site) -> None:
 def serve(
     site: Annotated[Path | None, typer.Argument(help="The site's TOML file; its [serve] and [base] count.", metavar="SITE.TOML")] = None,
     registry: Annotated[
-        Path | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry, watched for new versions.")
+        str | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry or grpc://HOST:PORT, watched for new versions.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -42,7 +42,6 @@ class Api:
 
     backend: object
     http: httpx.Client
-    registry: Registry
     url: str
 
     def post(self, path: str, **body: object) -> httpx.Response:
@@ -87,15 +86,15 @@ def serving():
     """Start servers on free ports; all are stopped at the end."""
     running = []
 
-    def start(base, registry: Path, **settings: object) -> Api:
-        chosen = Serve(registry=registry, **{"patience_seconds": 1.0, "watch_seconds": 0.1, **settings})
+    def start(base, registry: Path | str, **settings: object) -> Api:
+        chosen = Serve(registry=str(registry), **{"patience_seconds": 1.0, "watch_seconds": 0.1, **settings})
         listener = socket.create_server((chosen.host, 0))
         backend = opened(chosen, base)
         web = server(chosen, backend)
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://{chosen.host}:{listener.getsockname()[1]}"
-        api = Api(backend, httpx.Client(base_url=url, timeout=60), Registry(registry), url)
+        api = Api(backend, httpx.Client(base_url=url, timeout=60), url)
         while True:
             try:
                 api.http.get("/healthz")

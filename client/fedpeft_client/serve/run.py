@@ -6,13 +6,17 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases import BaseSpec
+from fedpeft.cli.registries import far
 from fedpeft.config import Section, override, parse
+from fedpeft.control.address import is_address
 from fedpeft.errors import AdapterError, StorageError
-from fedpeft.registry import Registry
+from fedpeft.registry import Registry, Version
+from fedpeft.serving import Source
 from fedpeft_client.config import SiteBase, load_site
 from fedpeft_client.serve.settings import Serve
 
@@ -20,12 +24,13 @@ if TYPE_CHECKING:
     import uvicorn
 
     from fedpeft.bases import Base
+    from fedpeft.control.client import RemoteRegistry
     from fedpeft.serving.backend import Backend
 
-HERE = Path("registry")
+HERE = "registry"
 
 
-def serve(site: Path | None, registry: Path | None, overrides: Mapping[str, str]) -> None:
+def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> None:
     """Answer until interrupted; then running requests go on for ``patience_seconds``.
 
     Raises:
@@ -52,17 +57,17 @@ class Alone(Section):
     device: str = "auto"
 
 
-def _settings(site: Path | None, registry: Path | None, overrides: Mapping[str, str]) -> tuple[Serve, BaseSpec, str]:
+def _settings(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> tuple[Serve, BaseSpec, str]:
     if site is not None:
         config = load_site(site, overrides)
-        folder = registry or config.serve.registry or site.resolve().parent / HERE
-        return _at(config.serve, folder), config.base.spec(), config.device
+        chosen = _at(config.serve, registry or config.serve.registry or str(site.resolve().parent / HERE))
+        return chosen, config.base.spec(), config.device
     alone = _alone(overrides)
-    folder = registry or alone.serve.registry or HERE
-    return _at(alone.serve, folder), alone.base.spec() if alone.base else _base_of(folder), alone.device
+    chosen = _at(alone.serve, registry or alone.serve.registry or HERE)
+    return chosen, alone.base.spec() if alone.base else _base_of(chosen), alone.device
 
 
-def _at(settings: Serve, registry: Path) -> Serve:
+def _at(settings: Serve, registry: str) -> Serve:
     return settings.model_copy(update={"registry": registry})
 
 
@@ -73,12 +78,38 @@ def _alone(overrides: Mapping[str, str]) -> Alone:
     return parse(table, Alone, "--set")
 
 
-def _base_of(folder: Path) -> BaseSpec:
-    """The base that the registry's newest versions were trained on."""
-    versions = [Registry(folder).get(task) for task in Registry(folder).tasks()] if folder.is_dir() else []
-    if not versions:
-        raise AdapterError(f"{folder}: no registry with a version there; give --registry, or a SITE.TOML that names the base")
-    return BaseSpec(versions[0].manifest.base_model)
+def source(settings: Serve) -> Source:
+    """Where versions come from. Raises `ConfigError` on a wrong address or identity."""
+    assert settings.registry is not None
+    return Far(far(settings.registry, settings.identity)) if is_address(settings.registry) else Registry(Path(settings.registry))
+
+
+@dataclass(frozen=True)
+class Far:
+    """A control plane as a source: what it serves is pulled once, verified, and kept in this user's cache."""
+
+    remote: RemoteRegistry
+
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that have a version there."""
+        return tuple(sorted({version.task for version in self.remote.list()}))
+
+    def get(self, ref: str) -> Version:
+        """A task's current version."""
+        return self.remote.get(ref)
+
+    def files(self, digest: str) -> dict[str, bytes]:
+        """All files of a version, verified."""
+        return self.remote.files(digest)
+
+
+def _base_of(settings: Serve) -> BaseSpec:
+    """The base that the newest versions were trained on."""
+    versions = source(settings)
+    task = next(iter(versions.tasks()), None)
+    if task is None:
+        raise AdapterError(f"{settings.registry}: no registry with a version there; give --registry, or a SITE.TOML that names the base")
+    return BaseSpec(versions.get(task).manifest.base_model)
 
 
 def _listen(settings: Serve) -> socket.socket:
@@ -110,9 +141,8 @@ def opened(settings: Serve, base: Base) -> Backend:
     from fedpeft.serving import Limits
     from fedpeft.serving.backend import Backend
 
-    assert settings.registry is not None
     limits = Limits(settings.rows, settings.queue, settings.bite)
-    backend = Backend(base, Registry(settings.registry), limits, settings.router)
+    backend = Backend(base, source(settings), limits, settings.router)
     try:
         backend.catalog.refresh()
     except BaseException:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from fedpeft.config import Section
+from fedpeft.control.address import is_address
 from fedpeft.errors import ConfigError
 
 
 class Serve(Section):
     """How the site answers requests.
 
-    Loopback needs nothing. Beyond it keys and TLS must be on; ``behind_proxy`` says that a proxy before us ends TLS. ``keys`` is a file of
-    one API key a line. ``rows`` requests run at once and ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of
-    the others. ``watch_seconds`` is how often the registry is looked at; ``patience_seconds`` how long running requests may go on when the
-    server stops; ``stall_seconds`` how long one write to, or the body of, a caller may take. ``router`` decides for ``model = "auto"``.
+    ``registry`` is a folder, or a control plane's ``grpc://HOST:PORT``, which ``identity`` (a certificate) is shown to; it is looked at
+    every ``watch_seconds``. ``router`` decides for ``model = "auto"``. Loopback needs nothing; beyond it keys and TLS must be on
+    (``behind_proxy`` says that a proxy before us ends TLS). ``keys`` is a file of one API key a line. ``rows`` requests run at once and
+    ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of the others. ``patience_seconds`` is how long running
+    requests may go on when the server stops, ``stall_seconds`` how long one write to, or the body of, a caller may take.
     """
 
-    registry: Path | None = None
+    registry: str | None = None
+    identity: Path | None = None
     router: str = "chain"
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
@@ -86,5 +90,8 @@ class Serve(Section):
 
     def rooted(self, folder: Path) -> Serve:
         """Relative paths are relative to ``folder``."""
-        paths = {name: getattr(self, name) for name in ("registry", "keys", "certificate", "key")}
-        return self.model_copy(update={name: folder / path.expanduser() for name, path in paths.items() if path is not None})
+        paths = {name: getattr(self, name) for name in ("identity", "keys", "certificate", "key")}
+        update: dict[str, Any] = {name: folder / path.expanduser() for name, path in paths.items() if path is not None}
+        if self.registry is not None and not is_address(self.registry):
+            update["registry"] = str(folder / Path(self.registry).expanduser())
+        return self.model_copy(update=update)

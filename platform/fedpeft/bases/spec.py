@@ -10,6 +10,14 @@ from fedpeft.errors import BaseError
 
 Quantization = Literal["none", "bf16", "int8", "nf4", "ao-int8"]
 Family = Literal["encoder", "causal", "seq2seq"]
+ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05}
+"""Largest distance of logits, over the largest, that is rounding alone where layers round what they read; elsewhere `EXACT`."""
+EXACT = 1e-3
+
+
+def rounding(quantization: str) -> float:
+    """The share of the largest logit that two ways of computing the same may differ by on a base of this quantization."""
+    return ROUNDING.get(quantization, EXACT)
 
 
 @dataclass(frozen=True)

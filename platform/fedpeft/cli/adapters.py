@@ -97,7 +97,7 @@ def _files(ref: str, registry: str) -> Any:
     if (Path(ref) / "fedpeft.json").is_file():
         return None
     store = opened(registry)
-    return store.files(store.resolve(ref))
+    return store.files(store.get(ref).digest)
 
 
 @app.command()

@@ -13,18 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedpeft.adapters.live import Live
 from fedpeft.bases import Base, HeadSpec, resolve_model
 from fedpeft.bases.quiet import quiet_transformers
+from fedpeft.bases.spec import rounding
 from fedpeft.errors import AdapterError
 from fedpeft.exporting.formats import Checked, Export
 
 ROWS, WIDTH = 4, 24
-ROUNDING = {"int8": 0.1, "bf16": 0.05}
-"""Largest distance of logits, over the largest, that is rounding alone: layers of these kinds round what they read, whatever is merged."""
-EXACT = 1e-3
-
-
-def allowed(base: Base) -> float:
-    """The distance that counts as rounding on this base."""
-    return ROUNDING.get(base.spec.quantization, EXACT)
 
 
 def tokens(base: Base) -> Tensor:
@@ -76,7 +69,7 @@ def compared(export: Export, model: nn.Module, what: str) -> Checked:
     """How far ``model`` is from the adapter as it is served."""
     ids = tokens(export.loaded())
     ours, theirs = served(export, ids), logits(model.to(export.loaded().device), ids)
-    return Checked(what, float((ours - theirs).abs().max()), float(ours.abs().max()), allowed(export.loaded()))
+    return Checked(what, float((ours - theirs).abs().max()), float(ours.abs().max()), rounding(export.loaded().spec.quantization))
 
 
 def _fresh(folder: Path, head: HeadSpec, base: Base) -> Any:

@@ -21,8 +21,9 @@ from fedpeft.adapters.affine import bare_of, changes, probes
 from fedpeft.adapters.live import Live
 from fedpeft.bases import Base
 from fedpeft.bases.quiet import quiet_transformers
+from fedpeft.bases.spec import rounding
 from fedpeft.errors import AdapterError, StorageError
-from fedpeft.exporting.checking import allowed, logits, tokens
+from fedpeft.exporting.checking import logits, tokens
 from fedpeft.exporting.formats import Export, Written
 from fedpeft.files import sync_folder
 
@@ -45,7 +46,7 @@ def write(export: Export, folder: Path) -> Written:
         state = _state(live, plain, names)
     model = _dense(shell, state, export)
     off, scale = float((logits(model, tokens(base)) - wanted).abs().max()), float(wanted.abs().max())
-    if not off <= allowed(base) * max(scale, 1.0):
+    if not off <= rounding(base.spec.quantization) * max(scale, 1.0):
         raise AdapterError(
             f"adapter {export.adapter.spec.task}: {export.adapter.spec.method.kind} also acts where no weight is (logits "
             f"would be {off:.2e} off); serve it with fedpeft as it is"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpeft.serving.catalog import Catalog, Served
+from fedpeft.serving.catalog import Catalog, Served, Source
 from fedpeft.serving.engine import Engine
 from fedpeft.serving.requests import ClosedError, End, Event, Failed, Mixture, OverloadedError, Piece, Request, Sampling, Token
 from fedpeft.serving.scheduler import Limits, Scheduler
@@ -22,5 +22,6 @@ __all__ = [
     "Sampling",
     "Scheduler",
     "Served",
+    "Source",
     "Token",
 ]

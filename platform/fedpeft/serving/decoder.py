@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpeft.bases.spec import rounding
 from fedpeft.errors import BaseError
 from fedpeft.serving.bank import Bank, gates
 from fedpeft.serving.requests import Mixture
@@ -21,9 +22,6 @@ from fedpeft.serving.slots import Slots
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base
-
-PROBE_TOLERANCE = 1e-3
-"""Largest relative distance of logits that a cached, ragged forward may have from a plain one (half precision: tenfold)."""
 
 
 @dataclass(eq=False)
@@ -99,7 +97,7 @@ class Decoder:
         finally:
             self.reset()
         off = float(np.abs(got - wanted).max()) / max(float(np.abs(wanted).max()), 1e-6)
-        if not off <= (PROBE_TOLERANCE if self._dtype == torch.float32 else 10 * PROBE_TOLERANCE):
+        if not off <= rounding(self._base.spec.quantization):
             raise self._unsuited(f"its logits with a cache are {off:.1e} off")
 
     def _probed(self, rows: list[list[int]]) -> NDArray[np.float32]:
