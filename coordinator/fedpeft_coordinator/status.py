@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedpeft.config import describe
 from fedpeft.errors import StorageError
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.settings import Example, Off
@@ -29,16 +31,18 @@ class Watched:
     registry_folder: Path
     database: str | None
     database_url: str
+    privacy: Mapping[str, Any]
 
     @staticmethod
     def of(config: FederationConfig) -> Watched:
         """Of a federation.toml."""
         values = {item.name: getattr(config, item.name) for item in fields(Watched)}
-        return Watched(**{**values, "tasks": tuple(config.tasks)})
+        return Watched(**{**values, "tasks": tuple(config.tasks), "privacy": describe(config.privacy)})
 
 
 def status(config: FederationConfig | Watched) -> dict[str, Any]:
     """Everything as JSON-ready values. Raises `StorageError` when nothing ran yet."""
+    config = config if isinstance(config, Watched) else Watched.of(config)
     if config.database is None and not (config.state / "journal.sqlite").exists():
         raise StorageError(f"{config.state}: nothing ran here yet; start with `fedpeft coordinator up`")
     journal = Journal(config.database_url)
@@ -52,23 +56,23 @@ def status(config: FederationConfig | Watched) -> dict[str, Any]:
         "step": rounds[-1].step if rounds else "waiting for sites",
         "base": journal.notes().get("facts", {}).get("base"),
         "masked": config.masks,
-        "privacy": config.privacy.kind,
+        "privacy": config.privacy["kind"],
         "tasks": {name: {**_task(name, rounds), "epsilon": _epsilon(config, name, events)} for name in config.tasks},
         "sites": {name: _site(site, rounds, events) for name, site in sites.items()},
         "registry": str(config.registry_folder),
     }
 
 
-def _epsilon(config: FederationConfig, task: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _epsilon(config: Watched, task: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What ``task`` has spent of its budget, by the ledger here or, where sites add noise to single rows, as they say; None: no privacy."""
-    settings = config.privacy
-    if isinstance(settings, Off):
+    kind = str(config.privacy["kind"])
+    if kind == Off.kind:
         return None
+    budget, delta = float(config.privacy["epsilon"]), float(config.privacy["delta"])
     told = {event["site"]: event["epsilon"][task] for event in events if task in event.get("epsilon", {})}
-    here = 0.0 if isinstance(settings, Example) else Ledger(config.state / "ledger").spent(settings.delta, task)
-    spent = max(told.values(), default=0.0) if isinstance(settings, Example) else here
-    left = max(settings.epsilon - spent, 0.0)
-    return {"spent": spent, "left": left, "budget": settings.epsilon, "delta": settings.delta, "protects": settings.kind, "sites": told}
+    here = 0.0 if kind == Example.kind else Ledger(config.state / "ledger").spent(delta, task)
+    spent = max(told.values(), default=0.0) if kind == Example.kind else here
+    return {"spent": spent, "left": max(budget - spent, 0.0), "budget": budget, "delta": delta, "protects": kind, "sites": told}
 
 
 def _task(name: str, rounds: list[Round]) -> dict[str, Any]:
