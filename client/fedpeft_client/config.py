@@ -79,6 +79,7 @@ class Policy(Section):
     min_cohort: int = Field(default=1, ge=1)
     require_secure_aggregation: bool = False
     modules: tuple[str, ...] = ()
+    require_task_blind: bool = False
     max_epsilon: float | None = Field(default=None, gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -24,7 +24,7 @@ from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
 from fedpeft.training.settings import TrainSettings
-from fedpeft.update import TRAIN_COUNTERS, WORD, Grid
+from fedpeft.update import TRAIN_COUNTERS, WORD, Grid, train_counters
 from fedpeft.wire import flat
 from fedpeft.wire.codecs import CODECS, Codec, Lanes, Ring, as_ring, choose
 from fedpeft_client import foresight, policy
@@ -74,6 +74,11 @@ class Plain(BaseModel):
     def expected(self) -> int:
         """Sites of a round, as far as the file says."""
         return int(self.cohort.get("wait_for_sites") or self.least)
+
+    @property
+    def task_blind(self) -> bool:
+        """Whether the file hides who holds which task: zeros of the same size then leave for every other task."""
+        return bool(self.secure_aggregation.get("task_blind", False))
 
     @property
     def masked(self) -> bool:
@@ -181,7 +186,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
         counters = {key: length for key, length in counters.items() if key in spending.counters}
     weight = f"{min(examples, plain.max_examples)} / the round's largest number of examples, at most 1"
     weight = "every site weighs the same" if uniform else weight
-    beside = CODE_BYTES * (Schema(up, Grid(plain.least), TRAIN_COUNTERS).size - up.size) if plain.masked else 0
+    beside = CODE_BYTES * (Schema(up, Grid(plain.least), train_counters(plain.task_blind)).size - up.size) if plain.masked else 0
     size = asked.upload_bytes + (beside or FLOAT_BYTES * sum(TRAIN_COUNTERS.values()))
     private = tuple(sorted(phase.private & spec.layout.roles))
     lines = tuple(Line(entry.name, entry.role, entry.shape, round(each[entry.role] * entry.size)) for entry in up.entries)
@@ -231,6 +236,7 @@ def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, 
         cohort=plain.hidden,
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,
+        task_blind=plain.task_blind,
     )
 
 

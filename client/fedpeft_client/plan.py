@@ -178,6 +178,10 @@ def _checked(work: Work) -> Work:
             f"plan of task {plan.task!r}: promises secure aggregation, which shows the coordinator nothing but sums, and scheme "
             f"{scheme.kind} needs every site's part; the coordinator cannot keep that promise"
         )
+    if plan.task_blind and not plan.HasField("masking"):
+        raise UpdateError(f"plan of task {plan.task!r}: hides who holds it, and comes without a masked sum, so that zeros would be seen")
+    if plan.task_blind and work.mechanism is not None:
+        raise UpdateError(f"plan of task {plan.task!r}: hides who holds it, and noise over sites counts all of them as holders")
     if work.mechanism is not None:
         _check_noise(work)
     leaks = sorted(work.up.roles & phase.private)
@@ -219,6 +223,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         secure_aggregation=instance is not None,
         accounted=work.promise is not None or bool(site.policy.noise),
         modules=tuple(entry.name for entry in work.answer.entries),
+        task_blind=plan.task_blind,
     )
 
 

@@ -15,7 +15,8 @@ class Ask:
     """What one task of a plan asks: ``base`` are identity and model name, ``modules`` the tensors that would leave.
 
     ``accounted``: something protects the answer and is charged; ``epsilon`` is what the task has then spent, None before that is known.
-    ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened.
+    ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened. With
+    ``task_blind`` a task that the site may not train is one that it holds nothing of.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Ask:
     steps: int
     secure_aggregation: bool = False
     accounted: bool = False
+    task_blind: bool = False
     epsilon: float | None = None
     modules: tuple[str, ...] = ()
 
@@ -50,7 +52,7 @@ def check(ask: Ask, site: SiteConfig) -> tuple[str, ...]:
 
 def _tasks(ask: Ask, site: SiteConfig) -> str | None:
     allowed = sorted(site.allowed_tasks)
-    return None if ask.task in allowed else f"asked {ask.task!r}, allowed {allowed}"
+    return None if ask.task in allowed or ask.task_blind else f"asked {ask.task!r}, allowed {allowed}"
 
 
 def _bases(ask: Ask, site: SiteConfig) -> str | None:
@@ -81,6 +83,11 @@ def _cohort(ask: Ask, site: SiteConfig) -> str | None:
 def _secure(ask: Ask, site: SiteConfig) -> str | None:
     required = site.policy.require_secure_aggregation
     return "asked without secure aggregation, allowed only with it" if required and not ask.secure_aggregation else None
+
+
+def _blind(ask: Ask, site: SiteConfig) -> str | None:
+    required = site.policy.require_task_blind
+    return "asked without hiding who holds the task, allowed only with it" if required and not ask.task_blind else None
 
 
 def _epsilon(ask: Ask, site: SiteConfig) -> str | None:
@@ -119,6 +126,7 @@ RULES: dict[str, Rule] = {
     "max_upload_mb": _upload,
     "min_cohort": _cohort,
     "require_secure_aggregation": _secure,
+    "require_task_blind": _blind,
     "max_epsilon": _epsilon,
     "max_steps": _steps,
 }

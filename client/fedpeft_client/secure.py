@@ -15,7 +15,7 @@ from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import PURPOSE, Bundle, Instance, Member
 from fedpeft.signing import Keys
 from fedpeft.tensors import Layout
-from fedpeft.update import Counters, Update
+from fedpeft.update import HOLDERS, Counters, Update
 from fedpeft.wire import flat, masking
 from fedpeft.wire.v1.federation_pb2 import Masked, Masking, RoundPlan, TaskPlan, TaskResult
 from fedpeft.wire.vector import Vector
@@ -96,7 +96,7 @@ class Secure:
         """The keys for ``answer``'s masked sum, with names and lengths of its counters; its values stay here for now."""
         said = self._keys(asked, plan)
         said.counters.update({name: len(values.values) for name, values in answer.result.counters.items()})
-        return Answer(_bare(answer.result, said))
+        return Answer(_bare(answer.result, plan, said))
 
     def masked(self, asked: RoundPlan, plan: TaskPlan, answer: Answer, vector: Vector) -> Answer:
         """``answer`` under its masks: values, weight and counters are in one ``vector``.
@@ -108,7 +108,7 @@ class Secure:
         codes = vector.pack(_update(answer, schema))
         sealed = member.mask(codes, masking.boxes_of(plan.masking.boxes), list(plan.masking.dealers), schema.digest)
         self.members.put(asked, member)
-        return Answer(_bare(answer.result), flat.pack(schema.layout.fingerprint, vector.write(sealed)))
+        return Answer(_bare(answer.result, plan), flat.pack(schema.layout.fingerprint, vector.write(sealed)))
 
     @property
     def _steps(self) -> dict[int, Callable[[RoundPlan, TaskPlan], Masked]]:
@@ -182,22 +182,26 @@ def _digest(text: str) -> str:
 
 
 def _update(answer: Answer, schema: Schema) -> Update:
-    """The update that ``answer`` carries; counters that it lacks are zeros, and one without values weighs 1."""
+    """The update that ``answer`` carries; counters that it lacks are zeros, and one without values weighs 1.
+
+    Where holdings are hidden, a weight of 0 says that the site holds nothing.
+    """
     given = {name: tuple(values.values) for name, values in answer.result.counters.items()}
+    given |= {name: (float(answer.result.weight > 0),) for name in HOLDERS if name in schema.counters}
     unknown = sorted(set(given) - set(schema.counters))
     if unknown:
         raise PrivacyError(f"secure aggregation: counters {unknown} are not in the plan's vector; do both sides run one version?")
     counters: Counters = {name: given.get(name, (0.0,) * length) for name, length in schema.counters.items()}
     codes = flat.unpack(answer.array)[1].astype(np.int32) if answer.array else np.zeros(0, np.int32)
-    return Update(schema.layout, schema.grid, codes, answer.result.weight or 1.0, counters, 1)
+    return Update(schema.layout, schema.grid, codes, answer.result.weight if answer.array else 1.0, counters, 1)
 
 
-def _bare(result: TaskResult, said: Masked | None = None) -> TaskResult:
-    """``result`` without its weight and its counters."""
+def _bare(result: TaskResult, plan: TaskPlan, said: Masked | None = None) -> TaskResult:
+    """``result`` without its weight and its counters, and where holdings are hidden without what only a holder has."""
     bare = TaskResult()
     bare.CopyFrom(result)
-    bare.ClearField("weight")
-    bare.ClearField("counters")
+    for name in ("weight", "counters", *(("train_seconds", "epsilon") if plan.task_blind else ())):
+        bare.ClearField(name)
     if said is not None:
         bare.masked.CopyFrom(said)
     return bare

@@ -10,7 +10,7 @@ from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Gathers
 from fedpeft.tensors import Tensors
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.update import Counters, Grid, Update, train_counters
 from fedpeft.wire import masking
 from fedpeft.wire.codecs import receive, seed_of, send
 from fedpeft.wire.vector import Vector
@@ -78,4 +78,4 @@ def vector_of(work: Work, instance: Instance) -> Vector:
         return Vector(Schema(work.sent, work.grid, {}), work.lanes)
     if work.scores:
         return Vector(Schema(NOTHING, Grid(len(instance.members)), masking.counters_of(work.plan.masking.counters)))
-    return Vector(Schema(work.up, work.grid, TRAIN_COUNTERS), work.lanes)
+    return Vector(Schema(work.up, work.grid, train_counters(work.plan.task_blind)), work.lanes)

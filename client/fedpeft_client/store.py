@@ -6,12 +6,14 @@ They hold updates in the clear, so their owner alone may read them.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fedpeft.errors import StorageError
@@ -61,6 +63,31 @@ class Store:
         blobs = sorted((p for p in self.root.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime_ns)
         for old in blobs[: -self.keep]:
             old.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which global adapter the site last held of each task, by digest, in the file at ``path``; a torn file counts as empty."""
+
+    path: Path
+
+    def get(self, task: str) -> str:
+        """The digest; empty when there is none."""
+        return self._all.get(task, "")
+
+    def put(self, task: str, digest: str) -> None:
+        """Remember ``digest``. Raises `StorageError`."""
+        if self._all.get(task) != digest:
+            self._all[task] = digest
+            write_atomic(self.path, json.dumps(self._all, sort_keys=True).encode())
+
+    @cached_property
+    def _all(self) -> dict[str, str]:
+        try:
+            held = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {str(task): str(digest) for task, digest in held.items()} if isinstance(held, dict) else {}
 
 
 def sweep(root: Path) -> None:

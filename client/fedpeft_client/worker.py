@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import uuid
@@ -11,19 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft import bases
 from fedpeft.errors import DataError, FedpeftError, LinkError
-from fedpeft.files import write_atomic
 from fedpeft.privacy.ledger import Kind
 from fedpeft.privacy.promise import Single
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello, Holding, Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
-from fedpeft_client import answers, audit, beginning, choosing, gates, plan, policy, rounds
+from fedpeft_client import answers, audit, beginning, blind, choosing, gates, plan, policy, rounds
 from fedpeft_client.answers import Answer
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.faults import failure
@@ -34,7 +31,7 @@ from fedpeft_client.rounds import Begin, Bench
 from fedpeft_client.secure import Secure
 from fedpeft_client.sending import vector_of
 from fedpeft_client.shelf import Shelf, Split
-from fedpeft_client.store import Store, scratch, sweep
+from fedpeft_client.store import Held, Store, scratch, sweep
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base
@@ -91,7 +88,7 @@ class Worker:
         self.personal = Personal(Store(self.site.state / "personal", self.keep))
         self.secure = Secure(self.site.name, self.site.state, self.site.peers, self.site.policy.min_cohort)
         self.guard = Guard(self.site.name, self.site.policy, self.site.state / "ledger")
-        self.held = _read_held(self.site.state / "held.json")
+        self.held = Held(self.site.state / "held.json")
         self.broken = False
 
     @property
@@ -128,7 +125,8 @@ class Worker:
 
     def _hello(self, hello: Hello) -> Envelope:
         asked = [task for task in sorted(self.site.allowed_tasks) if task in hello.tasks or not hello.tasks]
-        holdings = [held for task in asked if (held := self._holding(task)) is not None]
+        hides = hello.task_blind or self.site.policy.require_task_blind
+        holdings = blind.holdings(hello) if hides else [held for task in asked if (held := self._holding(task)) is not None]
         return Envelope.of(
             "reply",
             Capabilities(
@@ -149,7 +147,7 @@ class Worker:
         except DataError as fault:
             log.error("task %s is left out: %s", task, fault)
             return None
-        digest = self.held.get(task, "")
+        digest = self.held.get(task)
         return Holding(task=task, train_examples=train, test_examples=test, adapter_digest=digest if digest in self.adapters else "")
 
     def _round(self, envelope: Envelope, asked: RoundPlan) -> Envelope:
@@ -185,6 +183,8 @@ class Worker:
     def _answer(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
         if envelope.kind == "secure":
             return Done(Answer(self.secure.answer(asked, task)))
+        if task.task_blind and not blind.holds(self.shelf, task.task, SPLITS[envelope.kind]):
+            return self._blank(envelope, asked, task)
         work = plan.read(asked, task, scores=envelope.kind == "evaluate")
         instance = self.secure.instance(asked, task, envelope.kind)
         wanted = plan.ask(work, self.base.fingerprint.identity, self.site, instance)
@@ -193,7 +193,7 @@ class Worker:
         self.guard.check(work.promise, instance, work.answer)
         self.progress(task.task, 0)
         start = beginning.start(work, envelope, self.adapters)
-        self._hold(task.task, task.adapter_digest)
+        self.held.put(task.task, task.adapter_digest)
         run, trains = (asked.federation, asked.run), envelope.kind == "train"
         own = self.personal.at(run, task.task, task.counted_round)
         begin = own.patch(start, work.phase)
@@ -211,6 +211,19 @@ class Worker:
         self.answers.put(key, answer.to_bytes())
         shutil.rmtree(self.site.state / "checkpoints" / key, ignore_errors=True)
         return self._leaving(asked, Done(answer, work), instance, spending)
+
+    def _blank(self, envelope: Envelope, asked: RoundPlan, task: TaskPlan) -> Done:
+        """Zeros for a task that this site does not hold, once everything is as it must be for one that it holds."""
+        work, instance = plan.read(asked, task, scores=envelope.kind == "evaluate"), self.secure.instance(asked, task, envelope.kind)
+        assert instance is not None
+        policy.check(plan.ask(work, self.base.fingerprint.identity, self.site, instance), self.site)
+        rounds.check_base(work, self.base)
+        beginning.start(work, envelope, self.adapters)
+        self.held.put(task.task, task.adapter_digest)
+        answer = blind.blank(work, self.base)
+        keys = task.masking.step == Masking.STEP_KEYS
+        sent = self.secure.keyed(asked, task, answer) if keys else self.secure.masked(asked, task, answer, vector_of(work, instance))
+        return Done(sent, work)
 
     def _leaving(self, asked: RoundPlan, done: Done, instance: Instance | None, spending: Spending) -> Done:
         """``done`` as it leaves: in the clear, as keys alone, or under the masks of ``instance``; charged unless its values stay."""
@@ -265,11 +278,6 @@ class Worker:
     def _bench(self) -> Bench:
         return Bench(self.base, self.shelf, self.guard, self.progress)
 
-    def _hold(self, task: str, digest: str) -> None:
-        if self.held.get(task) != digest:
-            self.held[task] = digest
-            write_atomic(self.site.state / "held.json", json.dumps(self.held, sort_keys=True).encode())
-
     def _record(self, kind: str, asked: RoundPlan, task: TaskPlan, done: Done) -> None:
         result = done.answer.result
         status = TaskResult.Status.Name(result.status).removeprefix("STATUS_").lower()
@@ -289,11 +297,3 @@ class Worker:
             epsilon=done.epsilon,
         )
         audit.record(self.site.state / "audit.jsonl", left)
-
-
-def _read_held(path: Path) -> dict[str, str]:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(task): str(digest) for task, digest in held.items()} if isinstance(held, dict) else {}

@@ -33,6 +33,11 @@ def mean_layout(setup: Setup, row: TaskRound) -> Layout:
     return up_layout(setup, row)
 
 
+def contributors(setup: Setup, total: Update) -> int:
+    """Sites whose values are in ``total``; where holdings are hidden, those that hold the task."""
+    return round(total.counters["train.holders"][0]) if setup.task_blind else total.count
+
+
 def average(setup: Setup, row: TaskRound, current: Tensors, updates: Gathered) -> Tensors:
     """The mean that `Scheme.advance` takes.
 

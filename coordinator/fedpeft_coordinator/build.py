@@ -127,6 +127,7 @@ def secure(config: FederationConfig) -> SecureAggregation | None:
         least=table.least or config.cohort.min_sites,
         grouped=table.least or enough(config.combine.size if isinstance(config.combine, Buckets) else 0, table.dropping),
         deadline=table.deadline,
+        task_blind=table.task_blind,
         identities=table.identities,
         full=isinstance(config.privacy, Distributed),
     )

@@ -94,13 +94,15 @@ class SecureAggregation(Section):
     ``colluding`` and ``dropping`` are the shares of a cohort that may help a curious coordinator, and vanish, while sums stay safe
     and come out. ``least`` absent means ``cohort.min_sites``, and of a group of ``combine.kind = "buckets"`` its size less those
     that may vanish: a sum over fewer sites is never opened. ``deadline`` is in seconds, for exchanges in which nobody trains.
-    ``identities`` are public keys of sites (`fedpeft client identity`); others are believed as first seen.
+    ``identities`` are public keys of sites (`fedpeft client identity`); others are believed as first seen. ``task_blind`` hides which
+    site holds which task: every site is asked for every task, and answers zeros where it holds none.
     """
 
     enabled: bool | Literal["auto"] = "auto"
     colluding: float = Field(default=0.1, ge=0.0, lt=1.0)
     dropping: float = Field(default=0.2, ge=0.0, lt=0.5)
     least: int | None = Field(default=None, ge=LEAST)
+    task_blind: bool = False
     deadline: float = Field(default=120.0, gt=0.0)
     identities: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
 

@@ -12,7 +12,7 @@ from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Phase, check_start
 from fedpeft.tensors import Layout, Tensors
-from fedpeft.update import TRAIN_COUNTERS, Grid
+from fedpeft.update import Grid, train_counters
 from fedpeft.wire.codecs import Codec, DeltaCodec, Ring, as_delta, as_ring, choose
 from fedpeft_coordinator import sharing
 from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
@@ -70,7 +70,7 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
         roles=tuple(sorted(phase.roles & task.layout.roles)),
         cohort=names,
         seed=seed,
-        weight_cap=min(setup.limits.max_examples, max((able[name] for name in names), default=1)),
+        weight_cap=_cap(setup, [able[name] for name in names]),
         before=begin.before,
         state=begin.state,
         group=begin.group if setup.sharing else "",
@@ -80,6 +80,11 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
         means=dict(past.means) if past else {},
     )
     return skipped(plan, "it was away while its group's factor moved, and comes back in the next round of its own") if early else plan
+
+
+def _cap(setup: Setup, examples: Sequence[int]) -> int:
+    """Examples that weigh 1: as many as the largest site has, or what the file says where nobody is to know how many that are."""
+    return setup.limits.max_examples if setup.task_blind else min(setup.limits.max_examples, max(examples, default=1))
 
 
 def _begin(setup: Setup, task: TaskSetup, known: Known) -> tuple[sharing.Begin, int]:
@@ -161,7 +166,7 @@ def fitting_ring(budget: int, narrow: int, size: int, sites: int) -> Codec:
     Raises:
         ConfigError: none fits.
     """
-    beside = size - narrow + Schema(Layout(()), Grid(sites), TRAIN_COUNTERS).size
+    beside = size - narrow + Schema(Layout(()), Grid(sites), train_counters(True)).size
     return choose(budget, narrow, masked=True, sites=sites, beside=4 * beside)
 
 

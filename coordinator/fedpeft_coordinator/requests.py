@@ -101,6 +101,7 @@ class Writer:
             cohort=expected(plan),
             task_round=plan.number,
             secure_aggregation=self.setup.secure is not None,
+            task_blind=self.setup.task_blind,
         )
         if self.setup.privacy is not None:
             message.privacy_json = promise.dumps(self._promise(plan, self.setup.privacy))

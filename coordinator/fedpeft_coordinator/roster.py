@@ -101,10 +101,11 @@ class Roster:
     def _judge(self, name: str, given: Capabilities) -> Site:
         held = {one.task: one for one in given.holdings}
         mine = {task: held[rows] for task, setup in self._setup.tasks.items() if (rows := setup.rows or task) in held}
+        blind = self._setup.task_blind
         return Site(
             name=name,
-            train={task: int(one.train_examples) for task, one in mine.items()},
-            test={task: int(one.test_examples) for task, one in mine.items()},
+            train={task: 1 if blind else int(one.train_examples) for task, one in mine.items()},
+            test={task: 1 if blind else int(one.test_examples) for task, one in mine.items()},
             have={task: one.adapter_digest for task, one in mine.items() if one.task == task and one.adapter_digest},
             instance=given.instance,
             base_loads=int(given.base_loads),

@@ -173,10 +173,9 @@ class Coordinator:
 
     def _combine(self, at: Round, name: str, mine: Gathered) -> TaskRound:
         """The task's mean, or the task untouched when too few sites contributed."""
-        plan, count = at.tasks[name], mine.total.count
-        if count < self.setup.limits.min_sites and not planning.sampled(plan):
-            few = f"{count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {self.setup.limits.min_sites}"
-            return planning.skipped(plan, few)
+        plan, count, least = at.tasks[name], averaging.contributors(self.setup, mine.total), self.setup.limits.min_sites
+        if count < least and not planning.sampled(plan):
+            return planning.skipped(plan, f"{count} of {len(plan.cohort)} site(s) contributed, cohort.min_sites = {least}")
         current = self._load(self.setup.tasks[plan.task], plan.before)
         try:
             found = self._averaged(at, name, current, mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedpeft.privacy.secagg import LEAST
+from fedpeft.privacy.settings import Client
 from fedpeft.schemes import Gathers
 from fedpeft.schemes.robust import Buckets, Rooted
 from fedpeft.wire.codecs import Ring, as_ring
@@ -166,6 +167,28 @@ def _down_rule(federation: FederationConfig) -> None:
         )
 
 
+def _blind_rule(federation: FederationConfig) -> None:
+    if not federation.secure_aggregation.task_blind:
+        return
+    clusters = any(entry.task.name != name for name, entry in federation.tasks.items())
+    if not federation.masks or federation.combine is not None or federation.routing.gates or clusters:
+        raise ValueError(
+            "secure_aggregation.task_blind = true hides who holds which task in one masked sum over all sites, so it needs "
+            f"cohort.min_sites = {LEAST} or more (or enabled = true), combine = 'sum', and no clusters and routing.gates; "
+            "change those, or leave task_blind out"
+        )
+    if isinstance(federation.privacy, Client):
+        raise ValueError(
+            f"secure_aggregation.task_blind = true and privacy.kind = {federation.privacy.kind!r}: noise over sites divides by all that "
+            "answer, so zeros of those who hold nothing would thin the mean; set privacy.kind = 'example', or leave one of them out"
+        )
+    if "max_examples" not in federation.model_fields_set:
+        raise ValueError(
+            "secure_aggregation.task_blind = true and no max_examples: how many rows a site has stays with it, so the file must say how "
+            "many weigh 1; set max_examples to about what the largest site has of a task"
+        )
+
+
 def _wire_rule(federation: FederationConfig) -> None:
     wire = federation.wire
     if wire.budget is not None and wire.codec.kind != "none":
@@ -203,5 +226,6 @@ RULES = (
     _sharing_rule,
     _wire_rule,
     _scales_rule,
+    _blind_rule,
     _down_rule,
 )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import Collector
 from fedpeft.tensors import Layout
-from fedpeft.update import TRAIN_COUNTERS, Counters, Grid, Update
+from fedpeft.update import Counters, Grid, Update, train_counters
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft.wire.vector import Vector
@@ -161,7 +161,7 @@ class Secure:
         }
 
     def _vector(self, row: TaskRound) -> Vector:
-        counters = {} if row.privacy else TRAIN_COUNTERS
+        counters = {} if row.privacy else train_counters(self.setup.task_blind)
         schema = Schema(sent_layout(self.setup, row), planning.grid_of(row, self.setup.limits), counters)
         return Vector(schema, self.scaling.lanes(row))
 

@@ -73,6 +73,7 @@ class SecureAggregation:
     least: int = 3
     grouped: int = 3
     deadline: float = 120.0
+    task_blind: bool = False
     identities: Mapping[str, str] = field(default_factory=dict)
     full: bool = False
 
@@ -113,6 +114,11 @@ class Setup:
     routing: Routing = field(default_factory=Routing)
     sharing: Sharing | None = None
     privacy: Client | Example | None = None
+
+    @property
+    def task_blind(self) -> bool:
+        """Whether it is hidden which site holds which task: every site is asked for every task."""
+        return self.secure is not None and self.secure.task_blind
 
     @property
     def keeps_parts(self) -> bool:

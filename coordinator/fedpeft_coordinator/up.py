@@ -82,7 +82,8 @@ def controlled(config: FederationConfig, events: Events) -> Iterator[None]:
 
 def hello(setup: Setup) -> Hello:
     """What every new node is told."""
-    return Hello(federation=setup.name, version=__version__, tasks=sorted({task.rows or name for name, task in setup.tasks.items()}))
+    tasks = sorted({task.rows or name for name, task in setup.tasks.items()})
+    return Hello(federation=setup.name, version=__version__, tasks=tasks, task_blind=setup.task_blind)
 
 
 @contextmanager

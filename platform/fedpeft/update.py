@@ -30,8 +30,15 @@ COUNTER_LIMIT = 2.0**32
 WEIGHT_STEP = 2.0**-20
 TRAIN_COUNTERS = {"train.loss": 2, "train.examples": 1, "train.seen": 1, "train.tokens": 1}
 """What travels beside trained tensors, and how many values each has."""
+HOLDERS = {"train.holders": 1}
+"""Beside them where sites that hold nothing of a task answer zeros: how many hold it."""
 BLOCK = 1 << 17
 """Values per block: checks and sums of one block stay in the second-level cache."""
+
+
+def train_counters(blind: bool) -> dict[str, int]:
+    """What travels beside trained tensors, where holdings are hidden or not."""
+    return {**TRAIN_COUNTERS, **(HOLDERS if blind else {})}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -76,6 +76,11 @@ class Choice:
 
         losses = token_losses(model, batch)
         return Loss(losses.sum(), len(losses))
+
+    @property
+    def counted(self) -> Mapping[str, int]:
+        """One value each."""
+        return dict.fromkeys(("loss", "count", "examples", "correct"), 1)
 
     def evaluate(self, model: torch.nn.Module, data: Encoded, base: Base) -> measures.Counters:
         """``loss`` over ``count`` tokens of the right choices, ``examples`` and ``correct``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -83,6 +83,15 @@ class Generation:
         losses = token_losses(model, batch)
         return Loss(losses.sum(), len(losses))
 
+    @property
+    def counted(self) -> Mapping[str, int]:
+        """One value each; those of generated text only where a metric asks for them."""
+        return dict.fromkeys(("loss", "count", "examples", *(("exact", "rouge", "generated") if self._generates else ())), 1)
+
+    @property
+    def _generates(self) -> bool:
+        return bool({"rouge_l", "exact_match"} & set(self.metrics))
+
     def evaluate(self, model: torch.nn.Module, data: Encoded, base: Base) -> measures.Counters:
         """``loss`` over ``count`` labelled tokens, ``examples``; and ``exact``, ``rouge``, ``generated`` where a metric asks for them."""
         import torch
@@ -95,7 +104,7 @@ class Generation:
                 loss = self.loss(model, packed(data, places.tolist(), len(places)))
                 total, count = total + float(loss.total), count + loss.count
         counters = {"loss": (total,), "count": (float(count),), "examples": (float(len(data)),)}
-        return counters | (self._texts(model, data, base) if {"rouge_l", "exact_match"} & set(self.metrics) else {})
+        return counters | (self._texts(model, data, base) if self._generates else {})
 
     def scores(self, counters: measures.Counters) -> dict[str, float]:
         """Metrics from counters."""

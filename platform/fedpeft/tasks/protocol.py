@@ -109,6 +109,11 @@ class Task(Protocol):
         """The summed training loss of one batch."""
         ...
 
+    @property
+    def counted(self) -> Mapping[str, int]:
+        """Names of the counters that `evaluate` gives, whatever the rows, and how many values each has."""
+        ...
+
     def evaluate(self, model: torch.nn.Module, data: Encoded, base: Base) -> Counters:
         """Counters as sums, so that adding those of two sites gives those of their union."""
         ...

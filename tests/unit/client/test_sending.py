@@ -125,6 +125,7 @@ def test_where_a_scheme_makes_its_own_of_parts_nothing_is_kept(site: SiteConfig,
         ({"codec_json": '{"kind": "ring"}'}, "ring: 0 scales"),
         ({"codec_json": '{"kind": "ring"}', "scales": b"\xff" * 9999}, "ring: 9999 scales up to 255"),
         ({"codec_json": '{"kind": "int4"}', "secure_aggregation": True}, "have no sum"),
+        ({"task_blind": True}, "comes without a masked sum"),
         ({"codec_json": '{"kind": "int4"}', "masking": Masking(step=Masking.STEP_VECTOR, name="x")}, ""),
     ],
 )

@@ -108,6 +108,23 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
         {"combine": {"kind": "buckets", "size": 4}, "cohort": {"min_sites": 12}, "secure_aggregation": {"least": 5}},
         r"combine\.size = 4 and secure_aggregation\.least = 5: no group's sum",
     ),
+    "hidden holdings without masks": (
+        {"cohort": {"min_sites": 2}, "secure_aggregation": {"task_blind": True}, "max_examples": 10},
+        r"task_blind = true hides .* needs cohort\.min_sites = 3 or more",
+    ),
+    "hidden holdings and no weight of reference": (
+        {"cohort": {"min_sites": 3}, "secure_aggregation": {"task_blind": True}},
+        r"task_blind = true and no max_examples",
+    ),
+    "hidden holdings and noise over sites": (
+        {
+            "cohort": {"min_sites": 3},
+            "secure_aggregation": {"task_blind": True},
+            "max_examples": 10,
+            "privacy": {"kind": "distributed", "epsilon": 8.0},
+        },
+        r"task_blind = true and privacy\.kind = 'distributed'",
+    ),
     "no quorum": (
         {"cohort": {"min_sites": 3}, "secure_aggregation": {"colluding": 0.5, "dropping": 0.3}},
         r"colluding = 0\.5 and dropping = 0\.3 leave no quorum",

@@ -507,7 +507,7 @@ def test_scales_follow_the_last_mean_of_the_same_tensors(narrow: Any) -> None:
 
 
 def test_a_budget_narrows_masked_sums_and_a_task_that_it_cannot_hold_is_skipped_by_name(fake: ModuleType, tmp_path: Path) -> None:
-    rows = masked(fake, tmp_path / "a", rounds=1, budget=4 * 22 + packed_size(22, 8)).open().run()[0].tasks
+    rows = masked(fake, tmp_path / "a", rounds=1, budget=4 * 26 + packed_size(22, 8)).open().run()[0].tasks
     assert {row.ring["bits"] for row in rows.values()} == {6}
     assert masked(fake, tmp_path / "b", rounds=1, budget=1000).open().run()[0].tasks["area"].ring is None
     with pytest.raises(CohortError, match=r"wire\.budget: 90 bytes for 22 values"):

@@ -94,6 +94,7 @@ def test_loss_and_counters_equal_one_text_at_a_time(setting: tuple[Base, torch.n
     assert counters["correct"] == (float((said == data.labels).sum()),)
     assert counters["tp"] == tuple(float(((said == k) & (data.labels == k)).sum()) for k in range(2))
     assert set(TASK.scores(counters)) == set(TASK.metrics)
+    assert {name: len(values) for name, values in counters.items()} == TASK.counted
 
 
 def test_answer_is_the_likeliest_label_with_its_share(minilm: Base) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,10 @@ def test_evaluation_counts_all_rows_and_generates_some(model: torch.nn.Module, s
     counters = TASK.evaluate(model, data, stories)
     assert counters["examples"] == (24.0,)
     assert counters["generated"] == (6.0,)
+    assert {name: len(values) for name, values in counters.items()} == TASK.counted
+    quiet = replace(TASK, metrics=("perplexity",))
+    assert dict(quiet.counted) == {"loss": 1, "count": 1, "examples": 1}
+    assert set(quiet.evaluate(model, data, stories)) == set(quiet.counted)
     assert counters["loss"][0] == pytest.approx(float(sum(padded_losses(model, data, range(len(data))))), rel=1e-5)
     found = TASK.scores(counters)
     assert found["perplexity"] == pytest.approx(np.exp(counters["loss"][0] / counters["count"][0]))
@@ -225,6 +230,7 @@ def test_choice_takes_the_likeliest(model: torch.nn.Module, stories: Base, norma
     right = int(value[:2].argmin() == 0) + int(value[2:].argmin() == 1)
     counters = task.evaluate(model, data, stories)
     assert counters["correct"] == (float(right),)
+    assert {name: len(values) for name, values in counters.items()} == task.counted
     assert counters["loss"][0] == pytest.approx(nll[0] + nll[3], rel=1e-5)
     assert counters["count"] == (float(lengths[0] + lengths[3]),)
     assert task.scores(counters) == {"accuracy": right / 2}
