@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.routing.cardfile import FILE, RouterCard, derive
 from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, histogram, make_card
-from fedpeft.routing.chain import Calibrated, Chain, thresholds
+from fedpeft.routing.chain import Calibrated, Chain, Within, thresholds
 from fedpeft.routing.fewshot import FewShot
 from fedpeft.routing.policies import make_router
 from fedpeft.routing.requests import Request, Route, Router
@@ -21,6 +21,7 @@ ROUTERS: dict[str, type[Router]] = {
     "mean": MeanRouter,
     "fewshot": FixedRouter,
     "calibrated": Calibrated,
+    "within": Within,
     "chain": Chain,
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "SpectrRouter",
     "TaskRouter",
     "TokenRouter",
+    "Within",
     "calibrate",
     "centroid",
     "counts_of",

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing.cards import calibrate, counts_of
+from fedpeft.routing.cards import Card, calibrate, counts_of
 from fedpeft.routing.requests import Request, Route, Router
+from fedpeft.routing.routers import ClusterRouter
 
 BASE = "base"
 
@@ -19,8 +20,8 @@ BASE = "base"
 class Chain:
     """The first router of ``routers`` that does not abstain decides; when all do, the base answers (ALGORITHMS B2).
 
-    The default order of a service is task, centroid, gate, arrow, cluster, base. A later router sees hidden states only when the earlier
-    ones abstained, so a request that a centroid settles costs one embedding.
+    The order of a service is task, centroid, then gate, arrow and cluster within reach of a centroid, then the base. A later router sees
+    hidden states only when the earlier ones abstained, so a request that a centroid settles costs one embedding.
     """
 
     routers: tuple[Router, ...] = ()
@@ -54,6 +55,25 @@ class Calibrated:
             return found
         why = f"score {found.scores.get(chosen, found.score):.3f} of {chosen!r} is below its threshold {self.least[chosen]:.3f}"
         return Route({}, found.score, found.scores, found.router, why, found.level)
+
+
+@dataclass(frozen=True)
+class Within:
+    """``router`` for requests that are near some task: a cosine to its centroid that all but ``quantile`` of its own texts reach.
+
+    Gates and Arrow tell adapters apart and not what is out of scope (tests/bench/routing): a request of no task goes to the base before
+    they are asked.
+    """
+
+    router: Router
+    cards: Mapping[str, Card] = field(default_factory=dict)
+    quantile: float = 0.01
+    kind: ClassVar[str] = "within"
+
+    def route(self, request: Request) -> Route:
+        """The router's own route, or none. Raises `AdapterError` for an embedding of another size or encoder than the cards'."""
+        found = ClusterRouter(self.cards, quantile=self.quantile).route(request)
+        return self.router.route(request) if found.weights else Route({}, found.score, found.scores, self.kind, found.why)
 
 
 def thresholds(router: Router, own: Mapping[str, Sequence[Request]], quantile: float = 0.05) -> dict[str, float]:

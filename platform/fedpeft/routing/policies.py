@@ -8,15 +8,15 @@ from functools import partial
 from fedpeft.errors import AdapterError
 from fedpeft.routing.cardfile import RouterCard
 from fedpeft.routing.cards import Card, calibrate
-from fedpeft.routing.chain import Calibrated, Chain
+from fedpeft.routing.chain import Calibrated, Chain, Within
 from fedpeft.routing.requests import Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MeanRouter, TaskRouter
 from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter, TokenRouter
 
 Cards = Mapping[str, RouterCard]
 """Router cards by adapter."""
-ORDER = ("task", "centroid", "gate", "arrow", "cluster")
-"""Who is asked before whom in a chain (ALGORITHMS B2)."""
+FIRST, NEAR = ("task", "centroid"), ("gate", "arrow", "cluster")
+"""Who is asked before whom in a chain (ALGORITHMS B2); the latter only for requests near some task."""
 NEEDS = {
     **dict.fromkeys(("centroid", "centroid3", "cluster"), "a centroid: its sites sent no embeddings"),
     "gate": "gates: set routing.gates = true in the federation",
@@ -26,7 +26,7 @@ NEEDS = {
 
 
 def make_router(kind: str, cards: Cards) -> Router:
-    """The router ``kind`` over the adapters of ``cards``; ``chain`` asks all that can abstain in `ORDER`, then the base answers.
+    """The router ``kind`` over the adapters of ``cards``; ``chain`` asks all that can abstain, then the base answers.
 
     Gate and Arrow abstain below the scores of training texts where the cards tell them; a chain leaves them out where they do not, since
     they would never abstain.
@@ -35,7 +35,8 @@ def make_router(kind: str, cards: Cards) -> Router:
         AdapterError: no such router, or none of the adapters has what it needs.
     """
     if kind == "chain":
-        return Chain(tuple(router for kind in ORDER if (router := _of_chain(kind, cards)) is not None))
+        known, near = _centroids(cards), Chain(_of_chain(NEAR, cards))
+        return Chain((*_of_chain(FIRST, cards), *((Within(near, known),) if known and near.routers else ())))
     if kind not in MAKERS:
         raise AdapterError(f"router {kind!r} is not known; choose one of {sorted([*MAKERS, 'chain'])}")
     made = MAKERS[kind](cards)
@@ -53,10 +54,11 @@ def token_router(kind: str, cards: Cards) -> TokenRouter:
     return inner
 
 
-def _of_chain(kind: str, cards: Cards) -> Router | None:
-    made = MAKERS[kind](cards)
-    silent = isinstance(made, Calibrated) and not set(made.least) >= {name for name, card in cards.items() if card.arrows or card.gates}
-    return None if silent else made
+def _of_chain(kinds: Sequence[str], cards: Cards) -> tuple[Router, ...]:
+    """Those of ``kinds`` that can abstain."""
+    trained = {name for name, card in cards.items() if card.arrows or card.gates}
+    made = [maker for kind in kinds if (maker := MAKERS[kind](cards)) is not None]
+    return tuple(router for router in made if not isinstance(router, Calibrated) or set(router.least) >= trained)
 
 
 def _centroids(cards: Cards) -> dict[str, Card]:

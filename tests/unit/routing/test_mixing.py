@@ -16,8 +16,11 @@ from fedpeft.routing import (
     MeanRouter,
     Request,
     Route,
+    RouterCard,
     TaskRouter,
+    Within,
     make_card,
+    make_router,
     thresholds,
 )
 from fedpeft.routing.cards import histogram
@@ -102,6 +105,27 @@ def test_a_chain_asks_in_order_and_stops_at_the_first_that_knows():
     nobody = Chain((first,)).route(Request())
     assert (nobody.task, nobody.router, nobody.scores) == (None, "base", {"a": 0.1})
     assert Chain().route(Request()).weights == {}
+
+
+def test_out_of_scope_is_settled_before_adapters_are_told_apart():
+    inner = Says("arrow", {"a": 1.0})
+    router = Within(inner, {"a": card(0, 0.5)})
+    assert router.route(Request.of(0.6 * EYE[0] + 0.8 * EYE[1])).router == "arrow"
+    away = router.route(Request.of(0.4 * EYE[0] + 0.9 * EYE[1]))
+    assert (away.weights, inner.asked) == ({}, 1)
+
+
+def test_a_chain_of_cards_asks_what_can_abstain_and_ends_at_the_base():
+    flat = tuple([0.0] * 40 + [10.0] + [0.0] * 23)
+    seen = RouterCard(card(0, 0.9, counts=flat), arrows={"m": EYE[3].astype(np.float32)}, counts={"arrow": flat})
+    chain = make_router("chain", {"a": seen})
+    near = 0.5 * EYE[0] + np.sqrt(0.75) * EYE[1]
+    for place, found in ((3, "arrow"), (4, "cluster")):  # what the tokens read lies on the adapter's direction, or not
+        request = Request(embed=lambda: near, watch=lambda place=place: {"m": EYE[[place]].astype(np.float32)})
+        assert chain.route(request).router == found
+    assert chain.route(Request.of(EYE[5])).router == "base"
+    silent = make_router("chain", {"a": RouterCard(seen.card, arrows=seen.arrows)})
+    assert silent.route(Request.of(near)).router == "cluster"  # an Arrow that could never abstain is left out
 
 
 def test_a_chain_computes_only_what_is_looked_at():

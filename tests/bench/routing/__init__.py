@@ -1,0 +1,1 @@
+"""Specialisation and routing on real data (see README.md)."""

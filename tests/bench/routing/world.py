@@ -1,0 +1,125 @@
+"""The tasks, their rows and their adapters: fixed before anything is measured, trained by the platform's own loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from fedpeft.adapters import Adapter, attach, initial, make_spec
+from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.methods import Lora
+from fedpeft.routing import ArrowRouter, GateRouter, Request, RouterCard, counts_of, derive, histogram, make_card
+from fedpeft.routing.cardfile import lora_modules
+from fedpeft.tasks import Generation, Row
+from fedpeft.training import TrainJob, TrainSettings, train
+from fedpeft.training.gates import train_gates
+
+TASKS = ("snips_slots", "shakespeare", "tldr", "gsm8k", "svamp", "sms_spam", "banking77", "clinc150")
+"""Every set of one task in the folder."""
+STRANGERS = ("seed_tasks", "t0_mix", "induction")
+"""Every set of many tasks: out of scope of all adapters."""
+METHOD = Lora(r=16, targets=("all",))
+TRAINING = TrainSettings(steps=150, batch_size=16, lr=5e-3)
+GATES = TrainSettings(steps=100, batch_size=16, lr=1e-3)
+TOKENS, CARDED, SCORED, FEW = 128, 256, 64, 16
+"""Longest text; training rows for a card, for router scores, and for few-shot weights."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The base, the encoder of requests, and by task its training and test rows, its adapter and its router card."""
+
+    base: Base
+    encoder: Base
+    train: dict[str, list[Row]]
+    test: dict[str, list[Row]]
+    strangers: dict[str, list[str]]
+    adapters: dict[str, Adapter]
+    cards: dict[str, RouterCard]
+
+
+def rows_of(path: Path) -> dict[str, list[Row]]:
+    """Rows ``{prompt, answer}`` by split, shuffled by a fixed seed; a text without an answer is cut in the middle."""
+    found: dict[str, list[Row]] = {}
+    with open(path, encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if (pair := _pair(row)) is not None:
+                found.setdefault(str(row.get("split", "train")), []).append(pair)
+    for rows in found.values():
+        Random(0).shuffle(rows)
+    return found
+
+
+def _pair(row: dict[str, Any]) -> Row | None:
+    if "answer" in row:
+        return {"prompt": row["prompt"], "answer": row["answer"]}
+    if "instruction" in row:
+        return {"prompt": f"{row['instruction']} {row.get('input') or ''}".strip(), "answer": row["output"]}
+    if "label" in row:
+        return {"prompt": row["text"], "answer": row["label"]}
+    words = row["text"].split()
+    return {"prompt": " ".join(words[: len(words) // 2]), "answer": " ".join(words[len(words) // 2 :])} if len(words) > 5 else None
+
+
+def make_world(data: Path, models: Path, tests: int, steps: float = 1.0) -> World:
+    """Train all adapters, then their gates; ``tests`` rows a task are kept for measuring, ``steps`` scales the training."""
+    base = load_base(BaseSpec(str(models / "stories260k"), max_tokens=TOKENS))
+    encoder = load_base(BaseSpec("minilm"))
+    split = {name: rows_of(data / f"{name}.jsonl") for name in TASKS}
+    trained = {name: split[name]["train"][:1000] for name in TASKS}
+    strangers = {name: [row["prompt"] for rows in rows_of(data / f"{name}.jsonl").values() for row in rows][:tests] for name in STRANGERS}
+    adapters, cards = {}, {}
+    for name in TASKS:
+        adapters[name], gates = _specialist(base, name, trained[name], steps)
+        cards[name] = _card(base, encoder, [row["prompt"] for row in trained[name][:CARDED]], derive(adapters[name].tensors, gates=gates))
+        print(f"trained {name}", flush=True)
+    return World(base, encoder, trained, {name: split[name]["test"][:tests] for name in TASKS}, strangers, adapters, cards)
+
+
+def _specialist(base: Base, name: str, rows: list[Row], scale: float) -> tuple[Adapter, dict[str, Any]]:
+    task = Generation(name, ("perplexity",))
+    spec = make_spec(name, base, METHOD, task.head)
+    data = task.encode(rows, base)
+    with attach(base, spec) as live:
+        live.load(initial(base, spec, 0).tensors)
+        train(live, task, data, _scaled(TRAINING, scale), TrainJob(spec.layout.roles, 0))
+        tensors = live.read()
+        gates = train_gates(live, task, data, _scaled(GATES, scale), TrainJob(frozenset(), 0))
+    return Adapter(spec, tensors), gates
+
+
+def _scaled(settings: TrainSettings, scale: float) -> TrainSettings:
+    return TrainSettings(max(int(settings.steps * scale), 1), settings.batch_size, settings.lr)
+
+
+def _card(base: Base, encoder: Base, texts: list[str], derived: RouterCard) -> RouterCard:
+    """The card as sites and coordinator would make it: from training rows alone."""
+    vectors = encoder.embed(texts)
+    total = vectors.sum(axis=0, dtype=np.float64)
+    direction = (total / np.linalg.norm(total)).astype(np.float32)
+    sequence = make_card(total, len(texts), histogram(vectors, direction), encoder=encoder.encoder)
+    routers = (GateRouter({"own": derived.gates}), ArrowRouter({"own": derived.arrows}))
+    scores: dict[str, list[float]] = {router.kind: [] for router in routers}
+    for request in requests(base, texts[:SCORED], sorted(derived.gates)):
+        for router in routers:
+            scores[router.kind].append(router.route(request).score)
+    counts = {kind: counts_of(np.array(values)) for kind, values in scores.items()}
+    return RouterCard(sequence, derived.gates, derived.arrows, derived.spectra, derived.scales, counts)
+
+
+def requests(base: Base, texts: Iterable[str], modules: list[str]) -> Iterable[Request]:
+    """Texts as token routers see them."""
+    for text in texts:
+        states = base.watch(text, modules)
+        yield Request(watch=lambda states=states: states)
+
+
+def modules(world: World) -> list[str]:
+    """The adapted modules."""
+    return sorted(lora_modules(next(iter(world.adapters.values())).spec.layout))
