@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sqlalchemy import Column, Connection, Integer, LargeBinary, MetaData, String, Table, create_engine, event, func, insert, select
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    literal,
+    select,
+)
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.schema import CreateTable
 
 from fedpeft.errors import StorageError
 
@@ -20,6 +35,7 @@ LINES = Table(
     Column("place", Integer, primary_key=True, autoincrement=False),
     Column("line", LargeBinary, nullable=False),
 )
+COUNTED = {"preserve_rowcount": True}
 
 
 class SqlHistories:
@@ -37,8 +53,8 @@ class SqlHistories:
             ) from None
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _durable)
-        with self._begin() as connection:
-            SCHEMA.create_all(connection)
+        with suppress(IntegrityError), self._begin() as connection:
+            connection.execute(CreateTable(LINES, if_not_exists=True))
 
     def where(self, name: str) -> str:
         """The database, without its password, and the list."""
@@ -51,15 +67,15 @@ class SqlHistories:
         return [bytes(row.line) for row in rows]
 
     def append(self, name: str, count: int, line: bytes) -> bool:
-        """The key (name, place) can be taken once; a place that would leave a gap is refused."""
+        """One statement: the key (name, place) can be taken once, and a place that would leave a gap is not taken."""
+        here = select(func.count()).select_from(LINES).where(LINES.c.name == name).scalar_subquery()
+        row = select(literal(name), literal(count), literal(line, LargeBinary)).where(here == count)
         try:
             with self._begin() as connection:
-                if self._count(connection, name) != count:
-                    return False
-                connection.execute(insert(LINES).values(name=name, place=count, line=line))
+                told = connection.execute(insert(LINES).from_select(["name", "place", "line"], row), execution_options=COUNTED)
+                return told.rowcount == 1
         except IntegrityError:
             return False
-        return True
 
     def names(self) -> tuple[str, ...]:
         """One query."""
@@ -74,10 +90,6 @@ class SqlHistories:
     def close(self) -> None:
         """Close its connections."""
         self._engine.dispose()
-
-    @staticmethod
-    def _count(connection: Connection, name: str) -> int:
-        return int(connection.execute(select(func.count()).where(LINES.c.name == name)).scalar_one())
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -94,6 +106,6 @@ class SqlHistories:
 def _durable(connection: object, _record: object) -> None:
     """A commit is on the disk, and writers wait for each other."""
     cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("journal_mode = wal", "synchronous = full", "busy_timeout = 10000"):
+    for pragma in ("busy_timeout = 10000", "journal_mode = wal", "synchronous = full"):
         cursor.execute(f"pragma {pragma}")
     cursor.close()
