@@ -93,7 +93,9 @@ def test_killed_in_the_middle_of_a_push_it_goes_on_where_it_stopped(server: Serv
     def half() -> Any:
         yield pb.PushPart(head=pb.PushHead(manifest=held[NAME], signature=held[SIGNATURE], files=files.to_proto(sizes)))
         for name, start, end, place in spans[: len(spans) // 2]:
-            yield pb.PushPart(chunk=files.chunk(content[name][start:end], place))
+            part = pb.PushPart()
+            files.fill(part.chunk, content[name][start:end], place)
+            yield part
         deadline = time.monotonic() + 30
         while sum(path.stat().st_size for path in staging.glob("*/*")) < spans[len(spans) // 2][3] and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -65,6 +65,21 @@ def test_rows_are_scored_with_and_without_routing(registry):
     assert all(0.0 <= report["scores"]["accuracy"] <= 1.0 for report in named.values())
 
 
+def test_the_control_plane_routes_texts_as_the_service_does(registry):
+    from fedpeft.routing import make_router
+    from fedpeft_coordinator.control.router import Served, Texts
+
+    service, served, texts = Service.open(registry.root), Served().renewed(registry, 1), Texts(registry)
+    for text in ("a horse and a cow on the farm with a dog", "the price of shares", "quantum chromodynamics on a lattice"):
+        assert make_router("chain", served.cards).route(texts(served, text)) == service.route(text)
+    version = registry.get("money")
+    registry.publish(registry.load("animals"), Manifest(round=9, task_settings=version.manifest.task_settings), "new")
+    later = served.renewed(registry, 2)
+    assert later.cards["money"] is served.cards["money"], "what is served still is not read again"
+    assert later.cards["animals"] is not served.cards["animals"]
+    assert make_router("chain", later.cards).route(texts(later, "the price of shares")).task == "money"
+
+
 def test_every_router_says_what_it_chose_and_why(registry):
     service, text = Service.open(registry.root), "the bank raised its interest rate"
     for kind in ("chain", "centroid", "centroid3", "cluster"):

@@ -147,7 +147,9 @@ class RegistryService(RegistryServicer):
         data = self.registry.objects.store.get(digest, name, start, end)
         if len(data) != end - start:
             raise StorageError(f"version {digest[:12]}: {name} is shorter here than it was; its operator may publish it again")
-        return pb.PullPart(chunk=files.chunk(data, place))
+        part = pb.PullPart()
+        files.fill(part.chunk, data, place)
+        return part
 
     def _page(self, request: pb.ListRequest) -> pb.ListResponse:
         tasks = self.registry.tasks() if not request.task else (request.task,)

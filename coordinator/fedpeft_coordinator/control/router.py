@@ -85,7 +85,9 @@ class RouterService(RouterServicer):
             yield pb.CardPart(version=await self.run(self._row, found))
             size = (await self.run(store.sizes, found.digest)).get(FILE, 0) if FILE in found.manifest.files else 0
             for name, start, end, place in files.spans({FILE: size}, 0):
-                yield pb.CardPart(chunk=files.chunk(await self.run(store.get, found.digest, name, start, end), place))
+                part = pb.CardPart()
+                files.fill(part.chunk, await self.run(store.get, found.digest, name, start, end), place)
+                yield part
 
     async def _now(self) -> Served:
         async with self._renewing:

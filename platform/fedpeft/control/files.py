@@ -42,9 +42,9 @@ def spans(sizes: Sizes, offset: int, step: int = CHUNK) -> Iterator[tuple[str, i
         begin += size
 
 
-def chunk(data: bytes, offset: int) -> Chunk:
-    """``data`` at ``offset`` of the stream."""
-    return Chunk(offset=offset, crc=zlib.crc32(data), data=data)
+def fill(part: Chunk, data: bytes, offset: int) -> None:
+    """Make ``part`` the chunk with ``data`` at ``offset`` of the stream; filled in place, the data is copied once."""
+    part.offset, part.crc, part.data = offset, zlib.crc32(data), data
 
 
 def check(part: Chunk, offset: int, total: int) -> None:

@@ -12,7 +12,7 @@ from fedpeft.control.staging import Landing
 from fedpeft.errors import LinkError, StorageError
 from fedpeft.registry import Manifest, Version
 from fedpeft.registry.log import DIGEST
-from fedpeft.registry.manifest import sha256
+from fedpeft.registry.manifest import NAME, SIGNATURE, sha256
 from fedpeft.signing import Keys, verified
 from fedpeft.v1 import registry_pb2 as pb
 
@@ -46,10 +46,11 @@ def pull(link: Link, cache: Cache, digest: str) -> dict[str, bytes]:
     while True:
         found = cache.files(digest)
         if found is not None:
-            cache.evict(digest)
             return found
         try:
-            _pull(link, cache, digest, tries)
+            found = _pull(link, cache, digest, tries)
+            cache.evict(digest)
+            return found
         except LinkError:
             if not tries.wait():
                 raise
@@ -59,7 +60,7 @@ def pull(link: Link, cache: Cache, digest: str) -> dict[str, bytes]:
                 raise
 
 
-def _pull(link: Link, cache: Cache, digest: str, tries: Tries) -> None:
+def _pull(link: Link, cache: Cache, digest: str, tries: Tries) -> dict[str, bytes]:
     with link.broken(link.stub("Registry").Pull(_ask(cache, digest), timeout=STREAM)) as parts:
         head = next(parts, pb.PullPart()).head
         found = version(head.version)
@@ -68,7 +69,10 @@ def _pull(link: Link, cache: Cache, digest: str, tries: Tries) -> None:
             raise StorageError(f"version {digest[:12]}: the server sent {found.digest[:12]} with {sorted(sizes)}; ask again")
         with cache.staging.landing(digest, sizes) as landing:
             _land(landing, parts, head.offset, tries)
-            cache.keep(found.manifest, landing.complete(found.manifest.files), head.version.signature)
+            ready = landing.complete(found.manifest.files)
+            held = {name: path.read_bytes() for name, path in ready.items()}
+            cache.keep(found.manifest, ready, head.version.signature)
+            return held | {NAME: head.version.manifest, SIGNATURE: head.version.signature}
 
 
 def _ask(cache: Cache, digest: str) -> pb.PullRequest:
@@ -110,7 +114,9 @@ def push(link: Link, manifest: bytes, signature: bytes, content: Mapping[str, by
 def _push_parts(head: pb.PushHead, content: Mapping[str, bytes], offset: int) -> Iterator[pb.PushPart]:
     yield pb.PushPart(head=head)
     for name, start, end, place in files.spans({name: len(data) for name, data in content.items()}, offset):
-        yield pb.PushPart(chunk=files.chunk(content[name][start:end], place))
+        part = pb.PushPart()
+        files.fill(part.chunk, content[name][start:end], place)
+        yield part
 
 
 def cards(parts: Iterable[Any]) -> dict[str, tuple[Version, RouterCard]]:

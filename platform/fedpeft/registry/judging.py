@@ -21,15 +21,16 @@ def judge(manifest: Manifest, files: Mapping[str, Content], signature: bytes, ke
     check_base(manifest, base)
     check_files(manifest, set(files))
     held = {name: content.read_bytes() if isinstance(content, Path) else content for name, content in files.items()}
-    for name, data in held.items():
-        if sha256(data) != manifest.files[name]:
-            raise StorageError(f"{name}: its SHA-256 is {sha256(data)[:12]}, the manifest says {manifest.files[name][:12]}; send it again")
+    hashes = {name: sha256(data) for name, data in held.items()}
+    for name, seen in hashes.items():
+        if seen != manifest.files[name]:
+            raise StorageError(f"{name}: its SHA-256 is {seen[:12]}, the manifest says {manifest.files[name][:12]}; send it again")
     adapter = parse(held, "push")
     if not adapter.tensors.finite:
         raise AdapterError(f"adapter {manifest.task}: holds NaN or infinite values; it is not published")
     if FILE in held:
         RouterCard.from_bytes(held[FILE])
-    told = replace(complete(manifest, adapter, held), fedpeft=manifest.fedpeft)
+    told = replace(complete(manifest, adapter, {}), files=hashes, fedpeft=manifest.fedpeft)
     wrong = [name for name in vars(told) if getattr(told, name) != getattr(manifest, name)]
     if wrong:
         raise AdapterError(f"manifest of {manifest.task}: {wrong} are not those of the adapter that comes with it; publish it anew")

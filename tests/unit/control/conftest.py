@@ -16,6 +16,7 @@ import pytest
 
 from fedpeft.adapters import Adapter, AdapterSpec
 from fedpeft.bases.spec import HeadSpec
+from fedpeft.control import files
 from fedpeft.control.address import Address, Identity
 from fedpeft.control.cache import Cache
 from fedpeft.control.client import RemoteRegistry
@@ -24,6 +25,7 @@ from fedpeft.methods import METHODS
 from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
 from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.v1.registry_pb2 import Chunk
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.serve import Server
 
@@ -44,6 +46,13 @@ def fill(registry: Registry, *seeds: int, task: str = "area", width: int = 6) ->
     """Publish an adapter for each seed, with a card that points along axis ``seed``."""
     cards = {seed: Card(tuple(np.eye(8)[seed % 8].tolist()), 0.5, 10).to_json() for seed in seeds}
     return [registry.publish(adapter(seed, task, width), Manifest(round=seed, card=cards[seed]), f"run/{seed}/{task}") for seed in seeds]
+
+
+def chunk(data: bytes, offset: int) -> Chunk:
+    """``data`` at ``offset`` of a stream."""
+    part = Chunk()
+    files.fill(part, data, offset)
+    return part
 
 
 @dataclass
@@ -90,8 +99,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="session")
 def made() -> Any:
-    """The helpers `adapter` and `fill`."""
-    return type("Made", (), {"adapter": staticmethod(adapter), "fill": staticmethod(fill), "base": BASE})
+    """The helpers `adapter`, `fill` and `chunk`."""
+    return type("Made", (), {"adapter": staticmethod(adapter), "fill": staticmethod(fill), "chunk": staticmethod(chunk), "base": BASE})
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def test_spans_cover_the_rest_of_the_stream_once(sizes, step, offset):
 
 @settings(max_examples=40)
 @given(content=st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=40), min_size=1), data=st.data())
-def test_a_stream_that_breaks_anywhere_lands_whole(content, data, tmp_path_factory):
+def test_a_stream_that_breaks_anywhere_lands_whole(content, data, tmp_path_factory, made):
     sizes, staging = {name: len(value) for name, value in content.items()}, Staging(tmp_path_factory.mktemp("staging"))
     wanted = {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}
     for last in (False, False, True):
@@ -95,7 +95,7 @@ def test_a_stream_that_breaks_anywhere_lands_whole(content, data, tmp_path_facto
             offset = landing.offset
             chunks = list(files.spans(sizes, offset, 7))
             for name, start, end, place in chunks if last else chunks[: data.draw(st.integers(0, len(chunks)))]:
-                offset = landing.write(files.chunk(content[name][start:end], place), offset)
+                offset = landing.write(made.chunk(content[name][start:end], place), offset)
             assert landing.offset == offset
             if offset < landing.total:
                 with pytest.raises(LinkError, match=f"ended after {offset} of {landing.total}"):
@@ -106,14 +106,14 @@ def test_a_stream_that_breaks_anywhere_lands_whole(content, data, tmp_path_facto
     assert not (staging.root / "x").exists()
 
 
-def test_chunks_out_of_place_or_changed_are_refused(tmp_path):
+def test_chunks_out_of_place_or_changed_are_refused(tmp_path, made):
     with Staging(tmp_path).landing("x", {"a": 4, "b": 4}) as landing:
-        good = files.chunk(b"1234", 0)
+        good = made.chunk(b"1234", 0)
         for bad, kind in [
-            (files.chunk(b"1234", 1), LinkError),
-            (files.chunk(b"", 0), LinkError),
-            (files.chunk(b"123456789", 0), LinkError),
-            (files.chunk(b"12345", 0), StorageError),
+            (made.chunk(b"1234", 1), LinkError),
+            (made.chunk(b"", 0), LinkError),
+            (made.chunk(b"123456789", 0), LinkError),
+            (made.chunk(b"12345", 0), StorageError),
             (Chunk(offset=0, crc=good.crc ^ 1, data=good.data), StorageError),
         ]:
             with pytest.raises(kind):
@@ -123,10 +123,10 @@ def test_chunks_out_of_place_or_changed_are_refused(tmp_path):
             landing.write(good, 4)
 
 
-def test_one_stream_lands_at_a_time_in_bounded_room(tmp_path):
+def test_one_stream_lands_at_a_time_in_bounded_room(tmp_path, made):
     staging = Staging(tmp_path, 10)
     with staging.landing("x", {"a": 8}) as landing:
-        landing.write(files.chunk(b"12345678", 0), 0)
+        landing.write(made.chunk(b"12345678", 0), 0)
         with pytest.raises(LinkError, match="under way"), staging.landing("x", {"a": 8}):
             pass
         with pytest.raises(LinkError, match="would exceed 10"), staging.landing("y", {"a": 3}):

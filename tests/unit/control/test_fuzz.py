@@ -61,11 +61,9 @@ def test_a_spoilt_version_is_a_storage_error_or_the_same_version(data, row, spoi
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_spoilt_cards_are_named(data, row, spoilt, bounded):
-    from fedpeft.control import files
-
+def test_spoilt_cards_are_named(data, row, spoilt, bounded, made):
     version, card = row
-    stream = [router_pb2.CardPart(version=version), router_pb2.CardPart(chunk=files.chunk(card, 0))]
+    stream = [router_pb2.CardPart(version=version), router_pb2.CardPart(chunk=made.chunk(card, 0))]
     place = data.draw(st.integers(0, 1))
     with bounded(20_000_000), contextlib.suppress(DecodeError, FedpeftError):
         stream[place] = router_pb2.CardPart.FromString(data.draw(spoilt(stream[place].SerializeToString())))

@@ -126,7 +126,9 @@ def parts(source, ref="area", change=lambda _place, data: data, **head):
     values = {"manifest": held[NAME], "signature": held[SIGNATURE], "files": files.to_proto(sizes), **head}
     yield pb.PushPart(head=pb.PushHead(**values))
     for name, start, end, place in files.spans(sizes, 0):
-        yield pb.PushPart(chunk=files.chunk(change(place, content[name][start:end]), place))
+        part = pb.PushPart()
+        files.fill(part.chunk, change(place, content[name][start:end]), place)
+        yield part
 
 
 def refused(running, stub, messages, code):
