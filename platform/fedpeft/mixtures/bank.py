@@ -22,6 +22,7 @@ from fedpeft.mixtures.heads import HeadHost, head_entries
 from fedpeft.mixtures.hosts import Family, Host
 from fedpeft.mixtures.parts import parts_of
 from fedpeft.mixtures.slabs import Slab, Store
+from fedpeft.mixtures.soft import NAME, SoftHost, kind_of
 from fedpeft.mixtures.state import State
 from fedpeft.tensors import Tensors
 
@@ -43,6 +44,7 @@ class Bank:
         self.state = State(self.store, check_way(way), dense)
         self.gates = Gates()
         self._own: dict[str, Own] = {}
+        self._soft: SoftHost | None = None
         self._attached = False
         self._hosts: dict[str, Host] = {}
         self._heads: dict[str, HeadHost] = {}
@@ -208,6 +210,8 @@ class Bank:
             self._check(adapter.spec)
         for slab in self.store.put(adapters):
             self._host(slab)
+            if kind_of(slab) and self._soft is None:
+                self._soft = SoftHost(self.base.trunk, self.state, self.head.kind)
         for name, _ in adapters:
             self._own[name] = self._parameters(*self.store.place[name])
 
@@ -218,6 +222,8 @@ class Bank:
             holder = self._hosts[module].holder
             assert holder is not None
             own |= holder.put(slab, row, part.names)
+        if self._soft is not None and self._soft.holder is not None and kind_of(slab):
+            own |= self._soft.holder.put(slab, row, [NAME])
         for module, entries in head_entries(slab, row).items():
             if module not in self._heads:
                 self._heads[module] = HeadHost(module, self._module(module), self.state)
@@ -254,6 +260,8 @@ class Bank:
             holder = self._hosts[module].holder
             assert holder is not None
             holder.drop(slab, row)
+        if self._soft is not None and self._soft.holder is not None:
+            self._soft.holder.drop(slab, row)
         for head in self._heads.values():
             head.heads.drop(slab, row)
         self.store.remove(name)
@@ -263,6 +271,8 @@ class Bank:
             host.release()
         for head in self._heads.values():
             head.release()
-        self._hosts, self._heads = {}, {}
+        if self._soft is not None:
+            self._soft.release()
+        self._hosts, self._heads, self._soft = {}, {}, None
         self.model.requires_grad_(False)
         self.base.model.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.mixtures.gates import Gates, Term
 from fedpeft.mixtures.plans import Share, blend_of, pairs_of_rows, pairs_of_weights
 from fedpeft.mixtures.slabs import Slab, Store
+from fedpeft.mixtures.soft import check_soft, kind_of
 from fedpeft.mixtures.state import Routed
 
 SPARSE = 0.5
@@ -33,6 +34,8 @@ def compiled(gates: Gates, store: Store, shared: str | None) -> tuple[tuple[Shar
             routed.append(_routed(term, store))
         else:
             fixed += _chosen(term, store) if term.kind == "rows" else _weighed(term, store)
+    for share in fixed:
+        check_soft(share, len(rows) == 0 or share.plan.units in (1, *rows))
     return tuple(fixed), tuple(routed)
 
 
@@ -78,4 +81,7 @@ def _share(slab: Slab, weights: Tensor, slots: list[int]) -> Share | None:
 def _routed(term: Term, store: Store) -> Routed:
     column = {name: i for i, name in enumerate(term.names)}
     slabs = store.rows(term.names).values()
+    soft = {kind_of(slab) for slab, _ in slabs} - {None}
+    if soft:
+        raise AdapterError(f"gates: a {soft.pop()} acts on whole rows, which no layer's router can choose; name its adapter in Gates.rows")
     return Routed(term, tuple((slab, tuple((column[name], row) for name, row in places)) for slab, places in slabs))

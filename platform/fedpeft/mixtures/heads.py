@@ -29,7 +29,7 @@ def head_entries(slab: Slab, row: int) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for entry in spec.layout.entries:
         if entry.role == "head":
-            module, _, leaf = entry.name.removeprefix(PREFIX).rpartition(".")
+            module, _, leaf = entry.name.removeprefix(PREFIX).removeprefix("base_model.").rpartition(".")
             found.setdefault(module, {})[leaf] = entry.name
     return found
 

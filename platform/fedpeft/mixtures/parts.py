@@ -85,6 +85,11 @@ def _squeezes(entries: list[Entry]) -> Parts:
     return {host: Part(squeeze=(stem + a, stem + b, stem + c, stem + d)) for host, stem in stems.items()}
 
 
+def _soft(entries: list[Entry]) -> Parts:
+    """Virtual tokens act on no module but the trunk's call (`soft`)."""
+    return {}
+
+
 def _host(name: str, tail: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(tail)
 
@@ -94,5 +99,7 @@ READERS: dict[str, Callable[[list[Entry]], Parts]] = {
     "ia3": _gains,
     "bitfit": _shifts,
     "bottleneck": _squeezes,
+    "prompt": _soft,
+    "prefix": _soft,
 }
 """The methods that a mixture is exact for."""

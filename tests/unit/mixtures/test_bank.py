@@ -21,8 +21,11 @@ TABLES = {
     "gain": {"kind": "ia3"},
     "bias": {"kind": "bitfit"},
     "bottle": {"kind": "bottleneck", "dim": 5},
+    "prompt": {"kind": "prompt", "tokens": 3},
+    "longer": {"kind": "prompt", "tokens": 5},
+    "prefix": {"kind": "prefix", "tokens": 4},
 }
-ROWS = ["wide", "gain", "rs", None, "bottle", "bias", "twin", "wide", "two"]
+ROWS = ["wide", "gain", "rs", None, "bottle", "prompt", "bias", "twin", "prefix", "wide", "longer", "two"]
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def batch():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 60, (len(ROWS), 6), generator=generator)
     mask = torch.ones_like(ids)
-    mask[1, 4:], mask[5, 2:] = 0, 0
+    mask[1, 4:], mask[5, 2:], mask[8, 3:], mask[6, 5:] = 0, 0, 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -87,7 +90,7 @@ def test_a_mixed_batch_is_each_row_alone(crowd, batch, name, quantization, dense
             near(bank.grad(task), grads[task])
         if name == "encoder":
             assert bank.logits(logits, "twin").shape == (1, 5)
-            assert torch.equal(bank.logits(logits, "wide"), logits[[0, 7], :3])
+            assert torch.equal(bank.logits(logits, "wide"), logits[[0, 9], :3])
 
 
 def test_the_base_answers_rows_without_an_adapter(crowd, batch):
@@ -127,17 +130,67 @@ def test_adapters_may_act_on_different_layers_of_one_input(warm, make_adapter, h
 
 def test_checkpoints_recompute_under_the_same_gates(crowd, batch):
     base, head, adapters = crowd("causal")
-    found = []
+    rows, found = [None if name == "prefix" else name for name in ROWS], []
     for recompute in (False, True):
         with Bank.attach(base, head, adapters) as bank:
             bank.model.train()
             if recompute:
                 bank.model.activation_checkpointing_enable()
-            bank.use(Gates.rows(ROWS))
-            sum(losses(bank.model(**batch, use_cache=False).logits)).backward()
-            found.append(torch.cat([bank.grad(name) for name in adapters]))
-            bank.model.activation_checkpointing_disable()
+            try:
+                bank.use(Gates.rows(rows))
+                sum(losses(bank.model(**batch, use_cache=False).logits)).backward()
+                found.append(torch.cat([bank.grad(name) for name in adapters]))
+                if recompute:
+                    bank.use(Gates.rows(ROWS))
+                    with pytest.raises(AdapterError, match="checkpointing drops the cache that holds prefixes"):
+                        bank.model(**batch, use_cache=False)
+            finally:
+                bank.model.activation_checkpointing_disable()
     near(found[1], found[0])
+
+
+def test_text_is_generated_as_by_recomputing_every_token(crowd, batch):
+    base, head, adapters = crowd("causal")
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    with Bank.attach(base, head, adapters) as bank, torch.no_grad():
+        bank.use(Gates.rows(ROWS))
+        said = bank.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for step in range(4):
+            whole = said.sequences[:, : ids.shape[1] + step]
+            near(said.logits[step], bank.model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[:, -1])
+
+
+def test_virtual_tokens_act_on_whole_rows(crowd, batch):
+    base, head, adapters = crowd("causal")
+    with Bank.attach(base, head, adapters) as bank:
+        for gates in (Gates.weights(["prompt"], torch.full((2, 1), 0.5)), Gates.tokens(["prefix"], torch.full((2, 3, 1), 0.5))):
+            with pytest.raises(AdapterError, match="acts on whole rows, with weight 0 or 1; name its adapter"):
+                bank.use(gates)
+        with pytest.raises(AdapterError, match="a prefix acts on whole rows, which no layer's router can choose"):
+            bank.use(Gates.routed({}, ["prefix"], 1))
+        bank.use(Gates.rows(["prompt"]))
+        with pytest.raises(AdapterError, match="cannot be packed"):
+            bank.model(input_ids=batch["input_ids"][:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+
+
+def test_a_shared_prompt_comes_before_each_rows_own(warm, make_adapter, head_of, batch):
+    base, head = warm("causal"), head_of("causal")
+    one, two = (make_adapter(name, base, {"kind": "prompt", "tokens": n}, head, n) for name, n in (("one", 2), ("two", 3)))
+    with Bank.attach(base, head, {"one": one, "two": two}) as bank:
+        bank.use(Gates.rows(["one"] * len(ROWS)) + Gates.rows(["two"] * len(ROWS)))
+        both = bank.model(**batch).logits.detach()
+    with Bank.attach(base, head, {"two": two}, shared=one) as bank:
+        bank.use(Gates.rows(["two"] * len(ROWS)))
+        near(bank.model(**batch).logits, both)
+        assert not torch.allclose(bank.model(**batch).logits, base.model.lm_head(base.trunk.embed_tokens(batch["input_ids"])))
 
 
 def test_every_parameter_of_a_dense_bank_gets_a_gradient(crowd, batch):
@@ -204,7 +257,7 @@ def test_the_base_is_as_before(crowd, batch, dense):
     base, head, adapters = crowd("causal")
     before = photo(base)
     with Bank.attach(base, head, adapters, dense=dense) as bank:
-        with pytest.raises(BaseError, match="mixture of 7 adapters"):
+        with pytest.raises(BaseError, match="mixture of 10 adapters"):
             base.shell(head)
         bank.model.train()
         bank.use(Gates.rows(ROWS))
