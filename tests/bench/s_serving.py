@@ -5,7 +5,7 @@ ours; our engine with one adapter per batch (``alike``), in order of arrival; pe
 as a server sees requests (one after the other) and once with all requests known beforehand and batched by adapter, which no server can
 do. The floor is our engine on the base alone. All give the same tokens (checked before timing; rounding may part a few near ties).
 
-S2 sends requests at half the rate that the mixed engine sustains and reports seconds of the wall from arrival to the first and the last token.
+S2 sends requests at half the rate that the mixed engine sustains; seconds of the wall from arrival to the first and the last token.
 The model is small (stories260k, from the shared folder), so what is measured is mostly what a step costs beside its arithmetic.
 """
 
