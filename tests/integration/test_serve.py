@@ -289,8 +289,38 @@ def test_what_is_no_request_is_refused(api):
     assert api.http.get("/v1/nothing").json()["error"]["code"] == "unknown_url"
     assert api.http.get("/v1/models", headers={"host": "evil.example"}).status_code == 421
     assert api.post("/v1/embeddings", model="auto", input="x").status_code == 400
+    assert api.post("/v1/completions", model="auto", prompt=["x", "y"]).status_code == 400
     large = b'{"model": "base", "messages": [{"role": "user", "content": "' + b"a" * (1 << 20) + b'"}]}'
     assert api.http.post("/v1/chat/completions", content=large, headers={"content-type": "application/json"}).status_code == 413
+
+
+def test_an_encoder_serves_labels_and_embeddings_and_says_that_it_writes_no_text(serving, tmp_path):
+    free, store = load_base(BaseSpec("minilm", max_tokens=64)), Registry(tmp_path / "registry")
+    publish(store, free, Classification("mood", ("glad", "sad", "calm")), 7, "enc/mood", TEXTS["cats"])
+    publish(store, free, Classification("place", ("here", "there")), 8, "enc/place", TEXTS["ships"])
+    api = serving(load_base(BaseSpec("minilm", max_tokens=64)), store.root)
+    for name, labels in [("mood", {"glad", "sad", "calm"}), ("place", {"here", "there"})]:
+        assert set(api.chat(f"task:{name}")["fedpeft"]["scores"]) == labels
+    found = api.post("/v1/chat/completions", model="auto", messages=[{"role": "user", "content": TEXTS["ships"][1]}]).json()
+    assert found["fedpeft"]["route"]["task"] == "place"
+    vectors = api.post("/v1/embeddings", model="base", input=TEXTS["cats"]).json()["data"]
+    assert np.allclose([row["embedding"] for row in vectors], free.embed(TEXTS["cats"]), atol=1e-5)
+    refused = api.post("/v1/chat/completions", model="base", messages=[PROMPT])
+    assert refused.status_code == 400
+    assert "encoder and generates no text" in refused.json()["error"]["message"]
+
+
+def test_more_open_requests_than_allowed_are_told_when_to_come_back(serving, fresh, registry):
+    api = serving(fresh(), registry, connections=1)
+    host = api.url.removeprefix("http://")
+    with socket.create_connection(tuple(host.split(":"))) as open_one:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        open_one.sendall(head.encode() + b"{")
+        wait(lambda: api.http.get("/v1/models").status_code == 503)
+        refused = api.http.get("/v1/models")
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "server_error"
+    wait(lambda: api.http.get("/v1/models").status_code == 200)
 
 
 def test_models_health_and_metrics(api):

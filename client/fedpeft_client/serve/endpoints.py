@@ -52,6 +52,8 @@ class Endpoints:
         """POST /v1/completions: the prompt as it stands, no template, no line end."""
         began, body = time.monotonic(), parse(await read(http, self.settings), Completion)
         self._few(len(body.prompts) * body.copies, "prompt")
+        if body.model == AUTO and body.fedpeft is None and len(body.prompts) > 1:
+            raise invalid("auto routes one prompt a request; send several requests, or name a task", "prompt", "invalid_value")
         first = await self._reading(of_input, self.backend, body.prompts[0])
         target = await choose(self.backend, body.model, body.fedpeft, first.text)
         prompts = [await self._reading(of_input, self.backend, prompt) for prompt in body.prompts]

@@ -31,6 +31,7 @@ class Guard:
         self._app, self._metrics = app, metrics
         self._keys = settings.key_digests()
         self._hosts = {host.lower() for host in settings.allowed_hosts}
+        self._most, self._active = settings.connections, 0
         self._stall, self._paths = settings.stall_seconds, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,6 +48,7 @@ class Guard:
             async with asyncio.timeout(self._stall):
                 await send(message)
 
+        self._active += 1
         try:
             self._check(Headers(scope=scope), scope["path"])
             await self._app(scope, receive, watched)
@@ -59,9 +61,12 @@ class Guard:
                 raise
             await _answer(fault, path)(scope, receive, watched)
         finally:
+            self._active -= 1
             self._metrics.answered(path, status, time.monotonic() - began)
 
     def _check(self, headers: Headers, path: str) -> None:
+        if self._active > self._most:
+            raise ApiError(503, f"{self._most} requests are open, which is all that is allowed; ask again", "overloaded", retry_after=1)
         host = headers.get("host", "").lower()
         if self._hosts and _hostname(host) not in self._hosts:
             raise ApiError(421, f"this server is not called {host[:80]!r}; set serve.hosts to the names that it may be called by")

@@ -129,8 +129,10 @@ def _answer(settings: Serve, spec: BaseSpec, device: str, listener: socket.socke
     from fedpeft.bases import load_base
 
     with opened(settings, load_base(spec, device)) as backend:
-        name = f"http{'s' if settings.certificate else ''}://{settings.host}:{listener.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        name = f"http{'s' if settings.certificate else ''}://{host}:{listener.getsockname()[1]}"
         tasks = sorted(backend.catalog.served())
+        listener.listen()  # who reads the next line may call at once
         print(f"serving {spec.model} and {len(tasks)} tasks {tasks} at {name}/v1", flush=True)
         server(settings, backend).run(sockets=[listener])
         backend.close(settings.patience_seconds)
@@ -165,7 +167,7 @@ def server(settings: Serve, backend: Backend) -> uvicorn.Server:
             http="h11",
             ws="none",
             server_header=False,
-            limit_concurrency=settings.connections,
+            limit_concurrency=2 * settings.connections + 16,  # the guard refuses earlier, in the API's own shape
             timeout_keep_alive=30,
             timeout_graceful_shutdown=max(int(settings.patience_seconds), 1),
             ssl_certfile=settings.certificate,

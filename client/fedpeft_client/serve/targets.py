@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, BaseError, FedpeftError
 from fedpeft.serving import Mixture, Served
 from fedpeft.serving.backend import Backend
 from fedpeft_client.serve.errors import ApiError, invalid
@@ -76,9 +76,12 @@ def hold(backend: Backend, target: Target) -> Iterator[Held]:
 
 
 async def _routed(backend: Backend, text: str) -> Target:
-    asked = await asyncio.to_thread(backend.route, text)  # the first time after a swap it makes the router
+    try:
+        asked = await asyncio.to_thread(backend.route, text)  # the first time after a swap it makes the router
+    except (AdapterError, BaseError) as fault:
+        raise ApiError(500, f"routing failed: {fault}", "routing_failed") from None
     route = await asyncio.wrap_future(asked)
-    if isinstance(route, AdapterError):
+    if isinstance(route, FedpeftError):
         raise ApiError(500, f"routing failed: {route}", "routing_failed")
     said = {"kind": route.router, "why": route.why, "task": route.task, "score": route.score, "scores": dict(route.scores)}
     return _target(backend, backend.shares(route), said)
