@@ -30,13 +30,18 @@ class Holder:
         return f"{self.role}:{self.name}"
 
     def fault(self, now: datetime | None = None) -> str | None:
-        """Why it does not hold ``now``, or None."""
+        """Why it does not speak for anybody ``now``, or None."""
+        missing = "names no role (no URI fedpeft:ROLE:NAME); issue one with deploy/certificates.py --client ROLE:NAME"
+        return self.lapse(now) or (None if self.role else missing)
+
+    def lapse(self, now: datetime | None = None) -> str | None:
+        """Why it is not valid ``now``, or None."""
         now = now or datetime.now(UTC)
         if now > self.until:
             return f"expired on {self.until:%Y-%m-%d %H:%M} UTC; issue a new one with deploy/certificates.py"
         if now < self.since:
             return f"is not valid before {self.since:%Y-%m-%d %H:%M} UTC; check this machine's clock"
-        return None if self.role else "names no role (no URI fedpeft:ROLE:NAME); issue one with deploy/certificates.py --client ROLE:NAME"
+        return None
 
 
 def holder(pem: bytes) -> Holder:

@@ -11,6 +11,7 @@ from fedpeft.control.address import loopback
 from fedpeft_coordinator.listening import Tls, guarded
 
 Role = Literal["reader", "site", "publisher", "monitor", "operator"]
+LABEL = r"^(reader|site|publisher|monitor|operator):[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
 class Control(Section):
@@ -18,6 +19,7 @@ class Control(Section):
 
     Attributes:
         anonymous: the role of callers without TLS; absent: operator on loopback, reader beyond it (``insecure = true``).
+        revoked: callers (ROLE:NAME) whose certificates count no longer.
         store: an fsspec URL (s3://bucket/place) for versions; absent: the registry's folder.
         database: an SQLAlchemy URL for histories; absent: files, or SQLite in the registry's folder where ``store`` is a URL.
         base: identity of the base that pushed versions must be for; absent: that of the versions that are there.
@@ -31,6 +33,7 @@ class Control(Section):
     tls: Tls | None = None
     insecure: bool = False
     anonymous: Role | None = None
+    revoked: tuple[Annotated[str, Field(pattern=LABEL)], ...] = ()
     store: str | None = None
     database: str | None = None
     base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

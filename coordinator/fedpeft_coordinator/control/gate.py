@@ -50,10 +50,14 @@ CALLER: ContextVar[Caller] = ContextVar("caller")
 
 @dataclass
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Wraps every method; ``anonymous`` is the role of callers without TLS, ``record`` hears of what was changed and refused."""
+    """Wraps every method; ``anonymous`` is the role of callers without TLS, ``record`` hears of what was changed and refused.
+
+    ``revoked`` are callers (ROLE:NAME) whose certificates count no longer, however long they are valid.
+    """
 
     anonymous: str
     record: Record = lambda *_a, **_k: None
+    revoked: frozenset[str] = frozenset()
     stall: float = STALL
     slots: dict[str, tuple[int, int]] = field(default_factory=lambda: dict(SLOTS))
     _busy: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -146,7 +150,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 self._known.clear()
             self._known[pem] = holder(pem)
         found = self._known[pem]
-        fault = found.fault()
+        fault = found.fault() or ("was revoked (control.revoked)" if found.label in self.revoked else None)
         if fault:
             raise UnknownCallerError(f"the certificate of {found.label if found.role else 'the caller'} {fault}")
         return Caller(found.role, found.name)

@@ -65,7 +65,7 @@ class Server:
         run, work = (partial(_on, pool) for pool in self._pools)
         self.feed = Feed(self.registry, run, self.control.poll)
         texts = self.texts or (Texts(self.registry) if self.control.embed else None)
-        self.gate = Gate("" if self.control.tls else self.control.role, self.record)
+        self.gate = Gate("" if self.control.tls else self.control.role, self.record, frozenset(self.control.revoked))
         self._server = grpc.aio.server(interceptors=[self.gate], options=OPTIONS)
         services = {
             "Registry": RegistryService(self.feed, self.control, Staging(self.state / "staging", self.control.staging), run, work),
@@ -116,10 +116,9 @@ def credentials(tls: Tls) -> grpc.ServerCredentials:
         ConfigError: a file is missing or is no certificate.
         PolicyError: the certificate is not valid now.
     """
-    own = read_holder(tls.cert)
-    fault = own.fault()
-    if fault and own.role:
-        raise PolicyError(f"{tls.cert}: {fault}")
+    lapse = read_holder(tls.cert).lapse()
+    if lapse:
+        raise PolicyError(f"{tls.cert}: {lapse}")
     try:
         key, cert, ca = (path.read_bytes() for path in (tls.key, tls.cert, tls.ca))
     except OSError as fault:

@@ -120,6 +120,9 @@ def test_an_expired_certificate_is_named_before_and_during_a_connection(secure, 
         secure.far(tmp_path / "b", late).get("area")
     ann = secure.far(tmp_path / "c", Identity.beside(ours / "reader-ann.pem"))
     assert ann.get("area").number == 2
+    secure.server.gate.revoked = frozenset({"reader:ann"})
+    with pytest.raises(PolicyError, match="the certificate of reader:ann was revoked"):
+        ann.get("area")
     real = next(iter(secure.server.gate._known))
     secure.server.gate._known[real] = holder(late.cert.read_bytes())
     with pytest.raises(PolicyError, match=r"the certificate of reader:late expired on .*UNAUTHENTICATED"):
