@@ -82,7 +82,7 @@ class Sums:
         for group in self.open:
             with self._losing(group):
                 collector = self.collectors[group]
-                total = self.vectors[group[0]].open(collector.result(), len(collector.survivors))
+                total = self.vectors[group[0]].open(collector.result(self.vectors[group[0]].schema.digest), len(collector.survivors))
                 found[group[0]].append(total)
         return dict(found)
 

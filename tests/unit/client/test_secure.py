@@ -90,7 +90,7 @@ class Run:
         for name in names or self.collector.survivors:
             said = self.step(name, Masking.STEP_REVEAL, signatures=self.collector.signatures_for(name))
             self.collector.add_reveal(masking.reveal_of(name, said.reveal))
-        return unpack(self.collector.result(), SCHEMA, len(self.collector.survivors))
+        return unpack(self.collector.result(SCHEMA.digest), SCHEMA, len(self.collector.survivors))
 
     def until_vectors(self, *names: str) -> Run:
         self.keys()

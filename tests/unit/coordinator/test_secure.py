@@ -413,7 +413,7 @@ def test_a_rule_over_masked_sums_of_groups_gives_the_bits_of_the_clear(fake: Mod
 def test_no_sum_over_fewer_than_a_group_is_ever_opened(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, ...]] = []
     result = Collector.result
-    monkeypatch.setattr(Collector, "result", lambda self: (opened.append(self.survivors), result(self))[1])
+    monkeypatch.setattr(Collector, "result", lambda self, schema: (opened.append(self.survivors), result(self, schema))[1])
     federation = grouped(fake, tmp_path, rounds=1)
     row = federation.open().run()[0].tasks["area"]
     assert sorted(map(sorted, opened[:4])) == sorted(map(sorted, groups(federation.setup, row)))

@@ -52,13 +52,22 @@ def test_the_sum_under_masks_is_the_plain_sum_or_nothing(play, count, drops, see
         assert np.array_equal(total, plain(vectors, run.collector.survivors))
 
 
-@pytest.mark.parametrize("count", [130])
-def test_a_sparse_graph_with_a_tenth_vanished(play, count):
-    run = play(count)
-    assert not run.instance.shape.complete
-    run.lost = {f"site{number:03d}": STEPS[number % 5] for number in range(0, count, 10)}
-    vectors = vectors_of(run, 64)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(25, 200), colluding=st.sampled_from([0.0, 0.1, 0.2]), dropping=st.sampled_from([0.1, 0.2]), seed=st.integers(0, 99)
+)
+def test_large_cohorts_with_a_tenth_vanished_at_every_step(play, count, colluding, dropping, seed):
+    rng = np.random.default_rng(seed)
+    gone = rng.permutation(count)[: count // 12]
+    lost = {f"site{number:03d}": STEPS[place % 5] for place, number in enumerate(gone)}
+    run = play(count, lost, colluding=colluding, dropping=dropping)
+    vectors = vectors_of(run, 64, seed)
     assert np.array_equal(run.run(vectors), plain(vectors, run.collector.survivors))
+    assert len(run.collector.survivors) == count - sum(step in ("bundle", "deal", "mask") for step in lost.values())
+
+
+def test_a_sparse_graph_is_among_them():
+    assert not shape(130).complete
 
 
 def test_one_vector_looks_uniform_to_the_coordinator(play):
@@ -145,6 +154,42 @@ def test_nothing_is_opened_where_one_site_put_its_values_elsewhere(play):
     for member in run.members.values():
         with pytest.raises(PrivacyError, match="does not hold"):
             member.reveal(run.collector.signatures_for(member.site), run.pins)
+
+
+def test_a_site_that_was_told_another_schema_stays_hidden_when_all_others_open_the_sum(play):
+    """The others need no word of it to be a quorum; but its masks are of another schema and cancel with nobody's."""
+    run = play(4)
+    run.keyed()
+    run.dealt()
+    vectors = vectors_of(run, 4096)
+    for name, vector in vectors.items():
+        schema = "its own" if name == "site003" else "that of all"
+        run.collector.add_vector(name, run.members[name].mask(vector, run.collector.boxes_for(name), run.collector.dealers, schema))
+    others = [name for name in run.members if name != "site003"]
+    for name in others:
+        run.collector.add_agreement(name, run.members[name].agree(run.collector.survivors, run.keys[name]))
+    for name in others:
+        run.collector.add_reveal(run.members[name].reveal(run.collector.signatures_for(name), run.pins))
+    left = run.collector.result("that of all").view(np.uint32) - plain(vectors, others).view(np.uint32)
+    assert np.mean(left == vectors["site003"].view(np.uint32)) < 0.01
+    assert np.abs(np.mean(left / 2.0**32) - 0.5) < 5 * np.sqrt(1 / 12 / left.size)
+
+
+def test_a_quorum_of_words_is_checked_and_no_more(play):
+    run = play(6)
+    run.keyed()
+    run.dealt()
+    run.masked(vectors_of(run))
+    run.agreed()
+    words = {**run.collector.signatures_for("site000"), "site005": b"none"}
+    quorum = run.instance.shape.quorum
+    assert quorum < 6
+    assert run.members["site000"].reveal(words, run.pins).seed == run.members["site000"].seed
+    with pytest.raises(PrivacyError, match="'site001' cannot be believed"):
+        run.members["site000"].reveal({**words, "site001": b"none"}, run.pins)
+    few = dict(list(words.items())[: quorum - 1])
+    with pytest.raises(PrivacyError, match=f"{quorum - 1} signatures on the survivors, {quorum} are needed"):
+        run.members["site000"].reveal(few, run.pins)
 
 
 def test_nobody_opens_both_secrets_of_one_site(play):

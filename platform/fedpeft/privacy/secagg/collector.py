@@ -101,8 +101,8 @@ class Collector:
             raise self._fault(reveal.site, "reveals a mask key of a survivor, or a seed of a site that vanished")
         self.reveals[reveal.site] = reveal
 
-    def result(self) -> Codes:
-        """The sum of the survivors' vectors, in the ring of 2^32.
+    def result(self, schema: str = "") -> Codes:
+        """The sum of the survivors' vectors of ``schema``, in the ring of 2^32.
 
         Raises:
             PrivacyError: a secret cannot be opened, or shares were tampered with; nothing is released.
@@ -113,7 +113,7 @@ class Collector:
         added: list[bytes] = []
         for gone in (name for name in self.dealers if name not in self.delivered):
             publics = {name: self.bundles[name].mask_key for name in self.instance.graph[gone] if name in self.delivered}
-            for site, key in pair_keys(self._mask_key(gone), publics, self.instance).items():
+            for site, key in pair_keys(self._mask_key(gone), publics, self.instance, schema).items():
                 (taken if site < gone else added).append(key)
         total = self.total.copy()
         apply_masks(total, added, taken)

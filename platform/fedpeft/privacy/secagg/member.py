@@ -74,7 +74,7 @@ class Member:
     def mask(self, vector: Codes, boxes: Sequence[Box], dealers: Sequence[str], schema: str = "") -> Codes:
         """``vector`` under the self-mask and the pairwise masks with the neighbours among ``dealers``; a copy.
 
-        Nothing is opened unless a quorum masked vectors of the same ``schema``.
+        Nothing is opened unless a quorum masked vectors of the same ``schema``, and masks of a site with another one do not cancel.
 
         Raises:
             PrivacyError: other boxes, dealers, values or schema than before (two vectors under one mask would show their difference), a
@@ -86,7 +86,7 @@ class Member:
             raise self._fault("another vector was masked before; one mask hides one vector only")
         self.vector, self.schema = digest, schema
         masked = vector.copy()
-        keys = pair_keys(self.mask_private, {name: self.bundles[name][0] for name in self.boxes}, self.instance)
+        keys = pair_keys(self.mask_private, {name: self.bundles[name][0] for name in self.boxes}, self.instance, schema)
         added = [key for name, key in keys.items() if self.site < name]
         apply_masks(masked, [*added, self_key(self.seed)], [key for name, key in keys.items() if self.site > name])
         return masked
@@ -116,12 +116,12 @@ class Member:
             raise self._fault("no survivors were agreed on; nothing is revealed")
         shape, near = self.instance.shape, {self.site, *self.instance.graph[self.site]}
         counted = [name for name in sorted(signatures) if name in self.survivors and (shape.complete or name in near)]
-        signed = agreed(self.instance, self.survivors, self.schema)
-        for name in counted:
-            if name != self.site:
-                self._verify(signed, signatures[name], name, pins)
-        if len({*counted, self.site}) < shape.quorum:
-            raise self._fault(f"{len(counted)} signatures on the survivors, {shape.quorum} are needed; nothing is revealed")
+        signed, needed = agreed(self.instance, self.survivors, self.schema), shape.quorum - 1
+        others = [name for name in counted if name != self.site][:needed]  # what comes on top of a quorum proves nothing more
+        for name in others:
+            self._verify(signed, signatures[name], name, pins)
+        if len(others) < needed:
+            raise self._fault(f"{len(others) + 1} signatures on the survivors, {shape.quorum} are needed; nothing is revealed")
         shares = {name: self._open(name) for name in self.boxes}
         return Reveal(
             self.site,
@@ -210,9 +210,9 @@ def signer(bundle: Bundle, instance: Instance) -> str | None:
     return key if verified(bundle.signed(instance), bundle.signature, key, PURPOSE) else None
 
 
-def pair_keys(private: bytes, others: Mapping[str, bytes], instance: Instance) -> dict[str, bytes]:
-    """The keys of the masks with ``others`` (site -> public key); of two sites, the one with the smaller name adds the mask."""
-    return dict(zip(others, agree(private, others.values(), f"pair {instance.digest.hex()}", KEY_SIZE), strict=True))
+def pair_keys(private: bytes, others: Mapping[str, bytes], instance: Instance, schema: str) -> dict[str, bytes]:
+    """The keys of the masks with ``others`` (site -> public key) on vectors of ``schema``; the site with the smaller name adds the mask."""
+    return dict(zip(others, agree(private, others.values(), f"pair {instance.digest.hex()} {schema}", KEY_SIZE), strict=True))
 
 
 def self_key(seed: bytes) -> bytes:
