@@ -29,11 +29,12 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the run's state, adapters and report go.")] = Path("demo-run"),
     rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 6,
     fresh: Annotated[bool, typer.Option(help="Delete an earlier demo in FOLDER first; --no-fresh goes on with it.")] = True,
+    private: Annotated[bool, typer.Option("--private", help="Under masks and differential privacy, beside the run without.")] = False,
 ) -> None:
     """Run a whole federation on this machine, offline: three sites, three tasks, and a report at the end."""
-    from fedpeft.demo import run
+    from fedpeft.demo import run, run_private
 
-    run(folder, rounds, fresh)
+    (run_private if private else run)(folder, rounds, fresh)
 
 
 def schema(kind: Annotated[str, typer.Argument(help="federation, site or central.")]) -> None:

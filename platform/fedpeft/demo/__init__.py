@@ -14,3 +14,14 @@ def run(folder: Path, rounds: int, fresh: bool) -> None:
     from fedpeft.demo.driver import drive
 
     drive(folder, rounds, fresh)
+
+
+def run_private(folder: Path, rounds: int, fresh: bool) -> None:
+    """Run the federations of `fedpeft.demo.private` in ``folder``, one after the other, and print what privacy costs.
+
+    Raises:
+        FedpeftError: what stopped one; ``folder`` keeps every log.
+    """
+    from fedpeft.demo.private import drive
+
+    drive(folder, rounds, fresh)

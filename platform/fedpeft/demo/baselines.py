@@ -27,7 +27,7 @@ def base_alone(setting: Setting, base: Base) -> dict[str, float]:
     from fedpeft.tasks import read_rows
 
     found = {}
-    for name in TASKS:
+    for name in setting.tasks:
         rows = read_rows(setting.source(name), "test")
         labels = setting.task(name).head.labels
         nearest = (base.embed([row["text"] for row in rows]) @ base.embed(list(labels)).T).argmax(axis=1)

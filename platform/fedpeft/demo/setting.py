@@ -23,11 +23,13 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """One demo run: its folder, how many rounds, and the seed of everything."""
+    """One demo run: its folder, how many rounds, the seed of everything, its tasks, and ``more`` tables of the federation's file."""
 
     folder: Path
     rounds: int = 6
     seed: int = 11
+    tasks: tuple[str, ...] = TASKS
+    more: dict[str, Any] = field(default_factory=dict)
     method_table: dict[str, Any] = field(default_factory=lambda: {"kind": "lora", "r": 8, "alpha": 16.0, "targets": ["attention"]})
     training_table: dict[str, Any] = field(default_factory=lambda: {"steps": 8, "batch_size": 16, "lr": 4e-3, "lr_by_role": {"head": 1e-2}})
 
@@ -98,7 +100,8 @@ class Setting:
             "training": self.training_table,
             "cohort": {"min_sites": 2, "wait_for_sites": SITES, "deadline": 300.0},
             "link": {"host": "127.0.0.1", "port": port},
-            "tasks": {name: self._task(name) for name in TASKS},
+            "tasks": {name: self._task(name) for name in self.tasks},
+            **self.more,
         }
 
     def _task(self, name: str) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class Setting:
         return {key: table[key] for key in ("kind", "labels", "metrics")}
 
     def _site(self, site: str, port: int) -> dict[str, Any]:
-        data = {task: self.source(task, site).model_dump(exclude_defaults=True) for task in TASKS if site in self.holders(task)}
+        data = {task: self.source(task, site).model_dump(exclude_defaults=True) for task in self.tasks if site in self.holders(task)}
         return {
             "name": site,
             "coordinator": f"127.0.0.1:{port}",
@@ -118,6 +121,6 @@ class Setting:
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Every (task, site) that holds rows."""
-        for task in TASKS:
+        for task in self.tasks:
             for site in self.holders(task):
                 yield task, site

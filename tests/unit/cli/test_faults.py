@@ -149,7 +149,7 @@ FLAGS = {
     "coordinator serve": ["--config", "--set"],
     "coordinator status": ["--json"],
     "coordinator up": ["--set"],
-    "demo": ["--fresh", "--rounds"],
+    "demo": ["--fresh", "--private", "--rounds"],
     "doctor": [],
     "evaluate": ["--json", "--quantization", "--registry", "--routed", "--router"],
     "ledger forecast": ["--delta", "--json", "--ledger", "--rounds"],
