@@ -121,7 +121,8 @@ def tell(event: dict[str, Any], bar: Progress, row: Any) -> None:
         bar.update(row, completed=event["round"])
         losses = ", ".join(f"{task} {found['loss']:.3f}" for task, found in sorted(event["tasks"].items()) if found["loss"] is not None)
         drops = [f"{site} ({why})" for found in event["tasks"].values() for site, why in found["drops"].items()]
-        bar.console.print(f"  round {event['round']}: training loss {losses}" + (f"; dropped out: {', '.join(drops)}" if drops else ""))
+        told = f"training loss {losses}" if losses else "done; sites tell no loss"
+        bar.console.print(f"  round {event['round']}: {told}" + (f"; dropped out: {', '.join(drops)}" if drops else ""))
     elif event["event"] == "published":
         bar.console.print(f"  published {event['task']} (sha256:{event['version'][:12]})")
 

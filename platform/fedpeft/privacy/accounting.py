@@ -5,6 +5,7 @@ Neighbours differ in whether one unit (a site, or an example) takes part: its co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -130,6 +131,7 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every order that it leaves out, which only makes the answer larger
     loose = float(_composed(RdpAccountant(), events).get_epsilon(delta))
     if loose > LOOSE or any(event.concentrated for event in events):
         return loose
