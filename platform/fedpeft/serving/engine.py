@@ -40,6 +40,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing: float | None = None
         self._failures = 0
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="fedpeft-engine", daemon=True)
 
     def start(self) -> Engine:
@@ -89,7 +90,7 @@ class Engine:
             return change()
         ask = _Ask(lambda _items: [change()], None, Future())
         with self._changed:
-            if not self._thread.is_alive():
+            if self._stopped:
                 raise ClosedError("the engine has stopped")
             self._asks.insert(0, ask)
             self._changed.notify()
@@ -103,7 +104,7 @@ class Engine:
         self._thread.join()
 
     def _require_open(self) -> None:
-        if self._closing is not None or not self._thread.is_alive():
+        if self._closing is not None or self._stopped:
             raise ClosedError("the server is stopping; ask another one")
         if self._failures >= BROKEN_AFTER:
             raise ClosedError(f"the last {self._failures} steps failed; see the server's log")
@@ -111,9 +112,10 @@ class Engine:
     def _run(self) -> None:
         while self._wait():
             self._answer()
+            before = self.scheduler.counts.row_steps
             try:
                 self.scheduler.step()
-                self._failures = 0 if not self.scheduler.idle else self._failures
+                self._failures = self._failures if self.scheduler.counts.row_steps == before else 0
             except Exception as fault:
                 self._failures += 1
                 log.exception("a step failed; its requests are ended")
@@ -145,6 +147,7 @@ class Engine:
 
     def _refuse_asks(self) -> None:
         with self._changed:
+            self._stopped = True
             for ask in self._asks:
                 if ask.answer.set_running_or_notify_cancel():
                     ask.answer.set_exception(ClosedError("the server was stopped"))

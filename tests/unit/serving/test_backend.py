@@ -147,6 +147,18 @@ def test_a_full_queue_and_a_closed_engine_say_so_and_hold_nothing(stories, tmp_p
     assert set(backend.catalog._uses.values()) == {0}
 
 
+def test_nothing_waits_for_an_engine_that_has_stopped(stories, tmp_path):
+    backend = Backend(stories(), Registry(tmp_path / "registry"), Limits())
+    backend.close()
+    with pytest.raises(ClosedError):
+        backend.engine.call(lambda: None)
+    with pytest.raises(ClosedError):
+        backend.embed((5,), {})
+    with pytest.raises(ClosedError):
+        backend.read(backend.ids, "x")
+    backend.close()
+
+
 def test_a_failing_model_ends_its_requests_and_is_reported(stories, tmp_path, monkeypatch):
     store = Registry(tmp_path / "registry")
     publish(store, stories(), TASKS["generation"]("say"), "lora", 1, r=4)
