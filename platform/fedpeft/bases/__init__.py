@@ -33,8 +33,10 @@ __all__ = [
 LOADS = 0  # how often this process loaded weights; read it as `bases.LOADS`
 
 
-def load_base(spec: BaseSpec, device: str = "auto") -> Base:
+def load_base(spec: BaseSpec, device: str = "auto", *, whole: bool = True) -> Base:
     """Load weights once, frozen and in eval mode, on ``device`` (``auto``: CUDA where there is one).
+
+    Unless ``whole``, each rank of a process group keeps a part of every weight alone, as ZeRO-3 has it, from the moment it is read.
 
     Raises:
         BaseError: the folder is no model we may load, or the quantization does not work on this device or architecture.
@@ -43,7 +45,7 @@ def load_base(spec: BaseSpec, device: str = "auto") -> Base:
     hush()
     from fedpeft.bases.loading import load
 
-    base = load(spec, device)
+    base = load(spec, device, whole)
     LOADS += 1
     return base
 

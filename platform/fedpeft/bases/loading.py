@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,19 @@ FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeErr
 LOADERS: dict[Family, Any] = {"encoder": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
 
 
-def load(spec: BaseSpec, device: str = "auto") -> Base:
-    """Weights of ``spec`` on ``device``. Raises `BaseError` when they cannot be loaded or quantized there."""
+def load(spec: BaseSpec, device: str = "auto", whole: bool = True) -> Base:
+    """Weights of ``spec`` on ``device``, ``whole`` or in ZeRO-3's parts. Raises `BaseError` when that cannot be."""
     place = pick_device(spec, device)
     base = blueprint(spec)
     extra = settings(spec, place, base.model)
     folder = resolve_model(spec.model, spec.revision)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), nullcontext() if whole else _in_parts():
             model, report = LOADERS[base.family].from_pretrained(
                 folder,
                 config=base.config,
                 dtype=compute_dtype(spec, place),
-                device_map={"": place},
+                device_map={"": place} if whole else None,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -75,6 +77,20 @@ def blueprint(spec: BaseSpec) -> Base:
         ) from None
     model.requires_grad_(False).eval()
     return Base(spec, prints, family, tokenizer, config, "meta", model, _trunk(spec, model))
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    """Within, transformers hands each weight to ZeRO-3 as it is read (``zero.Init``), which leaves this rank its part."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    table = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    held = HfDeepSpeedConfig(table)
+    try:
+        yield
+    finally:
+        del held
+        unset_hf_deepspeed_config()
 
 
 def pick_device(spec: BaseSpec, device: str) -> str:

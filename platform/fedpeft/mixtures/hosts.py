@@ -70,7 +70,7 @@ class Family:
             names = {other.name for other in self.members}
             shares = tuple(share for share in member.state.fixed if names & share.slab.parts.keys())
             members = tuple(other for other in self.members if any(other.name in share.slab.parts for share in shares))
-            fused = all(other.dense and all(_plain(share, other.name) for share in shares) for other in members)
+            fused = all(other.here and all(_plain(share, other.name) for share in shares) for other in members)
             addends = tuple(addend for share in shares for addend in _addends(members, share)) if fused else ()
             self._task = (key, Task(members, shares, addends, fused))
         return self._task[1]
@@ -110,6 +110,11 @@ class Host:
         if self.holder is not None:
             return Factors(place, self.holder(slab, a), self.holder(slab, b))
         return Factors(place, slab.stacked(a), slab.stacked(b), slab.sink(a), slab.sink(b))
+
+    @property
+    def here(self) -> bool:
+        """Whether the frozen layer is a dense one whose weight other layers' calls may read: ZeRO-3 has it here in its own call alone."""
+        return self.dense and not hasattr(self.layer.weight, "ds_id")
 
     @property
     def weight(self) -> Tensor:

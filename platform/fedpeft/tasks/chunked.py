@@ -42,7 +42,9 @@ def whole_logits(wanted: bool = True) -> Iterator[None]:
 def head_of(model: Any) -> nn.Linear | None:
     """The output layer, where `losses_at` may stand in for it: frozen, plain, and the last thing that makes the logits."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if _whole.get() or type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_hooks:
+    if _whole.get() or type(head) is not nn.Linear or "forward" in head.__dict__:
+        return None
+    if head._forward_hooks and not hasattr(head.weight, "ds_id"):  # ZeRO-3's own, which fetch and release the weight
         return None
     if any(parameter.requires_grad for parameter in head.parameters()):
         return None

@@ -59,6 +59,11 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.cat([forward(model, part) for part in _parts(batch, limit)])
 
 
+def single_forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """As `token_losses`, in one call of the model whatever its length: ranks that share a model must call it equally often."""
+    return (_packed_losses if packs(model) else _padded_losses)(model, batch)
+
+
 def owners(batch: Batch) -> torch.Tensor:
     """For each labelled token (K,) the number of its sequence in the batch."""
     sequence = (batch.inputs["position_ids"] == 0).cumsum(1) - 1

@@ -80,6 +80,17 @@ def load(folder: Path, job: str) -> Checkpoint | None:
     return found
 
 
+def read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in ``folder``, whatever its job; None when it is absent or torn. Raises `StorageError` when it cannot be read."""
+    path = folder / FILE
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as fault:
+        raise StorageError(f"{path}: cannot read the training checkpoint ({fault}); check permissions of the state folder") from None
+
+
 def clear(folder: Path) -> None:
     """Remove the checkpoint and what an interrupted write left behind; the folder too when nothing else is in it."""
     if not folder.is_dir():

@@ -48,13 +48,14 @@ class CentralTask(Section):
 class DeepSpeed(Section):
     """ZeRO's ``stage``, where its states are offloaded to, and the user's own DeepSpeed JSON (``config``), which wins.
 
-    A bare path in place of the table means ``config``.
+    A bare path in place of the table means ``config``. Ranks that wait for another longer than ``timeout`` seconds give up.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu", "nvme"] = "none"
     nvme: Path | None = None
     config: Path | None = None
+    timeout: float = Field(default=600.0, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeed:
@@ -68,7 +69,10 @@ class DeepSpeed(Section):
 
 
 class CentralConfig(Section):
-    """One central job. Paths are relative to the file once it came through `load_central`."""
+    """One central job: one adapter per task, and with ``shared`` another that acts on every task's rows beside it.
+
+    Paths are relative to the file once it came through `load_central`.
+    """
 
     name: Name
     seed: int = Field(default=0, ge=0, lt=1 << 62)
@@ -78,6 +82,7 @@ class CentralConfig(Section):
     deepspeed: DeepSpeed = DeepSpeed()
     mixing: Annotated[Any, _reader(MIXINGS, "mixing")] = Proportional()
     tasks: dict[Name, CentralTask] = Field(min_length=1)
+    shared: bool = False
     output: Path
     registry: Path | None = None
 

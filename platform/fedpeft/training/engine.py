@@ -38,8 +38,8 @@ class Run(Protocol):
     def step(self, number: int, window: Sequence[Batch]) -> Sums:
         """Do optimizer step ``number`` (from 0) on the micro-batches of ``window``. Raises `UpdateError` when it is not finite."""
 
-    def state(self) -> Arrays:
-        """Copies of all that `restore` needs to go on bit-identically: trained values and moments."""
+    def state(self) -> Arrays | None:
+        """Copies of all that `restore` needs to go on bit-identically: values and moments. None where another process saves them."""
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `state` gave."""
@@ -87,7 +87,7 @@ class LocalRun:
         self.params = _slices(live, job.roles)
         self.base_lr = {role: rate(settings, live.spec.method, role) for role in self.params}
         groups = [{"params": [param], "lr": self.base_lr[role], "role": role} for role, param in self.params.items()]
-        self.optimizer = _optimizer(groups, settings)
+        self.optimizer = optimizer_of(groups, settings)
         self.gradients = Gradients(self.params, live.spec.layout, settings, job)
 
     def step(self, number: int, window: Sequence[Batch]) -> Sums:
@@ -193,7 +193,8 @@ def _placed(found: Mapping[str, torch.Tensor], device: torch.device, settings: T
     return state | {"step": int(state["step"])} if settings.optimizer == "adamw8bit" else state
 
 
-def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that ``settings`` name, over groups of parameters with learning rates."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
     if settings.optimizer == "adamw8bit":

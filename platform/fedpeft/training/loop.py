@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,7 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
         for window in islice(_source(run, task, data, settings, job.seed), start.step, settings.steps):
             tally = replace(_step(run, window, tally, job), seconds=time.perf_counter() - clock)
             if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps):
-                checkpoint.save(job.checkpoint, Checkpoint(identity, tally, run.state()))
+                _save(job.checkpoint, identity, tally, run)
     return _result(tally, start, run)
 
 
@@ -108,6 +109,12 @@ def _step(run: Run, window: Sequence[Batch], tally: Tally, job: TrainJob) -> Tal
         examples=tally.examples + sum(batch.examples for batch in window),
         tokens=tally.tokens + sum(batch.tokens for batch in window),
     )
+
+
+def _save(folder: Path, identity: str, tally: Tally, run: Run) -> None:
+    arrays = run.state()
+    if arrays is not None:
+        checkpoint.save(folder, Checkpoint(identity, tally, arrays))
 
 
 def _resume(run: Run, job: TrainJob, identity: str) -> Tally:

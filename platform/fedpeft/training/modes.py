@@ -51,7 +51,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _wake(model: nn.Module, checkpointing: bool) -> None:
-    """Set the layers that wrap a frozen ``base_layer`` (peft's form, and ours) to training, the frozen layer inside not.
+    """Set the layers that wrap a frozen ``base_layer`` (peft's form, and ours) or host a ``mixture`` to training, frozen layers inside not.
 
     transformers checkpoints only layers whose own flag says training; the flag of their children (dropout) stays off.
     """
@@ -59,7 +59,7 @@ def _wake(model: nn.Module, checkpointing: bool) -> None:
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             module.train()
             module.get_submodule("base_layer").eval()
-        elif checkpointing and isinstance(module, GradientCheckpointingLayer):
+        elif isinstance(getattr(module, "mixture", None), nn.Module) or (checkpointing and isinstance(module, GradientCheckpointingLayer)):
             module.training = True
 
 

@@ -1,0 +1,147 @@
+"""The DeepSpeed engine: one optimizer step of a joint job on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpeft.central.joint import Joint, JointTask, Mixed
+from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
+from fedpeft.central.world import World
+from fedpeft.errors import AdapterError, UpdateError
+from fedpeft.training.engine import Arrays, Sums, autocast, optimizer_of, rate, schedule
+from fedpeft.training.settings import TrainJob, TrainSettings
+
+
+@dataclass(frozen=True)
+class ZeroEngine:
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over the ranks of ``world``; ``table`` is DeepSpeed's JSON.
+
+    A step equals `LocalEngine`'s on the whole batch but for the order of sums: losses are divided by the number of their task's
+    terms on all ranks and micro-batches, each task weighs the same.
+    """
+
+    table: Mapping[str, Any]
+    world: World
+    kind: ClassVar[str] = "deepspeed"
+
+    def __repr__(self) -> str:
+        return "ZeroEngine()"  # a job is the same on any number of ranks and in any stage
+
+    def begin(self, live: Joint, task: JointTask, settings: TrainSettings, job: TrainJob) -> ZeroRun:
+        """See `Engine.begin`."""
+        return ZeroRun(self, live, task, settings)
+
+
+class ZeroRun:
+    """One job under way; the engine itself starts at the first step, when it is known what is restored."""
+
+    def __init__(self, engine: ZeroEngine, live: Joint, task: JointTask, settings: TrainSettings) -> None:
+        self.world, self.table, self.live, self.task, self.settings = engine.world, engine.table, live, task, settings
+        self.groups = _groups(live, settings)
+        self.base_lr = [group["lr"] for group in self.groups]
+        self.losses: dict[str, float] = {}
+        self._moments: dict[str, NDArray[Any]] = {}
+        self._steps = 0
+        self._zero: Any = None
+
+    def step(self, number: int, window: Sequence[Mixed]) -> Sums:
+        """See `Run.step`; afterwards ``losses`` is the mean loss of each task."""
+        zero = self._started()
+        counts = sum((self.task.pool.counts(mixed.picks) for mixed in window), np.zeros(len(self.task.pool.names), np.int64))
+        device = self.live.bank.store.device
+        scale = torch.tensor(self._weights(counts) / np.maximum(counts, 1) * self.world.size * len(window), device=device)
+        sums = torch.zeros(len(counts), device=device)
+        for place, mixed in enumerate(window):
+            with autocast(self.settings, torch.device(device)):
+                found = zero(mixed.part(self.world.rank, self.world.size))
+            zero.backward((found * scale.to(found.dtype)).sum())
+            sums += found.detach()
+            if place == len(window) - 1:
+                self._check(number, sums, counts)
+                self._rate(number)
+            zero.step()
+        self._steps += 1
+        self._require_present()
+        return Sums(float(sums.sum()), int(counts.sum()))
+
+    def state(self) -> Arrays | None:
+        """See `Run.state`: all ranks gather, rank 0 has it."""
+        if self._zero is None:
+            arrays: Arrays = {f"{name}|value": self.live.bank.flat(name).cpu().numpy().copy() for name in self.live.specs}
+            return arrays | self._moments if self.world.rank == 0 else None
+        arrays = get_values(self.live.bank)
+        for name in self.live.specs:
+            arrays |= gather_moments(self._zero, self.live.bank, name)
+        arrays["steps"] = np.array(self._steps)
+        return arrays if self.world.rank == 0 else None
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """See `Run.restore`; comes before the first step."""
+        for name in self.live.specs:
+            self.live.bank.flat(name).copy_(torch.from_numpy(np.array(arrays[f"{name}|value"])))
+        self._moments = {key: value for key, value in arrays.items() if key.rpartition("|")[2] in MOMENTS}
+        self._steps = int(arrays["steps"]) if "steps" in arrays else 0
+
+    def gradient(self, steps: int) -> None:
+        """A joint job keeps no mean gradient."""
+
+    def _weights(self, counts: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(T,) each task that is there weighs the same; they sum to 1."""
+        present = (counts > 0).astype(np.float32)
+        return present / max(float(present.sum()), 1.0)
+
+    def _started(self) -> Any:
+        if self._zero is None:
+            import deepspeed
+
+            optimizer = optimizer_of(self.groups, self.settings)
+            self._zero, *_ = deepspeed.initialize(model=self.live.model, optimizer=optimizer, config=dict(self.table))
+            if self._moments:
+                set_moments(self._zero, self.live.bank, self._moments, self._steps)
+                self._moments = {}
+        return self._zero
+
+    def _check(self, number: int, sums: torch.Tensor, counts: NDArray[np.int64]) -> None:
+        """Sum ``sums`` over the ranks; raise on all of them when it is not finite, before the optimizer moves."""
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        means = sums.cpu().numpy() / np.maximum(counts, 1)
+        self.losses = {name: float(mean) for name, mean in zip(self.task.pool.names, means, strict=True)}
+        wrong = {name: loss for name, loss in self.losses.items() if not isfinite(loss)}
+        if wrong:
+            raise UpdateError(
+                f"training: step {number + 1} of {self.settings.steps} has losses {wrong}; lower training.lr (now {self.settings.lr:g}), "
+                "set training.clip, or look for broken rows; the last checkpoint is good"
+            )
+
+    def _rate(self, number: int) -> None:
+        factor = schedule(self.settings, number)
+        for group, base in zip(self._zero.optimizer.param_groups, self.base_lr, strict=True):
+            group["lr"] = base * factor
+
+    def _require_present(self) -> None:
+        """Nobody may have switched an adapter off: its gradient would be stale, or another's. Raises `AdapterError`."""
+        off = [name for name in self.live.specs if not all(p.requires_grad for p in self.live.bank.parameters(name).values())]
+        if off:
+            raise AdapterError(
+                f"adapters {off} were switched off during training; under ZeRO every adapter takes part in every step, use gates (Bank.use)"
+            )
+
+
+def _groups(live: Joint, settings: TrainSettings) -> list[dict[str, Any]]:
+    """One group of parameters per adapter and role, each with its learning rate."""
+    groups = []
+    for name, spec in live.specs.items():
+        own: Mapping[str, nn.Parameter] = live.bank.parameters(name)
+        for role in sorted(spec.layout.roles):
+            params = [own[entry.name] for entry in spec.layout.entries if entry.role == role]
+            groups.append({"params": params, "lr": rate(settings, spec.method, role), "name": f"{name}/{role}"})
+    return groups

@@ -1,0 +1,180 @@
+"""A central job from its TOML to trained adapters: what every rank does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from fedpeft.adapters import Adapter, initial, make_spec
+from fedpeft.bases import load_base, meta_base
+from fedpeft.bases.base import Base
+from fedpeft.central.engine import ZeroEngine, ZeroRun
+from fedpeft.central.joint import Joint, JointTask
+from fedpeft.central.pool import Pool
+from fedpeft.central.sampling import shares_of
+from fedpeft.central.together import require_equal, together
+from fedpeft.central.world import World, joined, place
+from fedpeft.central.zero import stage_of, zero_json
+from fedpeft.errors import AdapterError, ConfigError, StorageError
+from fedpeft.mixtures.bank import SHARED
+from fedpeft.tasks import read_rows
+from fedpeft.tensors import Tensors
+from fedpeft.training import checkpoint
+from fedpeft.training.loop import train
+from fedpeft.training.settings import TrainJob, TrainResult
+
+if TYPE_CHECKING:
+    from fedpeft.tasks import Encoded
+    from fedpeft.training.config import CentralConfig
+
+STATE = "checkpoint"
+"""Where under the job's output its half-trained state lies."""
+
+Progress = Callable[[int, float, Mapping[str, float]], None]
+"""Hears of each step: steps done, mean loss, mean loss of each task."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job's plain parts, the same on every rank."""
+
+    pool: Pool
+    adapters: Mapping[str, Adapter]
+    shared: Adapter | None
+
+    @property
+    def every(self) -> dict[str, Adapter]:
+        """All adapters by their name in a bank."""
+        return dict(self.adapters) | ({SHARED: self.shared} if self.shared is not None else {})
+
+
+def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | None = None, progress: Progress | None = None) -> TrainResult:
+    """Train the job's adapters on all ranks of ``world``; what was trained lies in the checkpoint afterwards (`trained`).
+
+    ``starts`` are adapters to go on from, by task.
+
+    Raises:
+        FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
+    """
+    table = zero_json(config.deepspeed, config.training, world.size)
+    with joined(world, config.deepspeed.timeout):
+        place(world)
+        ready = together(world, lambda: prepare(config, starts or {}))
+        require_equal(world, "data", digest_of(ready.pool))
+        base = together(world, lambda: load(config, world, stage_of(table)))
+        return _train(config, world, base, ready, table, progress)
+
+
+def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
+    """Read and encode the rows, and make the adapters as they are at step 0.
+
+    Raises:
+        DataError: rows are missing or unreadable.
+        AdapterError: a start is of another base, method or head.
+    """
+    base = meta_base(config.base)
+    tasks = {name: entry.task for name, entry in config.tasks.items()}
+    pool = Pool.of(tasks, {name: _encoded(config, name, base) for name in tasks})
+    specs = {name: make_spec(name, base, config.method, task.head) for name, task in tasks.items()}
+    adapters = {name: _start(initial(base, spec, config.seed), starts.get(name)) for name, spec in specs.items()}
+    if not config.shared:
+        return Prepared(pool, adapters, None)
+    name = f"{config.name}.shared"
+    spec = make_spec(name, base, config.method, next(iter(tasks.values())).head)
+    return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)))
+
+
+def load(config: CentralConfig, world: World, stage: int) -> Base:
+    """The base on this rank's device; in stage 3 an unquantized one goes straight into partitions. Raises `BaseError`."""
+    whole = stage < 3 or config.base.quantization in ("nf4", "int8", "ao-int8")
+    return load_base(config.base, world.device, whole=whole)
+
+
+def trained(output: Path, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """``adapters`` with the values of the job's last checkpoint under ``output``.
+
+    Raises:
+        StorageError: there is none, or it is torn.
+        AdapterError: it is of other adapters, or a value is not finite.
+    """
+    found = checkpoint.read(output / STATE)
+    if found is None:
+        raise StorageError(f"{output / STATE}: holds no whole checkpoint; train first, or give the output folder of the job")
+    return {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
+
+
+def digest_of(pool: Pool) -> str:
+    """SHA-256 over all sequences and labels."""
+    hasher = hashlib.sha256("\n".join(pool.names).encode())
+    for part in pool.data:
+        for array in (np.concatenate(part.ids), np.array([len(ids) for ids in part.ids]), part.labels, part.starts):
+            hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()
+
+
+def _train(
+    config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None
+) -> TrainResult:
+    with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
+        task = JointTask(config.name, ready.pool, shares_of(ready.pool, config.mixing), config.training.accumulate)
+        engine = Watched(ZeroEngine(table, world))
+
+        def heard(step: int, loss: float) -> None:
+            if progress is not None:
+                progress(step, loss, engine.run.losses if engine.run else {})
+
+        job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, heard)
+        return train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
+
+
+@dataclass(eq=False)
+class Watched:
+    """An engine whose run can be asked while the loop has it."""
+
+    engine: ZeroEngine
+    run: ZeroRun | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.engine)
+
+    def begin(self, *arguments: Any) -> ZeroRun:
+        """See `Engine.begin`."""
+        self.run = self.engine.begin(*arguments)
+        return self.run
+
+
+def _encoded(config: CentralConfig, name: str, base: Base) -> Encoded:
+    entry = config.tasks[name]
+    rows = read_rows(entry.data, "train")
+    return cast("Encoded", entry.task.encode(rows[: entry.cap], base))
+
+
+def _start(fresh: Adapter, given: Adapter | None) -> Adapter:
+    if given is None:
+        return fresh
+    if given.spec.schema != fresh.spec.schema:
+        raise AdapterError(
+            f"adapter {fresh.spec.task}: the version to go on from is of another base, method or head than the job's; "
+            "set [base] and [method] as `fedpeft adapters show` says, or start afresh"
+        )
+    return Adapter(fresh.spec, given.tensors)
+
+
+def _valued(adapter: Adapter, arrays: Mapping[str, Any], key: str) -> Adapter:
+    if key not in arrays or arrays[key].shape != (adapter.spec.layout.size,):
+        raise AdapterError(f"adapter {adapter.spec.task}: the checkpoint does not hold it; was the job's file changed since?")
+    tensors = Tensors(adapter.spec.layout, np.asarray(arrays[key], np.float32))
+    if not tensors.finite:
+        raise AdapterError(f"adapter {adapter.spec.task}: the checkpoint holds values that are not finite; lower training.lr, train again")
+    return Adapter(adapter.spec, tensors)
+
+
+def require_output(config: CentralConfig) -> None:
+    """Raise `ConfigError` when the output folder is a file."""
+    if config.output.exists() and not config.output.is_dir():
+        raise ConfigError(f"output = {config.output}: is a file; give a folder")

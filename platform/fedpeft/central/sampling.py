@@ -1,0 +1,75 @@
+"""Which examples make up each optimizer step: a function of seed and step alone, so the same on any number of ranks.
+
+Every step holds each task's share of examples, at least one of each, and remainders are carried over, so that in the long run the shares
+are exact. A task's examples come in an order of their own, each once before any comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.central.pool import Places, Pool
+from fedpeft.errors import ConfigError
+from fedpeft.training.mixing import Mixing
+
+
+def shares_of(pool: Pool, mixing: Mixing) -> dict[str, float]:
+    """The share of each task. Raises `ConfigError` when it is 0 for one."""
+    sizes = {name: len(data) for name, data in zip(pool.names, pool.data, strict=True)}
+    shares = mixing.shares(sizes)
+    none = sorted(name for name, share in shares.items() if share <= 0)
+    if none:
+        raise ConfigError(f"mixing: tasks {none} have share 0; leave them out of [tasks], or give them a share above 0")
+    return shares
+
+
+def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int) -> Iterator[Places]:
+    """The ``size`` examples of each optimizer step, endless.
+
+    Raises:
+        ConfigError: a step has fewer examples than there are tasks.
+    """
+    if size < len(pool.names):
+        raise ConfigError(
+            f"training: a step has {size} examples (batch_size x accumulate) for {len(pool.names)} tasks; "
+            f"every step must hold every task, raise one of the two to reach {len(pool.names)}"
+        )
+    rng = np.random.default_rng([seed, len(pool.names)])
+    queues = [_examples(pool, task, seed) for task in range(len(pool.names))]
+    wanted, owed = np.array([shares[name] for name in pool.names]) * size, np.zeros(len(pool.names))
+    while True:
+        owed += wanted
+        counts = _whole(owed, size)
+        owed -= counts
+        picks = np.array([next(queue) for queue, count in zip(queues, counts, strict=True) for _ in range(count)], np.int64)
+        yield rng.permutation(picks)
+
+
+def dealt(pool: Pool, picks: Places, ranks: int) -> list[Places]:
+    """``picks`` in ``ranks`` equally many, of about equally many tokens: from the longest on, to and fro."""
+    order = picks[np.argsort(-pool.lengths[picks], kind="stable")].reshape(-1, ranks)
+    order[1::2] = order[1::2, ::-1]
+    return list(order.T)
+
+
+def _whole(owed: NDArray[np.float64], size: int) -> Places:
+    """Whole numbers near ``owed`` that sum to ``size``, each at least 1: the largest remainders are rounded up."""
+    counts = np.maximum(np.floor(owed), 1).astype(np.int64)
+    while counts.sum() != size:
+        gap = owed - counts
+        if counts.sum() < size:
+            counts[int(gap.argmax())] += 1
+        else:
+            counts[int(np.where(counts > 1, gap, np.inf).argmin())] -= 1
+    return counts
+
+
+def _examples(pool: Pool, task: int, seed: int) -> Iterator[int]:
+    first, count = int(pool.firsts[task]), len(pool.data[task])
+    epoch = 0
+    while True:
+        yield from (first + place for place in np.random.default_rng([seed, epoch, task]).permutation(count).tolist())
+        epoch += 1
