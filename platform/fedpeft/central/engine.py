@@ -14,6 +14,7 @@ from torch import nn
 
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
+from fedpeft.central.together import require_equal
 from fedpeft.central.world import World
 from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.training.engine import Arrays, Sums, autocast, optimizer_of, rate, schedule
@@ -102,6 +103,7 @@ class ZeroRun:
         if self._zero is None:
             import deepspeed
 
+            require_equal(self.world, "checkpoint", f"{self._steps} steps")
             optimizer = optimizer_of(self.groups, self.settings)
             self._zero, *_ = deepspeed.initialize(model=self.live.model, optimizer=optimizer, config=dict(self.table))
             if self._moments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def start_deepspeed(world: World) -> None:
         import deepspeed.ops as ops
     except ImportError as fault:
         raise ConfigError(f"central training needs DeepSpeed ({fault}); run pip install 'fedpeft[central]'") from None
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls it by its old names
     ops.__compatible_ops__ = {}  # lazily probed; empty means that nothing is built at start, where a lock left behind waits for ever
     deepspeed.utils.logger.setLevel("ERROR")
 

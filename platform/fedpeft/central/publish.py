@@ -1,0 +1,72 @@
+"""A job's adapters into the registry, as signed versions with their lineage; and adapters of a registry to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fedpeft.adapters import Adapter
+from fedpeft.config import describe
+from fedpeft.errors import ConfigError
+from fedpeft.registry import Manifest, Registry, Version
+
+if TYPE_CHECKING:
+    from fedpeft.training.config import CentralConfig
+
+ANY = "version:"
+"""What a reference may begin with on the command line."""
+
+
+def publish(
+    config: CentralConfig,
+    every: Mapping[str, Adapter],
+    scores: Mapping[str, Mapping[str, float]],
+    parents: Mapping[str, str],
+    examples: Mapping[str, int],
+) -> list[Version]:
+    """One version per adapter; the same trained values are published once, however often this is called.
+
+    Raises:
+        ConfigError: the job names no registry.
+        AdapterError: a value is not finite.
+        StorageError: no space or permission.
+    """
+    if config.registry is None:
+        raise ConfigError('registry: the job\'s file names none; add registry = "FOLDER" above its tables')
+    registry, found = Registry(config.registry), []
+    for name, adapter in every.items():
+        entry = config.tasks.get(name)
+        manifest = Manifest(
+            task_settings=describe(entry.task) if entry else {},
+            quantization=(config.base.quantization,),
+            scheme="central",
+            federation=config.name,
+            round=config.training.steps,
+            parents=(parents[adapter.spec.task],) if adapter.spec.task in parents else (),
+            metrics=scores.get(name, {}),
+            examples=examples.get(name, sum(examples.values())),
+        )
+        found.append(registry.publish(adapter, manifest, f"central/{config.name}/{adapter.spec.task}/{adapter.digest[:16]}"))
+    return found
+
+
+def starts(config: CentralConfig, refs: list[str]) -> tuple[dict[str, Adapter], dict[str, str]]:
+    """The adapters that ``refs`` name in the job's registry, and the digests of their versions, by task.
+
+    Raises:
+        ConfigError: the job names no registry, or has no such task, or two references are of one task.
+        AdapterError: no such version.
+    """
+    if refs and config.registry is None:
+        raise ConfigError('--from: the job\'s file names no registry; add registry = "FOLDER" above its tables')
+    adapters: dict[str, Adapter] = {}
+    parents: dict[str, str] = {}
+    for ref in refs:
+        registry = Registry(config.registry)  # type: ignore[arg-type]
+        version = registry.get(ref.removeprefix(ANY))
+        if version.task not in (*config.tasks, f"{config.name}.shared"):
+            raise ConfigError(f"--from {ref}: is of task {version.task!r}, the job trains {sorted(config.tasks)}; name one of these")
+        if version.task in adapters:
+            raise ConfigError(f"--from {ref}: a version of task {version.task!r} is given already; give one a task")
+        adapters[version.task], parents[version.task] = registry.load(version.digest), version.digest
+    return adapters, parents

@@ -1,0 +1,164 @@
+"""`fedpeft central ...`: many tasks' adapters trained at once where their data may be pooled, over ranks with DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedpeft.central.world import World
+    from fedpeft.training.config import CentralConfig
+
+app = typer.Typer(help="Train many tasks' adapters at once with DeepSpeed, on one machine or many.", no_args_is_help=True)
+
+Job = Annotated[Path, typer.Argument(help="The job's TOML (deploy/configs/central.toml is one).", metavar="JOB.TOML")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: training.steps=50; may be given again.")]
+From = Annotated[list[str] | None, typer.Option("--from", help="Go on from a version: version:TASK@3, TASK, sha256:PREFIX; one a task.")]
+Launcher = Annotated[str, typer.Option(help="Who starts the ranks: local, torchrun, slurm or hostfile.")]
+Ranks = Annotated[int | None, typer.Option(help="With local: how many; default: one a GPU, or one.")]
+Hostfile = Annotated[Path | None, typer.Option(help="With hostfile: lines HOST slots=N; reached by ssh.")]
+
+
+@app.command()
+def train(
+    job: Job, launcher: Launcher = "local", ranks: Ranks = None, hostfile: Hostfile = None, start: From = None, overrides: Overrides = None
+) -> int:
+    """Train, score and publish; a job that was interrupted goes on from its last checkpoint."""
+    from fedpeft.central import launch
+    from fedpeft.errors import ConfigError
+
+    if launcher not in launch.LAUNCHERS:
+        raise ConfigError(f"--launcher {launcher}: choose one of {list(launch.LAUNCHERS)}")
+    if (launcher == "hostfile") != (hostfile is not None):
+        raise ConfigError("--hostfile FILE goes with --launcher hostfile; give both or none")
+    _checked(job, overrides, start or [])
+    if launcher in ("torchrun", "slurm"):
+        return _rank(job, overrides, start or [], _given(launcher))
+    places = launch.hosts(hostfile) if hostfile else launch.here(ranks if ranks is not None else _gpus())
+    arguments = [str(job), *(part for pair in overrides or [] for part in ("--set", pair))]
+    return launch.supervise(places, [*arguments, *(part for ref in start or [] for part in ("--from", ref))])
+
+
+@app.command()
+def resume(
+    job: Job, launcher: Launcher = "local", ranks: Ranks = None, hostfile: Hostfile = None, start: From = None, overrides: Overrides = None
+) -> int:
+    """As `train`, but an error when there is no checkpoint to go on from; ranks and ZeRO stage may be others than before."""
+    from fedpeft.central.job import STATE
+    from fedpeft.errors import StorageError
+    from fedpeft.training import checkpoint
+    from fedpeft.training.config import load_central
+
+    state = load_central(job, _table(overrides)).output / STATE
+    if checkpoint.read(state) is None:
+        raise StorageError(f"{state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
+    return train(job, launcher, ranks, hostfile, start, overrides)
+
+
+@app.command()
+def export(job: Job, overrides: Overrides = None) -> None:
+    """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks."""
+    from fedpeft.central.job import prepare, trained
+    from fedpeft.training.config import load_central
+
+    config = load_central(job, _table(overrides))
+    ready = prepare(config, {})
+    _publish(config, trained(config.output, ready.every), {}, {}, _sizes(ready))
+
+
+@app.command(hidden=True)
+def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
+    """One rank of a job; the launcher says which in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    return _rank(job, overrides, start or [], _given("torchrun"))
+
+
+def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World) -> int:
+    from fedpeft.central.job import prepare, run, trained
+    from fedpeft.central.publish import starts
+    from fedpeft.central.scoring import scored
+    from fedpeft.training.config import load_central
+
+    config = load_central(job, _table(overrides))
+    given, parents = starts(config, refs)
+    result = run(config, world, given, _Reporter(config, world))
+    if world.rank:
+        return 0
+    print(f"{result.steps} steps, {result.tokens} tokens, {result.tokens_per_second:.0f} tokens/s, mean loss {result.loss:.4f}")
+    ready = prepare(config, given)
+    every = trained(config.output, ready.every)
+    scores = scored(config, ready, every, world.device)
+    for name, found in scores.items():
+        print(f"{name}: " + (", ".join(f"{metric} {value:.3f}" for metric, value in found.items()) or "no test rows"))
+    if config.registry is not None:
+        _publish(config, every, scores, parents, _sizes(ready))
+    return 0
+
+
+class _Reporter:
+    """Says every so many steps how the job goes, on rank 0."""
+
+    def __init__(self, config: CentralConfig, world: World) -> None:
+        self.steps, self.every = config.training.steps, max(1, config.training.steps // 20)
+        self.quiet, self.began = world.rank > 0, time.perf_counter()
+
+    def __call__(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
+        if self.quiet or (step % self.every and step != self.steps):
+            return
+        tasks = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        print(f"step {step}/{self.steps}  loss {loss:.4f}  {tasks}  {time.perf_counter() - self.began:.0f} s{_memory()}", flush=True)
+
+
+def _memory() -> str:
+    import torch
+
+    return f"  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+
+
+def _publish(config: CentralConfig, every: Any, scores: Any, parents: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    from fedpeft.central.publish import publish
+
+    for version in publish(config, every, scores, parents, sizes):
+        print(f"published {version.task}@{version.number} {version.digest[:12]}")
+
+
+def _sizes(ready: Any) -> dict[str, int]:
+    return {name: len(data) for name, data in zip(ready.pool.names, ready.pool.data, strict=True)}
+
+
+def _given(launcher: str) -> World:
+    from fedpeft.central.launch import slurm
+    from fedpeft.central.world import World
+    from fedpeft.errors import ConfigError
+
+    found = slurm(os.environ) if launcher == "slurm" else World.of(os.environ)
+    if found is None:
+        raise ConfigError(f"--launcher {launcher}: RANK and WORLD_SIZE are not set; start with torchrun, or use --launcher local")
+    return found
+
+
+def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
+    """Refuse what can be refused before any rank starts."""
+    from fedpeft.central.publish import starts
+    from fedpeft.training.config import load_central
+
+    starts(load_central(job, _table(overrides)), refs)
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def _table(pairs: list[str] | None) -> dict[str, Any]:
+    from fedpeft.errors import ConfigError
+
+    wrong = [pair for pair in pairs or [] if "=" not in pair]
+    if wrong:
+        raise ConfigError(f"--set {wrong[0]}: needs the form a.b=value, for example training.steps=50")
+    return dict(pair.split("=", 1) for pair in pairs or [])

@@ -1,0 +1,232 @@
+"""Central jobs on one rank and on two, over gloo: stages, resumption on other ranks and stages, faults that end all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpeft.adapters import attach
+from fedpeft.central.job import prepare
+from fedpeft.central.joint import JointTask
+from fedpeft.central.world import World
+from fedpeft.processes import free_port
+from fedpeft.training import checkpoint
+from fedpeft.training.config import load_central
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+JOB = """
+name = "pair"
+seed = 3
+output = "out"
+registry = "registry"
+base = {{ model = "{model}", max_tokens = 64 }}
+method = {{ kind = "lora", r = 4, targets = ["all"] }}
+training = {{ steps = 4, batch_size = 4, accumulate = 2, lr = 0.01, warmup = 2, schedule = "linear", save_every = 100 }}
+deepspeed = {{ stage = 2, timeout = 60.0 }}
+[tasks.animals]
+kind = "generation"
+metrics = ["perplexity"]
+data = {{ path = "animals.jsonl" }}
+[tasks.colours]
+kind = "generation"
+metrics = ["perplexity"]
+data = {{ path = "colours.jsonl" }}
+"""
+SINGLE = {"tasks": '{ animals = { kind = "generation", metrics = ["perplexity"], data = { path = "animals.jsonl" } } }'} | {
+    "training.steps": "20",
+    "training.lr": "0.001",
+    "training.clip": "0.5",
+}
+WORDS = {"animals": ("cat", "dog", "bird"), "colours": ("red", "blue", "green", "pink")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, shared_models) -> Path:
+    place, dice = tmp_path_factory.mktemp("central"), random.Random(0)
+    for task, words in WORDS.items():
+        rows = [
+            {"prompt": f"Once there was a {(word := dice.choice(words))} " * dice.randint(1, 3), "completion": f"the {word} was {task} {i}"}
+            for i in range(40)
+        ]
+        (place / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (place / "single.json").write_text(json.dumps(SINGLE))
+    shallow(shared_models / "stories260k", place / "model")
+    (place / "job.toml").write_text(JOB.format(model=place / "model"))
+    return place
+
+
+def shallow(source: Path, target: Path) -> None:
+    """The real model's first two layers, with its tokenizer: each more costs seconds of gathering in stage 3."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def ranks(folder: Path, size: int) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a world of ``size``, each with a log."""
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    script = Path(__file__).with_name("central_ranks.py")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(folder)],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=(folder / f"log{size}.{rank}").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, dict]:
+    """What the rank of a world of one and those of a world of two found: ``1.0``, ``2.0`` and ``2.1``."""
+    started = [*ranks(folder, 1), *ranks(folder, 2)]
+    try:
+        for process in started:
+            assert process.wait(280) == 0, "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
+    finally:
+        for process in started:
+            process.kill()
+    return {path.name[5:8]: json.loads(path.read_text()) for path in folder.glob("found*.json")}
+
+
+def losses(result: dict, key: str = "all") -> np.ndarray:
+    assert "losses" in result, result
+    return np.array([step[key] for step in result["losses"]])
+
+
+def values(folder: Path, name: str) -> dict[str, np.ndarray]:
+    held = checkpoint.read(folder / name / "checkpoint")
+    assert held is not None
+    return dict(held.arrays)
+
+
+def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> None:
+    """As vectors: Adam moves by a whole step what has no gradient but rounding."""
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        assert float(np.linalg.norm(array - other[name])) <= tolerance * float(np.linalg.norm(other[name])), name
+
+
+def test_one_rank_is_the_local_engine_step_for_step(folder, found):
+    from fedpeft.bases import load_base
+    from fedpeft.training.loop import train
+    from fedpeft.training.settings import TrainJob
+
+    config = load_central(folder / "job.toml", SINGLE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ready = prepare(config, {})
+    pool, adapter = ready.pool, ready.adapters["animals"]
+    mixed = JointTask("pair", pool, {"animals": 1.0}, config.training.accumulate)
+
+    class Same:
+        """The generation task on the same batches."""
+
+        name = "animals"
+
+        def batches(self, data, size, seed, epoch):
+            return (one.part(0, 1).batch for one in mixed.batches(data, size, seed, epoch))
+
+        def loss(self, model, batch):
+            return config.tasks["animals"].task.loss(model, batch)
+
+    seen: list[float] = []
+    base = load_base(config.base, "cpu")
+    with attach(base, adapter.spec) as live:
+        live.load(adapter.tensors)
+        job = TrainJob(adapter.spec.layout.roles, config.seed, None, lambda _step, loss: seen.append(loss))
+        train(live, Same(), pool.data[0], config.training, job)
+        ours = live.read().flat
+    theirs = losses(found["1.0"]["single"])
+    assert len(theirs) == 20
+    np.testing.assert_allclose(theirs, seen, atol=1e-6, rtol=1e-6)
+    assert_close({"value": values(folder, "single1")["animals|value"]}, {"value": ours}, 1e-4)
+
+
+@pytest.mark.parametrize("stage", "0123")
+def test_stages_and_numbers_of_ranks_do_not_matter(folder, found, stage):
+    for world, name in (("1.0", "one"), ("2.0", "two"), ("2.1", "two")):
+        for key in ("all", "animals", "colours"):
+            wanted = losses(found["1.0"]["stage0"], key)
+            np.testing.assert_allclose(losses(found[world][f"stage{stage}"], key), wanted, atol=2e-6, rtol=2e-6)
+        assert_close(values(folder, f"{name}{stage}"), values(folder, "one0"), 1e-4)
+
+
+def test_a_shared_adapter_trains_beside_each_own(folder, found):
+    np.testing.assert_allclose(losses(found["2.0"]["shared"]), losses(found["1.0"]["shared"]), atol=2e-6, rtol=2e-6)
+    assert_close(values(folder, "shared2"), values(folder, "shared1"), 1e-4)
+    assert "(shared)|value" in values(folder, "shared1")
+    assert losses(found["1.0"]["shared"])[-1] < losses(found["1.0"]["shared"])[0]
+
+
+def test_two_ranks_go_on_from_one_and_one_from_two(folder, found):
+    undisturbed = losses(found["1.0"]["stage0"])
+    for world, name in (("2.0", "half1"), ("1.0", "half2")):
+        resumed = losses(found[world]["resumed"])
+        assert len(resumed) == 2
+        np.testing.assert_allclose(resumed, undisturbed[2:], atol=2e-6, rtol=2e-6)
+        assert_close(values(folder, name), values(folder, "one0"), 1e-4)
+
+
+def test_a_four_bit_base_trains_in_stages_2_and_3(folder, found):
+    for stage in "23":
+        seen = losses(found["2.0"][f"nf4.{stage}"])
+        assert seen[-1] < 0.5 * seen[0]
+    np.testing.assert_allclose(losses(found["2.0"]["nf4.3"]), losses(found["2.0"]["nf4.2"]), atol=2e-5)
+    assert_close(values(folder, "nf4-3"), values(folder, "nf4-2"), 1e-3)
+
+
+def test_a_fault_of_one_rank_ends_all_with_its_exit_code(found):
+    for rank, said in (("2.0", "rank 1: "), ("2.1", "nowhere.jsonl")):
+        fault = found[rank]["missing"]
+        assert (fault["code"], said in fault["fault"]) == (4, True), fault
+        assert fault["seconds"] < 30
+        other = found[rank]["other"]
+        assert (other["code"], "same files" in other["fault"]) == (4, True), other
+    assert found["1.0"]["diverged"]["code"] == 11
+
+
+def cli(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-W", "ignore", "-m", "fedpeft", "central", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    log = (folder / f"cli-{arguments[0]}.log").open("ab")
+    return subprocess.Popen(command, cwd=folder, env=environment | settings, stdout=log, stderr=log)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_kill_9_of_a_rank_ends_the_job_and_the_same_command_finishes_it(folder, found):
+    started = cli(folder, "train", "job.toml", "--ranks", "2", "--set", "training.save_every=1", "--set", "deepspeed.stage=1")
+    end = time.monotonic() + 120
+    while not (folder / "out" / "checkpoint").is_dir() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(children(started.pid)[1], signal.SIGKILL)
+    assert started.wait(60) == 8
+    done = checkpoint.read(folder / "out" / "checkpoint")
+    assert done is not None
+    one = World(port=free_port()).environment()
+    arguments = ("--launcher", "torchrun", "--set", "training.save_every=1", "--set", "deepspeed.stage=0")
+    assert cli(folder, "resume", "job.toml", *arguments, **one).wait(120) == 0
+    assert_close(values(folder, "out"), values(folder, "one0"), 1e-4)
+    from fedpeft.registry import Registry
+
+    published = Registry(folder / "registry").list()
+    assert {version.task for version in published} == {"animals", "colours"}
+    assert all(version.manifest.scheme == "central" and version.manifest.metrics["perplexity"] > 1 for version in published)

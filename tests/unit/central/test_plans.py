@@ -1,0 +1,132 @@
+"""What is decided before any rank starts: DeepSpeed's JSON, who the ranks are, and how they are started and watched."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from fedpeft.central import launch
+from fedpeft.central.launch import Rank, first_node, here, hosts, slurm, supervise
+from fedpeft.central.world import World
+from fedpeft.central.zero import stage_of, zero_json
+from fedpeft.errors import ConfigError
+from fedpeft.training.config import DeepSpeed
+from fedpeft.training.settings import TrainSettings
+
+SETTINGS = TrainSettings(batch_size=8, accumulate=2, clip=0.5)
+
+
+def own(folder, table):
+    path = folder / "ds.json"
+    path.write_text(json.dumps(table))
+    return DeepSpeed(stage=2, config=path)
+
+
+def test_the_json_says_what_the_toml_says():
+    table = zero_json(DeepSpeed(stage=3, offload="cpu"), SETTINGS, 4)
+    assert table["train_micro_batch_size_per_gpu"] * 4 == SETTINGS.batch_size
+    assert (table["gradient_accumulation_steps"], table["gradient_clipping"], stage_of(table)) == (2, 0.5, 3)
+    assert table["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_the_users_file_wins_where_it_does_not_contradict(tmp_path):
+    file = own(tmp_path, {"zero_optimization": {"stage": 1, "reduce_bucket_size": 5}, "gradient_clipping": "auto", "train_batch_size": 16})
+    table = zero_json(file, SETTINGS, 2)
+    assert table["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5}
+    assert table["gradient_clipping"] == 0.5
+    beside = zero_json(own(tmp_path, {"zero_optimization": {"reduce_bucket_size": 5}}), SETTINGS, 2)
+    assert beside["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0 contradicts training.clip, which makes it 0.5"),
+        ({"train_batch_size": 8}, "contradicts training.batch_size, which makes it 16"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "contradicts training.optimizer"),
+        ({"bf16": {"enabled": True}}, "contradicts training.precision"),
+        ({"scheduler": {"type": "WarmupLR"}}, "contradicts training.schedule"),
+        ({"checkpoint": {"load_universal": True}}, "'checkpoint' is decided by our own checkpoints"),
+        ([], "is an object"),
+    ],
+)
+def test_unknown_and_contradictory_keys_are_refused(tmp_path, table, said):
+    with pytest.raises(ConfigError, match=said):
+        zero_json(own(tmp_path, table), SETTINGS, 2)
+
+
+def test_all_faults_of_the_users_file_are_named_at_once(tmp_path):
+    with pytest.raises(ConfigError) as fault:
+        zero_json(own(tmp_path, {"a": 1, "b": 2, "gradient_clipping": 9}), SETTINGS, 1)
+    assert len(str(fault.value).splitlines()) == 3
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match="8 examples cannot be divided among 3 ranks; set a multiple of 3, for example 9"):
+        zero_json(DeepSpeed(), SETTINGS, 3)
+
+
+def test_a_world_is_what_a_launcher_set_and_half_of_it_is_refused():
+    world = World(1, 1, 2, "10.0.0.1", 5)
+    assert World.of(world.environment()) == world
+    assert World.of({"PATH": "x", "MASTER_ADDR": "y"}) is None
+    with pytest.raises(ConfigError, match=r"\['LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'\] are not"):
+        World.of({"RANK": "0"})
+    with pytest.raises(ConfigError, match="no whole numbers"):
+        World.of(world.environment() | {"RANK": "one"})
+
+
+def test_slurm_and_host_files(tmp_path, monkeypatch):
+    step = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "gpu[03-05,9],cpu1"}
+    assert slurm(step) == World(5, 1, 8, "gpu03", launch.PORT)
+    assert [first_node(nodes) for nodes in ("a1,a2", "n[1,3]", "solo")] == ["a1", "n1", "solo"]
+    with pytest.raises(ConfigError, match="SLURM_PROCID"):
+        slurm({})
+    file = tmp_path / "hosts"
+    file.write_text("# two machines\nme@a slots=2\n\nb\n")
+    found = hosts(file)
+    assert [(rank.host, rank.world.rank, rank.world.local_rank) for rank in found] == [("me@a", 0, 0), ("me@a", 1, 1), ("b", 2, 0)]
+    assert {(rank.world.size, rank.world.address) for rank in found} == {(3, "a")}
+    monkeypatch.setenv("PYTHONPATH", "/with space")
+    line = found[2].command(["job.toml", "--set", "a=b c"])
+    assert line[:2] == ["ssh", "-o"]
+    assert all(part in line[-1] for part in ("RANK=2", "MASTER_ADDR=a", "'PYTHONPATH=/with space'", "central rank job.toml", "'a=b c'"))
+    for text in ("", "a slots=x", "a b c"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="hostfile"):
+            hosts(file)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A rank that runs a line of Python."""
+
+    world: World
+    code: str
+
+    def command(self, arguments):
+        return [sys.executable, "-c", self.code]
+
+
+def test_the_first_failure_ends_all_ranks_with_its_code():
+    world = World()
+    assert supervise([Script(world, "pass"), Script(world, "pass")], []) == 0
+    began = time.monotonic()
+    slow = "import time; time.sleep(60)"
+    assert supervise([Script(world, slow), Script(world, "raise SystemExit(11)")], [], grace=0.3) == 11
+    assert supervise([Script(world, slow), Script(world, "import os; os.kill(os.getpid(), 9)")], [], grace=0.3) == 8
+    assert time.monotonic() - began < 20
+
+
+def test_ranks_on_this_machine_share_a_port_and_number_through():
+    found = here(3)
+    assert [(rank.world.rank, rank.world.local_rank, rank.world.size, rank.host) for rank in found] == [(i, i, 3, None) for i in range(3)]
+    assert len({rank.world.port for rank in found}) == 1
+    assert isinstance(found[0], Rank)
+    with pytest.raises(ConfigError, match="--ranks 0"):
+        here(0)
