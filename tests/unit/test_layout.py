@@ -53,7 +53,7 @@ def test_every_room_explains_itself():
     assert missing == []
 
 
-HEAVY = ("torch", "transformers", "peft", "flwr", "sqlalchemy", "sklearn", "pyarrow", "deepspeed", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "flwr", "sqlalchemy", "sklearn", "pyarrow", "deepspeed", "bitsandbytes", "grpc", "fsspec")
 
 
 def test_the_command_line_imports_nothing_heavy():
