@@ -55,10 +55,15 @@ def _beside(path: Path, data: bytes, mode: int) -> Iterator[Path]:
 
 def write_synced(handle: int, data: bytes) -> None:
     """Write all of ``data`` to an open file and wait until the disk has it. Raises `OSError`."""
+    write_all(handle, data)
+    os.fsync(handle)
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """Write all of ``data`` to an open file. Raises `OSError`."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
-    os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:

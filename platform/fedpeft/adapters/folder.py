@@ -24,7 +24,7 @@ from safetensors.numpy import save as write_safetensors
 
 from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.errors import AdapterError, StorageError
-from fedpeft.files import sync_folder, write_synced
+from fedpeft.files import sync_folder, write_all
 from fedpeft.tensors import Tensors
 
 CONFIG, TENSORS, SPEC = "adapter_config.json", "adapter_model.safetensors", "fedpeft.json"
@@ -77,8 +77,10 @@ def parse(files: Mapping[str, bytes], where: str) -> Adapter:
     return adapter
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
-    """Make ``folder`` with ``files``, whole or not at all; files given as paths are moved here once the folder is complete.
+def write_folder(folder: Path, files: Mapping[str, bytes | Path], durable: bool = True) -> None:
+    """Make ``folder`` with ``files``, whole or not at all; files given as paths are moved into it.
+
+    Unless it is ``durable``, a power cut may leave it torn: for those who check what they read.
 
     Raises:
         StorageError: it exists or cannot be written; files given as paths may be gone then, others are as they were.
@@ -90,25 +92,28 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         for name, data in files.items():
-            _write(partial / name, data)
+            _write(partial / name, data, durable)
         partial.chmod(0o755)
-        sync_folder(partial)
+        if durable:
+            sync_folder(partial)
         partial.rename(folder)
-        sync_folder(folder.parent)
+        if durable:
+            sync_folder(folder.parent)
     except OSError as fault:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(f"{folder}: cannot be written: {fault.strerror or fault}; free space or choose another place") from None
 
 
-def _write(path: Path, data: bytes | Path) -> None:
+def _write(path: Path, data: bytes | Path, durable: bool) -> None:
     if isinstance(data, Path):
         shutil.move(data, path)
+    else:
+        with open(path, "xb", buffering=0) as stream:
+            write_all(stream.fileno(), data)
+    if durable:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-        return
-    with open(path, "xb") as stream:
-        write_synced(stream.fileno(), data)
 
 
 def _json(table: Mapping[str, Any]) -> bytes:

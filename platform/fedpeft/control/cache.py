@@ -35,7 +35,7 @@ class Cache:
     @cached_property
     def objects(self) -> Objects:
         """The versions, and whose signatures count."""
-        return Objects(FolderStore(self.root / "objects"), Keys(self.root / "keys", "manifest v1"))
+        return Objects(FolderStore(self.root / "objects", durable=False), Keys(self.root / "keys", "manifest v1"))
 
     @property
     def staging(self) -> Staging:
@@ -62,6 +62,7 @@ class Cache:
 
     def evict(self, keep: str = "") -> tuple[str, ...]:
         """Drop the least lately used until the rest fit; returns who left. ``keep`` stays, unless it alone is too large."""
+        self.staging.sweep()
         store, times = self.objects.store, {}
         for digest in store.names():
             with suppress(OSError):

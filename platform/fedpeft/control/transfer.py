@@ -72,6 +72,7 @@ def _pull(link: Link, cache: Cache, digest: str, tries: Tries) -> dict[str, byte
             ready = landing.complete(found.manifest.files)
             held = {name: path.read_bytes() for name, path in ready.items()}
             cache.keep(found.manifest, ready, head.version.signature)
+            landing.forget()
             return held | {NAME: head.version.manifest, SIGNATURE: head.version.signature}
 
 

@@ -48,9 +48,13 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Folders below ``root``, each by one rename; one writer at a time, and what dead writers left is swept."""
+    """Folders below ``root``, each by one rename; one writer at a time, and what dead writers left is swept.
+
+    Unless it is ``durable``, a power cut may tear the youngest folders: for caches, which check what they read.
+    """
 
     root: Path
+    durable: bool = True
 
     def path(self, name: str) -> Path:
         """Where folder ``name`` lies."""
@@ -66,7 +70,7 @@ class FolderStore:
             self._sweep()
             if self.path(name).exists():
                 return False
-            write_folder(self.path(name), files)
+            write_folder(self.path(name), files, self.durable)
             return True
 
     def get(self, name: str, file: str, start: int = 0, end: int | None = None) -> bytes:
