@@ -12,19 +12,26 @@ from pydantic import Field
 from fedpeft.adapters.folder import load
 from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.errors import AdapterError
-from fedpeft.methods.blends import fusion, prompts
+from fedpeft.methods.blends import fusion, prompts, xlora
 from fedpeft.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedpeft.adapters.starts.protocol import Samples
     from fedpeft.bases import Base
 
-FILL: dict[str, Callable[[Tensors, Mapping[str, Tensors]], Tensors]] = {"adapterfusion": fusion.fill, "attempt": prompts.fill}
+FILL: dict[str, Callable[[Tensors, Mapping[str, Tensors]], Tensors]] = {
+    "adapterfusion": fusion.fill,
+    "attempt": prompts.fill,
+    "xlora": xlora.fill,
+}
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Fill an ``adapterfusion`` with bottlenecks or an ``attempt`` with prompts: ``adapters`` maps their names to adapter folders."""
+    """Fill an ``adapterfusion`` with bottlenecks, an ``attempt`` with prompts or an ``xlora`` with LoRA.
+
+    ``adapters`` maps the experts' names to adapter folders.
+    """
 
     adapters: Annotated[Mapping[str, str], Field(min_length=1)]
 

@@ -6,6 +6,7 @@ from fedpeft.methods.blends.fusion import AdapterFusion
 from fedpeft.methods.blends.mixtures import HydraLora, MoLora
 from fedpeft.methods.blends.prompts import Attempt, Mpt
 from fedpeft.methods.blends.unipelt import UniPelt
+from fedpeft.methods.blends.xlora import XLora
 from fedpeft.methods.protocol import Method
 
 BLENDS: dict[str, type[Method]] = {
@@ -14,6 +15,7 @@ BLENDS: dict[str, type[Method]] = {
     "adapterfusion": AdapterFusion,
     "hydralora": HydraLora,
     "molora": MoLora,
+    "xlora": XLora,
     "mpt": Mpt,
     "attempt": Attempt,
 }

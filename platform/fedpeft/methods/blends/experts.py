@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ def add_hydra(model: nn.Module, head: HeadSpec, targets: Sequence[str], rank: in
         graft(attached, model, f"{name}.hydralora", shapes, partial(_hydra, experts))
 
 
-def add_mixture(model: nn.Module, head: HeadSpec, targets: Sequence[str], rank: int, size: tuple[int, int]) -> None:
-    """Experts and a top-k router on every target layer; ``size`` is (experts, top).
+def add_mixture(model: nn.Module, head: HeadSpec, targets: Sequence[str], rank: int, size: tuple[int, int], balance: float = 0.0) -> None:
+    """Experts and a top-k router on every target layer; ``size`` is (experts, top), ``balance`` weighs the load-balancing loss.
 
     Raises:
         AdapterError: a target selects nothing, or ``top`` exceeds the number of experts.
@@ -47,7 +47,7 @@ def add_mixture(model: nn.Module, head: HeadSpec, targets: Sequence[str], rank: 
     for name in names:
         host = model.get_submodule(name)
         shapes = {f"A.{e}": (rank, width_in(host)) for e in range(experts)} | _mixing(host, rank, experts)
-        graft(attached, model, f"{name}.molora", shapes, partial(_mixture, size))
+        graft(attached, model, f"{name}.molora", shapes, partial(_mixture, size, balance))
 
 
 def add_fusion(model: nn.Module, head: HeadSpec, experts: Sequence[str], dim: int, roles: Sequence[str]) -> None:
@@ -76,6 +76,29 @@ def top_weights(logits: Tensor, top: int) -> Tensor:
     return torch.zeros_like(logits).scatter(-1, places, best.softmax(-1))
 
 
+class Beside(torch.autograd.Function):
+    """Its first argument, unchanged; the backward pass also descends the second, a loss beside the task's, whoever computes that one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
+        """``values``."""
+        ctx.like = loss
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss counts as it is."""
+        return grad, torch.ones_like(ctx.like)
+
+
+def imbalance(logits: Tensor, weights: Tensor) -> Tensor:
+    """Summed over tokens: E times the sum over experts of (share of choices times mean probability); logits and weights (..., E)."""
+    experts = logits.shape[-1]
+    chosen = (weights > 0).reshape(-1, experts).float()
+    shares, mean = chosen.mean(0) / chosen.sum(1).mean(), logits.softmax(-1).reshape(-1, experts).mean(0)
+    return len(chosen) * experts * (shares * mean).sum()
+
+
 def _mixing(host: Any, rank: int, experts: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"B.{e}": (width_out(host), rank) for e in range(experts)}
     return shapes | {"router": (experts, width_in(host))}
@@ -87,10 +110,13 @@ def _hydra(experts: int, own: Own, host: nn.Module, inputs: tuple[Any, ...], out
     return output + _lift(own, experts, F.linear(states, own["A"]).unsqueeze(-2) * weights.unsqueeze(-1)).to(output.dtype)
 
 
-def _mixture(size: tuple[int, int], own: Own, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+def _mixture(size: tuple[int, int], balance: float, own: Own, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     (experts, top), states = size, inputs[0].float()
-    weights = top_weights(F.linear(states, own["router"]), top)
+    logits = F.linear(states, own["router"])
+    weights = top_weights(logits, top)
     low = F.linear(states, torch.cat([own[f"A.{e}"] for e in range(experts)])).view(*states.shape[:-1], experts, -1)
+    if balance and torch.is_grad_enabled():
+        weights = cast(Tensor, Beside.apply(weights, balance * imbalance(logits, weights)))  # type: ignore[no-untyped-call]
     return output + _lift(own, experts, low * weights.unsqueeze(-1)).to(output.dtype)
 
 

@@ -49,7 +49,17 @@ BLEND_SPECS: dict[str, MethodSpec] = {
         paper="Li et al. 2024 (MixLoRA), arXiv 2404.15159; Zadouri et al. 2023 (MoLoRA), arXiv 2309.05444",
         tensors={"A": "trained", "B": "trained", "router": "trained"},
         average="router",
-        note="its router is saved with it; no load-balancing loss",
+        note="its router is saved with it; balance weighs the load-balancing loss",
+    ),
+    "xlora": MethodSpec(
+        family="multi-task",
+        acts_on="linear weights",
+        summary="frozen LoRA experts, weighed per layer and token by a router on the last hidden state of a first pass",
+        paper="Buehler & Buehler 2024, arXiv 2402.07148",
+        tensors={"router": "trained", "expert": "given"},
+        average="router",
+        identity=False,
+        note="a forward costs two; experts come from trained adapters and never move; its router is saved with it",
     ),
     "mpt": MethodSpec(
         family="prompt",

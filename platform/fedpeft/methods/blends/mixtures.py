@@ -63,8 +63,9 @@ class HydraLora:
 class MoLora:
     """``y + sum_e w_e(x) B_e A_e x`` over the ``top`` experts of each token, their softmax renormalised (MixLoRA, arXiv 2404.15159).
 
-    A soft mixture of all (MoLoRA, arXiv 2309.05444) has ``top = experts``. There is no load-balancing loss: experts differ by their
-    random A alone. The scale alpha/r is part of every B_e.
+    A soft mixture of all (MoLoRA, arXiv 2309.05444) has ``top = experts``. ``balance`` weighs the load-balancing loss of every layer, E
+    times the sum over experts of their share of tokens times their mean probability (MixLoRA, eq. 6), per token as the task's own loss; it
+    is 1 when tokens spread evenly. At 0 experts differ by their random A alone. The scale alpha/r is part of every B_e.
     """
 
     kind: ClassVar[str] = "molora"
@@ -75,6 +76,7 @@ class MoLora:
     experts: Many = 4
     top: Annotated[int, Field(ge=1)] = 2
     targets: Targets = ("mlp",)
+    balance: Annotated[float, Field(ge=0)] = 0.0
 
     entries = shared.entries
     peft_config = shared.peft_config
@@ -84,7 +86,7 @@ class MoLora:
         """Hook the target layers in place and return ``model``. Raises `AdapterError` when no layer matches or ``top`` is too large."""
         from fedpeft.methods.blends.experts import add_mixture
 
-        add_mixture(model, head, self.targets, self.r, (self.experts, self.top))
+        add_mixture(model, head, self.targets, self.r, (self.experts, self.top), self.balance)
         return model
 
     def initial(self, entry: Entry, rng: np.random.Generator, config: Any) -> NDArray[np.float32] | None:

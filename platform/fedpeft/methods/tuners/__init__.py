@@ -14,7 +14,6 @@ TUNERS: dict[str, type[Method]] = {kind: tuner(kind, row) for kind, row in ROWS.
 TUNER_SPECS: dict[str, MethodSpec] = {kind: row.spec for kind, row in ROWS.items()}
 
 REFUSED: dict[str, str] = {
-    "xlora": "its router works over adapters stored in folders and is lost when peft saves it; use a mixture of LoRA experts",
     "monteclora": "peft makes it a plain LoRA on a quantized base, and its loss has a term that the loop does not add; use lora",
     "kasa": "it rewrites the base at start, so that sites would no longer share one; use lora with start = 'pissa'",
     "bd-lora": "its blocks exist for one way of serving and it is a plain LoRA on a quantized base; use lora",
