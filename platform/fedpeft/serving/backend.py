@@ -94,7 +94,7 @@ class Backend:
         """Put an adapter to work beside the others. Raises `AdapterError` naming the method when it cannot be."""
         if adapter.spec.method.kind in VIRTUAL:
             raise AdapterError(
-                f"{adapter.spec.method.kind} adds virtual tokens, which no mixed batch with a cache is exact for; train another method"
+                f"{adapter.spec.method.kind} adds virtual tokens, which the cache of mixed rows has no place for; train another method"
             )
         self.engine.call(lambda: self._put(name, adapter))
 
