@@ -112,5 +112,3 @@ MAKERS: dict[str, Callable[[Cards], Router | None]] = {
     "cluster": _cluster,
     "mean": _mean,
 }
-NAMES: Sequence[str] = (*MAKERS, "chain")
-"""What `make_router` knows."""
