@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -247,3 +249,26 @@ def test_scales_of_a_plan_that_would_leave_32_bits_are_refused():
             Lanes.told(layout, {"B"}, Ring(8), scales, grid)
     with pytest.raises(UpdateError, match="take fewer"):
         Ring(16).largest(Grid(1 << 16))
+
+
+@given(
+    scales=st.binary(max_size=12),
+    bits=st.integers(2, 16),
+    sites=st.integers(1, 300),
+    values=st.binary(max_size=260),
+    count=st.integers(1, 5),
+)
+@few
+def test_any_scales_and_any_vector_are_read_or_are_update_errors(scales, bits, sites, values, count):
+    """What a coordinator and a site may send each other: nothing crashes, and what is taken never leaves the round's grid."""
+    grid, layout = Grid(sites), layout_of(50)
+    with contextlib.suppress(UpdateError):
+        lanes = Lanes.told(layout, {"B"}, Ring(bits, 8), scales, grid)
+        codes = lanes.grow(lanes.read(np.frombuffer(values, np.uint8), 3), min(count, sites))
+        assert np.abs(codes[:50].astype(np.int64)).max() <= min(count, sites) * grid.limit
+    scales = bytes(place % (Ring(bits).largest(grid) + 1) for place in range(7))
+    lanes = Lanes.told(layout, {"B"}, Ring(bits, 8), scales, grid)
+    whole = np.frombuffer((values + bytes(lanes.bytes(3)))[: lanes.bytes(3)], np.uint8)
+    with contextlib.suppress(UpdateError):
+        codes = lanes.grow(lanes.read(whole, 3), min(count, sites))
+        assert np.abs(codes[:50].astype(np.int64)).max() <= min(count, sites) * grid.limit
