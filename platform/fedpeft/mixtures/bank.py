@@ -41,7 +41,7 @@ class Bank:
         self.base, self.head = base, head
         self.model: nn.Module = base.shell(head)
         self.store = Store(base.device)
-        self.state = State(self.store, check_way(way), dense)
+        self.state = State(self.store, check_way(way, base.device), dense)
         self.gates = Gates()
         self._own: dict[str, Own] = {}
         self._soft: SoftHost | None = None

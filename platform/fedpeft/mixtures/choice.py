@@ -1,36 +1,108 @@
-"""Which way runs for which shape."""
+"""Which way runs for which shape: measured once per shape on the device at hand, and kept; a setting overrides it.
+
+All ways give the same numbers up to rounding; where runs must agree bit for bit (a resumed job), name the way.
+"""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from fedpeft.errors import ConfigError
+from fedpeft.mixtures.fused import Fused, available
 from fedpeft.mixtures.plans import Blend, Pairs, Share
 from fedpeft.mixtures.ways import Batched, Grouped, Loop, Segments, Stacked, Way
 
-WAYS = ("auto", "loop", "batched", "segments", "grouped", "stacked")
-PAIRED: dict[str, type[Batched] | type[Segments] | type[Grouped]] = {"batched": Batched, "segments": Segments, "grouped": Grouped}
+Paired = type[Batched] | type[Segments] | type[Grouped] | type[Fused]
+PAIRED: dict[str, Paired] = {"batched": Batched, "segments": Segments, "grouped": Grouped, "fused": Fused}
+WAYS = ("auto", "loop", *PAIRED)
+ROUNDS = 3
+FASTEST: dict[tuple[object, ...], str] = {}
+"""The way that was fastest, by shape."""
 
 
-def check_way(name: str) -> str:
-    """``name``, if it is a way. Raises `ConfigError` naming the ways."""
+@dataclass(frozen=True)
+class Shape:
+    """What decides: the tokens of the batch, the type they are in, factors (T, R, I) and (T, O, R), and whether these train."""
+
+    tokens: int
+    dtype: torch.dtype
+    rank: int
+    width_in: int
+    width_out: int
+    training: bool
+
+
+def check_way(name: str, device: str) -> str:
+    """``name``, if it is a way that runs on ``device``. Raises `ConfigError` naming the ways."""
     if name not in WAYS:
         raise ConfigError(f"mixture: way {name!r} is unknown; choose one of {list(WAYS)}")
+    if name == "fused" and not available(torch.device(device).type):
+        raise ConfigError(f"mixture: way 'fused' needs CUDA and triton, this base is on {device}; choose one of {list(WAYS)[:-1]}")
     return name
 
 
-def way_for(share: Share, name: str) -> tuple[Way, Tensor | None]:
+def way_for(share: Share, name: str, shape: Shape) -> tuple[Way, Tensor | None]:
     """The way for a share, and its weights."""
     plan = share.plan
     if name == "loop":
         return Loop(share.matrix), share.matrix
     if isinstance(plan, Blend):
         return Stacked(plan), plan.weights
-    kind = PAIRED.get(name) or _usual(plan)
-    return kind(plan), plan.weights
+    return PAIRED[fastest(plan, shape) if name == "auto" else name](plan), plan.weights
 
 
-def _usual(plan: Pairs) -> type[Batched] | type[Segments] | type[Grouped]:
-    if plan.uniform is not None or len(plan.slots) <= plan.capacity:
-        return Batched
-    return Segments
+def fastest(plan: Pairs, shape: Shape) -> str:
+    """The way with the least time for this plan and shape; plans of about as many tokens, pairs and slots share a measurement."""
+    device = plan.slots.device.type
+    bucket = (shape.tokens.bit_length(), len(plan.slots).bit_length(), len(plan.runs).bit_length(), plan.uniform is None)
+    key = (device, bucket, shape.dtype, shape.rank, shape.width_in, shape.width_out, shape.training)
+    if key not in FASTEST:
+        names = [name for name in PAIRED if name != "fused" or available(device)]
+        seconds = {name: _seconds(PAIRED[name](plan), plan, shape) for name in names}
+        FASTEST[key] = min(seconds, key=seconds.__getitem__)
+    return FASTEST[key]
+
+
+def _seconds(way: Way, plan: Pairs, shape: Shape) -> float:
+    """The best of a few rounds of the products of one layer; infinite where the device or library has no such product."""
+    device = plan.slots.device
+    x = torch.zeros(shape.tokens, shape.width_in, dtype=shape.dtype, device=device)
+    y = torch.zeros(shape.tokens, shape.width_out, dtype=shape.dtype, device=device)
+    a = torch.zeros(plan.capacity, shape.rank, shape.width_in, dtype=shape.dtype, device=device)
+    b = torch.zeros(plan.capacity, shape.width_out, shape.rank, dtype=shape.dtype, device=device)
+    best = float("inf")
+    try:
+        _layer(way, (x, y, a, b), shape.training)
+        for _ in range(ROUNDS):
+            began = _now(device)
+            _layer(way, (x, y, a, b), shape.training)
+            best = min(best, _now(device) - began)
+    except (RuntimeError, NotImplementedError):
+        return float("inf")
+    return best
+
+
+@torch.no_grad()
+def _layer(way: Way, tensors: tuple[Tensor, Tensor, Tensor, Tensor], training: bool) -> None:
+    """The products of one forward, and of one backward."""
+    x, y, a, b = tensors
+    part = way.take(x)
+    h = way.down(part, a)
+    way.up(y, h, b)
+    if training:
+        g = way.take(y)
+        gh = way.down(g, b.transpose(1, 2))
+        way.up(x, gh, a.transpose(1, 2))
+        way.grad_a(gh, part, torch.zeros(a.shape, device=a.device))
+        way.grad_b(g, h, torch.zeros(b.shape, device=b.device))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.thread_time()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
-from fedpeft.mixtures.choice import way_for
+from fedpeft.mixtures.choice import Shape, way_for
 from fedpeft.mixtures.dense import CHILD, Holder
 from fedpeft.mixtures.mixing import Addend, Factors, mix
 from fedpeft.mixtures.plans import Share, per_token
@@ -53,7 +53,7 @@ class Family:
         key = (x._version, member.state.version, member.layer.training, torch.is_grad_enabled())
         ready = self._ready
         if ready is None or ready[0] is not x or ready[1] != key or member not in ready[2]:
-            task = self._task_of(member)
+            task = self._task_of(member, x)
             if member not in task.members:
                 return cast(Tensor, member.base(x))
             if not task.fused or not all(other.weight.dtype == _dtype(x) for other in task.members):
@@ -63,15 +63,15 @@ class Family:
         self._ready = ready if ready[2] else None
         return found
 
-    def _task_of(self, member: Host) -> Task:
+    def _task_of(self, member: Host, x: Tensor) -> Task:
         """Kept as long as mixture and mode stay; the factors of a dense bank are made anew, as they are part of a graph."""
-        key = (member.state.version, member.layer.training)
+        key = (member.state.version, member.layer.training, x.shape, _dtype(x), torch.is_grad_enabled())
         if self._task is None or self._task[0] != key or member.holder is not None:
             names = {other.name for other in self.members}
             shares = tuple(share for share in member.state.fixed if names & share.slab.parts.keys())
             members = tuple(other for other in self.members if any(other.name in share.slab.parts for share in shares))
             fused = all(other.here and all(_plain(share, other.name) for share in shares) for other in members)
-            addends = tuple(addend for share in shares for addend in _addends(members, share)) if fused else ()
+            addends = tuple(addend for share in shares for addend in _addends(x, members, share)) if fused else ()
             self._task = (key, Task(members, shares, addends, fused))
         return self._task[1]
 
@@ -146,7 +146,7 @@ class Host:
         own, gain, shift = y, self._blend(shares, "gain_out", y), self._blend(shares, "shift", y)
         y = y if gain is None else y * gain
         y = y if shift is None else y + shift
-        addends = [addend for share in shares for addend in _addends([self], share)]
+        addends = [addend for share in shares for addend in _addends(x, [self], share)]
         y = y + mix(x.to(_dtype(x)), [self.width], [None], addends)[0].to(own.dtype) if addends else y
         for share in shares:
             y = y + _squeeze(share, self, y) if share.slab.parts[self.name].squeeze else y
@@ -185,14 +185,17 @@ def _plain(share: Share, module: str) -> bool:
     return part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze)
 
 
-def _addends(members: Sequence[Host], share: Share) -> list[Addend]:
+def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
     slab, found = share.slab, []
     for place, member in enumerate(members):
         for a, b in slab.parts[member.name].low if member.name in slab.parts else ():
             found.append(member.product(place, slab, a, b))
     if not found:
         return []
-    way, weights = way_for(share, members[0].state.way)
+    rank, width = found[0].a.shape[1:]
+    training = torch.is_grad_enabled() and slab.trained
+    shape = Shape(x.numel() // x.shape[-1], _dtype(x), rank, width, found[0].b.shape[1], training)
+    way, weights = way_for(share, members[0].state.way, shape)
     return [Addend(way, tuple(found), weights, slab.dropout if members[0].layer.training else 0.0)]
 
 

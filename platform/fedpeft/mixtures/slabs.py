@@ -180,8 +180,15 @@ class Store:
 
 def _slab(spec: AdapterSpec, rows: int, width: int, device: torch.device | str) -> Slab:
     spans = {e.name: (spec.layout.spans[e.name], e.shape) for e in spec.layout.entries if e.role != "head"}
-    values, grads = torch.zeros(rows, width, device=device), torch.zeros(rows, width, device=device)
+    values, grads = _zeros(rows, width, device), _zeros(rows, width, device)
     return Slab(parts_of(spec), _dropout(spec), values, grads, spans, [None] * rows, [None] * rows, set(range(rows)))
+
+
+def _zeros(rows: int, width: int, device: torch.device | str) -> Tensor:
+    """On a CPU as numpy makes them: memory that the system hands out zeroed, page by page as it is touched; torch writes them all."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(rows, width, device=device)
+    return torch.from_numpy(np.zeros((rows, width), np.float32))
 
 
 def _dropout(spec: AdapterSpec) -> float:

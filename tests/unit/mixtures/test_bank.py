@@ -296,6 +296,8 @@ def test_what_does_not_fit_is_said(warm, make_adapter, head_of, crowd, batch):
     base, head, adapters = crowd("causal")
     with pytest.raises(ConfigError, match="way 'fast' is unknown"):
         Bank.attach(base, head, adapters, way="fast")
+    with pytest.raises(ConfigError, match="way 'fused' needs CUDA and triton, this base is on cpu"):
+        Bank.attach(base, head, adapters, way="fused")
     with pytest.raises(AdapterError, match="a classification head, this mixture a lm one"):
         Bank.attach(base, head, {"x": make_adapter("x", base, {"kind": "lora"}, head_of("encoder"))})
     with Bank.attach(base, head, adapters) as bank:

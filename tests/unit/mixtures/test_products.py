@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,12 +34,15 @@ class Pair(nn.Module):
         self.requires_grad_(False)
 
 
-def adapter(name, rank, seed):
+def adapter(name, rank, seed, dropout=0.0):
     shapes = {"A": lambda out: (rank, WIDTH), "B": lambda out: (out, rank)}
     entries = [Entry(f, f"base_model.model.{m}.lora_{f}.weight", shapes[f](out)) for m, out in OUT.items() for f in "AB"]
     layout = Layout.of(entries)
     values = np.random.default_rng(seed).normal(size=layout.size).astype(np.float32)
-    return Adapter(AdapterSpec(name, "base", "model", Lora(r=rank, targets=("q", "v")), HeadSpec("lm"), layout), Tensors(layout, values))
+    return Adapter(
+        AdapterSpec(name, "base", "model", Lora(r=rank, targets=("q", "v"), dropout=dropout), HeadSpec("lm"), layout),
+        Tensors(layout, values),
+    )
 
 
 def forward(adapters, gates, x, way, *, dense=False, router=None):
@@ -128,7 +132,7 @@ def spelled(adapters, x):
     return weights
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(setups(), st.sampled_from(PATHS), st.booleans(), st.data())
 def test_one_adapter_per_row_is_the_loop(setup, way, dense, data):
     adapters, x, _ = setup
@@ -140,7 +144,7 @@ def test_one_adapter_per_row_is_the_loop(setup, way, dense, data):
     check(adapters, Gates.rows(picks), weights, x, way, dense=dense)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(setups(), st.sampled_from(PATHS), st.booleans(), st.sampled_from([0.2, 1.0]))
 def test_rows_and_tokens_that_mix_are_the_loop(setup, way, by_token, density):
     adapters, x, generator = setup
@@ -154,7 +158,7 @@ def test_rows_and_tokens_that_mix_are_the_loop(setup, way, by_token, density):
     check(adapters, gates, weights, x, way)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(setups(), st.sampled_from(["auto", "loop"]))
 def test_weights_that_are_learned_get_their_gradient(setup, way):
     adapters, x, generator = setup
@@ -167,7 +171,7 @@ def test_weights_that_are_learned_get_their_gradient(setup, way):
     close(w.grad, wanted[:, [list(adapters).index(name) for name in names]])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(setups(), st.integers(1, 5), st.sampled_from(["softmax", "none", "uniform"]), st.booleans())
 def test_routed_tokens_are_the_loop(setup, k, normalise, shut):
     adapters, x, generator = setup
@@ -191,3 +195,78 @@ def test_routed_tokens_are_the_loop(setup, k, normalise, shut):
                 weights[b, s, list(adapters).index(names[0])] += 1
         close(outs[name], oracle(adapters, weights, x)[0][name])
     assert store is not None
+
+
+@settings(max_examples=10)
+@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["loop", "batched", "segments"]))
+def test_dropout_draws_one_mask_per_row_and_goes_back_through_it(rows, tokens, way):
+    own = {name: adapter(name, 2, seed, dropout=0.4) for seed, name in enumerate(("a", "b"))}
+    x = torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(rows)).requires_grad_()
+    picks = [("a", "b")[row % 2] for row in range(rows)]
+    torch.manual_seed(5)
+    outs, store = forward(own, Gates.rows(picks), x, way)
+    torch.manual_seed(5)
+    mask = torch.empty(rows, WIDTH).bernoulli_(0.6).div_(0.6)
+    assert 0 < int((mask == 0).sum()) < mask.numel() or rows * WIDTH < 32
+    again = x.detach().clone().requires_grad_()
+    model, total = Pair(), 0.0
+    flats = {name: torch.from_numpy(a.tensors.flat).clone().requires_grad_() for name, a in own.items()}
+    for name in OUT:
+        spans = own["a"].spec.layout.spans
+        rows_out = []
+        for row, pick in enumerate(picks):
+            down, up = (flats[pick][spans[f"base_model.model.{name}.lora_{f}.weight"]] for f in "AB")
+            low = (again[row] * mask[row]) @ down.view(2, WIDTH).t() @ up.view(OUT[name], 2).t()
+            rows_out.append(getattr(model, name)(again[row]) + low)
+        found = torch.stack(rows_out)
+        close(outs[name], found)
+        total = total + (found * weights_of(found)).sum()
+    total.backward()
+    close(x.grad, again.grad)
+    for name in own:
+        slab, row = store.place[name]
+        close(slab.grad(row), flats[name].grad)
+
+
+@pytest.mark.parametrize("way", ["loop", "batched", "segments"])
+def test_autocast_computes_in_its_own_type(way):
+    own = {name: adapter(name, 4, seed) for seed, name in enumerate(("a", "b"))}
+    x = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanted, exact = forward(own, Gates.rows(["a", "b", None, "a"]), x, "loop")
+    with torch.autocast("cpu", torch.bfloat16):
+        outs, store = forward(own, Gates.rows(["a", "b", None, "a"]), x.detach().requires_grad_(), way)
+    for name in OUT:
+        assert outs[name].dtype == torch.bfloat16
+        assert float((outs[name].detach().float() - wanted[name].detach()).norm()) < 2e-2 * float(wanted[name].detach().norm())
+    for slab, row in exact.place.values():
+        found = store.slabs[exact.slabs.index(slab)].grad(row)
+        assert float((found - slab.grad(row)).norm()) < 3e-2 * float(slab.grad(row).norm())
+
+
+def test_the_measured_way_is_kept_and_can_be_named(monkeypatch):
+    from fedpeft.mixtures import choice
+
+    own = {"a": adapter("a", 2, 0), "b": adapter("b", 2, 1)}
+    x = torch.randn(4, 3, WIDTH).requires_grad_()
+    asked = []
+    monkeypatch.setattr(choice, "FASTEST", {})
+    monkeypatch.setattr(
+        choice, "_seconds", lambda way, plan, shape: asked.append(type(way).__name__) or float(type(way).__name__ != "Segments")
+    )
+    for _ in range(3):
+        forward(own, Gates.rows(["a", "b", "a", None]), x, "auto")
+    assert asked == ["Batched", "Segments", "Grouped"]
+    assert set(choice.FASTEST.values()) == {"segments"}
+    forward(own, Gates.rows(["a", "b", "a", None]), x, "batched")
+    assert len(asked) == 3
+
+
+def test_a_way_that_the_device_lacks_is_never_chosen(monkeypatch):
+    from fedpeft.mixtures import choice
+
+    monkeypatch.setattr(choice, "FASTEST", {})
+    monkeypatch.setattr(choice.Batched, "down", lambda *_: (_ for _ in ()).throw(RuntimeError("no such product here")))
+    own = {"a": adapter("a", 2, 0)}
+    outs, _ = forward(own, Gates.rows(["a"]), torch.randn(1, 2, WIDTH).requires_grad_(), "auto")
+    assert "batched" not in choice.FASTEST.values()
+    assert outs["q"].shape == (1, 2, OUT["q"])
