@@ -39,8 +39,8 @@ def answers_to(asked: RoundPlan, site: SiteConfig, starts: Callable[[Work], Tens
 
 
 def ask(work: Work, base: Base, site: SiteConfig) -> Ask:
-    """What the site's policy must judge: nothing but a choice leaves, so there is no sum to mask."""
-    return replace(plan.ask(work, base.fingerprint.identity, site), secure_aggregation=True, upload_bytes=0, steps=0)
+    """What the site's policy must judge: nothing but a choice leaves: there is no sum to mask, and no noise to account for."""
+    return replace(plan.ask(work, base.fingerprint.identity, site), secure_aggregation=True, upload_bytes=0, steps=0, accounted=False)
 
 
 def answer(works: Sequence[Work], starts: Callable[[Work], Tensors], bench: Bench, site: str) -> list[Answer]:

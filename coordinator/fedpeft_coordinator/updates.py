@@ -150,7 +150,7 @@ class Protected:
 class Updates:
     """The updates of every task of a round."""
 
-    def __init__(self, plan: Round, setup: Setup, lanes: Callable[[TaskRound], Lanes | None]) -> None:
+    def __init__(self, plan: Round, setup: Setup, lanes: Callable[[TaskRound], Lanes | None] = lambda _row: None) -> None:
         self.tasks = {name: TaskUpdates(setup, plan.tasks[name], lanes(plan.tasks[name])) for name in plan.asked}
 
     def accept(self, site: str, result: TaskResult, envelope: Envelope) -> None:
