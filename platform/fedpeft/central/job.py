@@ -20,7 +20,7 @@ from fedpeft.central.sampling import shares_of
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_json
-from fedpeft.errors import AdapterError, ConfigError, StorageError
+from fedpeft.errors import AdapterError, StorageError
 from fedpeft.mixtures.bank import SHARED
 from fedpeft.tasks import read_rows
 from fedpeft.tensors import Tensors
@@ -172,9 +172,3 @@ def _valued(adapter: Adapter, arrays: Mapping[str, Any], key: str) -> Adapter:
     if not tensors.finite:
         raise AdapterError(f"adapter {adapter.spec.task}: the checkpoint holds values that are not finite; lower training.lr, train again")
     return Adapter(adapter.spec, tensors)
-
-
-def require_output(config: CentralConfig) -> None:
-    """Raise `ConfigError` when the output folder is a file."""
-    if config.output.exists() and not config.output.is_dir():
-        raise ConfigError(f"output = {config.output}: is a file; give a folder")

@@ -22,7 +22,6 @@ from fedpeft.central.pool import Part, Places, Pool
 from fedpeft.central.sampling import dealt, windows
 from fedpeft.errors import AdapterError
 from fedpeft.mixtures import Bank, Gates
-from fedpeft.mixtures.bank import SHARED
 from fedpeft.tasks.likelihood import single_forward
 from fedpeft.tasks.protocol import Encoded
 from fedpeft.tensors import Entry, Layout
@@ -131,8 +130,3 @@ class JointTask:
         """Endless, so there is one epoch; micro-batches of ``size`` examples."""
         for picks in windows(self.pool, self.shares, size * self.accumulate, seed):
             yield from (Mixed(self.pool, picks[start : start + size]) for start in range(0, len(picks), size))
-
-
-def names_of(joint: Joint) -> dict[str, str]:
-    """The adapters and what each is called when it is published: a task, or the job for the shared one."""
-    return {adapter: f"{joint.spec.task}.shared" if adapter == SHARED else adapter for adapter in joint.specs}

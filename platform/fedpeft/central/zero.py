@@ -53,8 +53,16 @@ def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict
     """What DeepSpeed is told.
 
     Raises:
-        ConfigError: the user's file cannot be read, holds an unknown key, or contradicts the job's TOML; or the batch cannot be divided.
+        ConfigError: the user's file cannot be read, holds an unknown key, or contradicts the job's TOML; the batch cannot be divided; or a
+            setting is of no meaning here.
     """
+    if settings.proximal:
+        raise ConfigError(f"training.proximal = {settings.proximal}: FedProx holds sites together, a central job has none; set it to 0")
+    if settings.optimizer == "adamw8bit":
+        raise ConfigError(
+            "training.optimizer = 'adamw8bit': checkpoints of a central job fit any number of ranks, moments in blocks of codes do not; "
+            "set 'adamw', whose moments ZeRO divides among the ranks"
+        )
     if settings.batch_size % ranks:
         raise ConfigError(
             f"training.batch_size = {settings.batch_size} examples cannot be divided among {ranks} ranks; "

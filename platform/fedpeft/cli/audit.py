@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.changes import table
 
 if TYPE_CHECKING:
     from fedpeft.audits import Membership, Subject
@@ -115,7 +116,7 @@ def _subject(job: Path, task: str | None, overrides: list[str] | None, rows: int
     from fedpeft.tasks import read_rows
     from fedpeft.training.config import load_central
 
-    changes = _table(overrides)
+    changes = table(overrides)
     config = load_central(job, changes)
     settings = config.training if "training.steps" in changes else replace(config.training, steps=min(config.training.steps, STEPS))
     entry = config.tasks[_named(config, task)]
@@ -131,12 +132,3 @@ def _named(config: CentralConfig, task: str | None) -> str:
     if task is not None and task not in config.tasks:
         raise ConfigError(f"audit: task {task!r} is not in the file; choose one of {sorted(config.tasks)}")
     return task or next(iter(config.tasks))
-
-
-def _table(pairs: list[str] | None) -> dict[str, Any]:
-    from fedpeft.errors import ConfigError
-
-    wrong = [pair for pair in pairs or [] if "=" not in pair]
-    if wrong:
-        raise ConfigError(f"--set {wrong[0]}: needs the form a.b=value, for example training.steps=50")
-    return dict(pair.split("=", 1) for pair in pairs or [])

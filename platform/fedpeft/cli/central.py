@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedpeft.cli.changes import table
+
 if TYPE_CHECKING:
     from fedpeft.central.world import World
     from fedpeft.training.config import CentralConfig
@@ -54,7 +56,7 @@ def resume(
     from fedpeft.training import checkpoint
     from fedpeft.training.config import load_central
 
-    state = load_central(job, _table(overrides)).output / STATE
+    state = load_central(job, table(overrides)).output / STATE
     if checkpoint.read(state) is None:
         raise StorageError(f"{state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
     return train(job, launcher, ranks, hostfile, start, overrides)
@@ -66,7 +68,7 @@ def export(job: Job, overrides: Overrides = None) -> None:
     from fedpeft.central.job import prepare, trained
     from fedpeft.training.config import load_central
 
-    config = load_central(job, _table(overrides))
+    config = load_central(job, table(overrides))
     ready = prepare(config, {})
     _publish(config, trained(config.output, ready.every), {}, {}, _sizes(ready))
 
@@ -83,7 +85,7 @@ def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World)
     from fedpeft.central.scoring import scored
     from fedpeft.training.config import load_central
 
-    config = load_central(job, _table(overrides))
+    config = load_central(job, table(overrides))
     given, parents = starts(config, refs)
     result = run(config, world, given, _Reporter(config, world))
     if world.rank:
@@ -146,19 +148,10 @@ def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
     from fedpeft.central.publish import starts
     from fedpeft.training.config import load_central
 
-    starts(load_central(job, _table(overrides)), refs)
+    starts(load_central(job, table(overrides)), refs)
 
 
 def _gpus() -> int:
     import torch
 
     return max(torch.cuda.device_count(), 1)
-
-
-def _table(pairs: list[str] | None) -> dict[str, Any]:
-    from fedpeft.errors import ConfigError
-
-    wrong = [pair for pair in pairs or [] if "=" not in pair]
-    if wrong:
-        raise ConfigError(f"--set {wrong[0]}: needs the form a.b=value, for example training.steps=50")
-    return dict(pair.split("=", 1) for pair in pairs or [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -69,6 +69,12 @@ def test_all_faults_of_the_users_file_are_named_at_once(tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ConfigError, match="8 examples cannot be divided among 3 ranks; set a multiple of 3, for example 9"):
         zero_json(DeepSpeed(), SETTINGS, 3)
+
+
+@pytest.mark.parametrize("change", [{"proximal": 0.1}, {"optimizer": "adamw8bit"}])
+def test_settings_of_no_meaning_here_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        zero_json(DeepSpeed(), replace(SETTINGS, **change), 2)
 
 
 def test_a_world_is_what_a_launcher_set_and_half_of_it_is_refused():
