@@ -36,7 +36,7 @@ class Setting:
         return found.to(self.device, dtype_of(self.device))
 
 
-SIZES = {"cpu": (512, 4), "cuda": (2048, 8)}
+SIZES = {"cpu": (512, 4), "cuda": (2048, 4)}
 """Hidden width and layers."""
 
 

@@ -163,7 +163,8 @@ class Store:
         slabs, free = self._by_key.setdefault(key, []), len(self._free(key, width))
         if count <= free:
             return []
-        slab = _slab(spec, max(count - free, sum(slab.capacity for slab in slabs)), -(-width // ALIGN) * ALIGN, self.device)
+        rows = max(count - free, sum(slab.capacity for slab in slabs))
+        slab = _slab(spec, rows, count - free, -(-width // ALIGN) * ALIGN, self.device)
         slabs.append(slab)
         self.slabs.append(slab)
         return [slab]
@@ -178,9 +179,11 @@ class Store:
         return known[1]
 
 
-def _slab(spec: AdapterSpec, rows: int, width: int, device: torch.device | str) -> Slab:
+def _slab(spec: AdapterSpec, rows: int, count: int, width: int, device: torch.device | str) -> Slab:
+    """Room for ``rows`` adapters, of which the first ``count`` are written next."""
     spans = {e.name: (spec.layout.spans[e.name], e.shape) for e in spec.layout.entries if e.role != "head"}
-    values, grads = _zeros(rows, width, device), _zeros(rows, width, device)
+    values, grads = torch.empty(rows, width, device=device), _zeros(rows, width, device)
+    values[count:].zero_()  # ways may read rows that nobody lies in, with weight 0
     return Slab(parts_of(spec), _dropout(spec), values, grads, spans, [None] * rows, [None] * rows, set(range(rows)))
 
 
