@@ -5,6 +5,7 @@ All ways give the same numbers up to rounding; where runs must agree bit for bit
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ Paired = type[Batched] | type[Segments] | type[Grouped] | type[Fused]
 PAIRED: dict[str, Paired] = {"batched": Batched, "segments": Segments, "grouped": Grouped, "fused": Fused}
 WAYS = ("auto", "loop", *PAIRED)
 ROUNDS = 3
+log = logging.getLogger("fedpeft.mixtures")
 FASTEST: dict[tuple[object, ...], str] = {}
 """The way that was fastest, by shape."""
 
@@ -81,7 +83,8 @@ def _seconds(way: Way, plan: Pairs, shape: Shape) -> float:
             began = _now(device)
             _layer(way, (x, y, a, b), shape.training)
             best = min(best, _now(device) - began)
-    except (RuntimeError, NotImplementedError):
+    except Exception as fault:  # noqa: BLE001 - a kernel may fail to compile in its own ways; the loop's ways always run
+        log.warning("mixture: way %s cannot run here (%s: %s); another one is taken", type(way).__name__, type(fault).__name__, fault)
         return float("inf")
     return best
 

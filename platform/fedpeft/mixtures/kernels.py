@@ -8,32 +8,31 @@ Shape legend: n tokens sorted by slot, K and J widths, T slots, C blocks of at m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# Arguments of kernels carry no annotation but tl.constexpr: Triton would look the names up as it compiles.
 BLOCK_N = 32
 """Tokens per block: short segments waste little, and tensor cores take 16 and more."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows_kernel(  # noqa: PLR0913, PLR0917
-    x_ptr: Any,
-    w_ptr: Any,
-    out_ptr: Any,
-    blocks_ptr: Any,
-    width_j: Any,
-    width_k: Any,
-    x_n: Any,
-    x_k: Any,
-    w_t: Any,
-    w_j: Any,
-    w_k: Any,
-    out_n: Any,
-    out_j: Any,
+def _rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    blocks_ptr,
+    width_j,
+    width_k,
+    x_n,
+    x_k,
+    w_t,
+    w_j,
+    w_k,
+    out_n,
+    out_j,
     ADD: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     BLOCK_J: tl.constexpr,  # noqa: N803
@@ -58,20 +57,20 @@ def _rows_kernel(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _outer_kernel(  # noqa: PLR0913, PLR0917
-    p_ptr: Any,
-    q_ptr: Any,
-    out_ptr: Any,
-    segments_ptr: Any,
-    width_p: Any,
-    width_q: Any,
-    p_n: Any,
-    p_p: Any,
-    q_n: Any,
-    q_q: Any,
-    out_t: Any,
-    out_p: Any,
-    out_q: Any,
+def _outer_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    p_ptr,
+    q_ptr,
+    out_ptr,
+    segments_ptr,
+    width_p,
+    width_q,
+    p_n,
+    p_p,
+    q_n,
+    q_q,
+    out_t,
+    out_p,
+    out_q,
     BLOCK: tl.constexpr,  # noqa: N803
     BLOCK_P: tl.constexpr,  # noqa: N803
     BLOCK_Q: tl.constexpr,  # noqa: N803
