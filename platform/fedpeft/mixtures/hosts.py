@@ -24,7 +24,7 @@ from fedpeft.mixtures.state import State
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Work:
     """What the layers of a family do under one mixture: the members that it acts on, and their addends."""
 
     members: tuple[Host, ...]
@@ -45,7 +45,7 @@ class Family:
 
     def __init__(self) -> None:
         self.members: list[Host] = []
-        self._task: tuple[tuple[object, ...], Task] | None = None
+        self._work: tuple[tuple[object, ...], Work] | None = None
         self._ready: tuple[Tensor, tuple[object, ...], dict[Host, Tensor]] | None = None
 
     def answer(self, member: Host, x: Tensor) -> Tensor:
@@ -53,27 +53,27 @@ class Family:
         key = (x._version, member.state.version, member.layer.training, torch.is_grad_enabled())
         ready = self._ready
         if ready is None or ready[0] is not x or ready[1] != key or member not in ready[2]:
-            task = self._task_of(member, x)
-            if member not in task.members:
+            work = self._work_of(member, x)
+            if member not in work.members:
                 return cast(Tensor, member.base(x))
-            if not task.fused or not all(other.weight.dtype == _dtype(x) for other in task.members):
-                return member.alone(x, [share for share in task.shares if member.name in share.slab.parts])
-            ready = (x, key, dict(zip(task.members, task.run(x), strict=True)))
+            if not work.fused or not all(other.weight.dtype == _dtype(x) for other in work.members):
+                return member.alone(x, [share for share in work.shares if member.name in share.slab.parts])
+            ready = (x, key, dict(zip(work.members, work.run(x), strict=True)))
         found = ready[2].pop(member)
         self._ready = ready if ready[2] else None
         return found
 
-    def _task_of(self, member: Host, x: Tensor) -> Task:
+    def _work_of(self, member: Host, x: Tensor) -> Work:
         """Kept as long as mixture and mode stay; the factors of a dense bank are made anew, as they are part of a graph."""
         key = (member.state.version, member.layer.training, x.shape, _dtype(x), torch.is_grad_enabled())
-        if self._task is None or self._task[0] != key or member.holder is not None:
+        if self._work is None or self._work[0] != key or member.holder is not None:
             names = {other.name for other in self.members}
             shares = tuple(share for share in member.state.fixed if names & share.slab.parts.keys())
             members = tuple(other for other in self.members if any(other.name in share.slab.parts for share in shares))
             fused = all(other.here and all(_plain(share, other.name) for share in shares) for other in members)
             addends = tuple(addend for share in shares for addend in _addends(x, members, share)) if fused else ()
-            self._task = (key, Task(members, shares, addends, fused))
-        return self._task[1]
+            self._work = (key, Work(members, shares, addends, fused))
+        return self._work[1]
 
 
 class Host:

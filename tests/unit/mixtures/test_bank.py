@@ -9,7 +9,9 @@ import torch
 from fedpeft.adapters import attach
 from fedpeft.bases import HeadSpec
 from fedpeft.errors import AdapterError, BaseError, ConfigError
+from fedpeft.methods import SPECS
 from fedpeft.mixtures import Bank, Gates
+from fedpeft.mixtures.parts import READERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -314,3 +316,34 @@ def test_what_does_not_fit_is_said(warm, make_adapter, head_of, crowd, batch):
         Gates.routed({}, ["a"], 2)
     with pytest.raises(AdapterError, match="name one or more different ones"):
         Gates.tokens(["a", "a"], torch.ones(1, 1, 2))
+
+
+def test_learned_weights_of_one_are_rows_for_every_method(crowd, batch):
+    base, head, adapters = crowd("causal")
+    names = ["gain", "bias", "bottle", "wide", "rs"]
+    picks = [names[row % len(names)] for row in range(len(ROWS))]
+    w = torch.nn.functional.one_hot(torch.tensor([names.index(pick) for pick in picks]), len(names)).float().requires_grad_()
+    found = []
+    for gates in (Gates.rows(picks), Gates.weights(names, w)):
+        with Bank.attach(base, head, adapters) as bank:
+            bank.use(gates)
+            logits = bank.model(**batch).logits
+            sum(losses(logits)).backward()
+            found.append((logits.detach(), torch.cat([bank.grad(name) for name in names])))
+    near(found[1][0], found[0][0])
+    near(found[1][1], found[0][1])
+    assert bool(w.grad.abs().sum(0).all())
+
+
+def test_frozen_adapters_get_no_gradient(crowd, batch):
+    base, head, adapters = crowd("causal")
+    with Bank.attach(base, head, adapters) as bank:
+        bank.train(["wide"])
+        bank.use(Gates.rows(ROWS))
+        sum(losses(bank.model(**batch).logits)).backward()
+        assert bool(bank.grad("wide").any())
+        assert not any(bool(bank.grad(name).any()) for name in set(adapters) - {"wide", "twin"})
+
+
+def test_the_facts_of_methods_name_what_can_be_mixed():
+    assert all(SPECS[kind].mixed_batch for kind in READERS)
