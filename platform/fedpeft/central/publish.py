@@ -24,7 +24,7 @@ def publish(
     parents: Mapping[str, str],
     examples: Mapping[str, int],
 ) -> list[Version]:
-    """One version per adapter; the same trained values are published once, however often this is called.
+    """One version per adapter; values that the registry holds already keep the version that they have.
 
     Raises:
         ConfigError: the job names no registry.
@@ -35,6 +35,10 @@ def publish(
         raise ConfigError('registry: the job\'s file names none; add registry = "FOLDER" above its tables')
     registry, found = Registry(config.registry), []
     for name, adapter in every.items():
+        held = [version for version in registry.list() if version.manifest.adapter == adapter.digest]
+        if held:
+            found.append(held[-1])
+            continue
         entry = config.tasks.get(name)
         manifest = Manifest(
             task_settings=describe(entry.task) if entry else {},
@@ -46,7 +50,7 @@ def publish(
             metrics=scores.get(name, {}),
             examples=examples.get(name, sum(examples.values())),
         )
-        found.append(registry.publish(adapter, manifest, f"central/{config.name}/{adapter.spec.task}/{adapter.digest[:16]}"))
+        found.append(registry.publish(adapter, manifest))
     return found
 
 

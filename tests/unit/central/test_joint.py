@@ -13,9 +13,10 @@ from fedpeft.bases import BaseSpec, load_base
 from fedpeft.central.engine import ZeroRun
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.pool import Pool
+from fedpeft.central.publish import publish, starts
 from fedpeft.central.scoring import Served
 from fedpeft.central.world import World, joined
-from fedpeft.errors import AdapterError, LinkError
+from fedpeft.errors import AdapterError, ConfigError, LinkError
 from fedpeft.methods import Lora
 from fedpeft.mixtures import Bank
 from fedpeft.processes import free_port
@@ -116,3 +117,25 @@ def test_a_served_bank_scores_as_the_adapter_alone(base, shared_models):
 def test_a_rank_that_never_comes_ends_the_wait():
     with pytest.raises(LinkError, match=r"not all ranks met at 127\.0\.0\.1"), joined(World(0, 0, 2, "127.0.0.1", free_port()), 1.0):
         pass
+
+
+def test_versions_have_their_lineage_and_the_same_values_one_version(base, tmp_path):
+    task = Generation("a", metrics=("perplexity",))
+    every = {"a": adapter(base, task, 0), "(shared)": adapter(base, Generation("job.shared"), 1)}
+    settings = TrainSettings(steps=7)
+    config = SimpleNamespace(
+        name="job", registry=tmp_path / "r", base=BaseSpec("m"), training=settings, tasks={"a": SimpleNamespace(task=task)}
+    )
+    first = publish(config, every, {"a": {"perplexity": 2.0}}, {"a": "f" * 64}, {"a": 5, "b": 6})
+    assert [version.task for version in first] == ["a", "job.shared"]
+    own, shared = (version.manifest for version in first)
+    assert (own.scheme, own.round, own.parents, own.examples, dict(own.metrics)) == ("central", 7, ("f" * 64,), 5, {"perplexity": 2.0})
+    assert (shared.parents, shared.examples) == ((), 11)
+    assert [version.digest for version in publish(config, every, {}, {}, {})] == [version.digest for version in first]
+    given, parents = starts(config, ["version:a@1", "job.shared"])
+    assert given["a"].digest == every["a"].digest
+    assert parents["a"] == first[0].digest
+    with pytest.raises(ConfigError, match="given already"):
+        starts(config, ["a", "a@1"])
+    with pytest.raises(ConfigError, match="names no registry"):
+        starts(SimpleNamespace(**vars(config) | {"registry": None}), ["a"])
