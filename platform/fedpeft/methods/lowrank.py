@@ -122,18 +122,17 @@ class LowRank(torch.autograd.Function):
         gh = fill(a.shape[0], tokens) if need_x or train_a else None
         grad_x = a.new_empty(tokens, a.shape[1]) if need_x else None
         grad_b: list[Tensor | None] = [None] * len(rises)
+        started = False
         for i, (grad, b, rows) in enumerate(zip(grads, rises, _spans(ctx.ranks), strict=True)):
             if grad is None:
                 continue
-            g = grad.reshape(-1, grad.shape[-1])
+            g = grad.reshape(-1, grad.shape[-1])  # each product with g follows the last, while g is in the cache
             if gh is not None:
                 torch.mm(b.t(), g.t(), out=gh[rows])
             grad_b[i] = _rise(ctx.taker, i, h[rows], g) if ctx.needs_input_grad[4 + len(rises) + i] else None
+            started = grad_x is not None and _push(grad_x, g, ctx.weights[i], started)
         if grad_x is not None and gh is not None:
-            _fill(grad_x, gh, a, mask)
-            for grad, weight in zip(grads, ctx.weights, strict=True):
-                if grad is not None and weight is not None:
-                    grad_x.addmm_(grad.reshape(-1, grad.shape[-1]), dense(weight))
+            lift(grad_x if started else grad_x.zero_(), gh, a, mask)
         grad_a: Sequence[Tensor | None] = [None] * len(rises)
         if train_a and gh is not None:
             grad_a = _fall(ctx.taker, gh, x.reshape(-1, x.shape[-1]), mask, ctx.ranks)
@@ -163,18 +162,17 @@ def _output(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, base: Base | None) ->
     if base is None:
         torch.mm(h.t(), b.t(), out=rows)
         return y
-    weight, bias = base
-    _ = torch.mm(h.t(), b.t(), out=rows) if bias is None else torch.addmm(bias, h.t(), b.t(), out=rows)
-    rows.addmm_(flat, dense(weight).t())  # last, so that what it adds to is read while it multiplies
+    weight, bias = dense(base[0]), base[1]
+    _ = torch.mm(flat, weight.t(), out=rows) if bias is None else torch.addmm(bias, flat, weight.t(), out=rows)
+    rows.addmm_(h.t(), b.t())
     return y
 
 
-def _fill(out: Tensor, h: Tensor, a: Tensor, mask: Tensor | None) -> None:
-    """``out = (h' a) * mask``: out (N, I), h (R, N)."""
-    if mask is None:
-        torch.mm(h.t(), a, out=out)
-    else:
-        lift(out.zero_(), h, a, mask)
+def _push(total: Tensor, g: Tensor, weight: Weight | None, started: bool) -> bool:
+    """``total = g W``, or ``total += g W`` once it has ``started``; whether it has now."""
+    if weight is not None:
+        _ = total.addmm_(g, dense(weight)) if started else torch.mm(g, dense(weight), out=total)
+    return started or weight is not None
 
 
 def _spans(ranks: Sequence[int]) -> list[slice]:

@@ -77,7 +77,7 @@ def test_sizes_in_bounds():
         masking.boxes_of([pb.Box(payload=bytes(257))])
     with pytest.raises(PrivacyError, match="512"):
         masking.signature_of(bytes(513))
-    for lengths in ({str(number): 1 for number in range(300)}, {"a": 40_000, "b": 40_000}):
+    for lengths in ({str(number): 1 for number in range(masking.MAX_COUNTERS + 1)}, {"a": masking.MAX_VALUES, "b": 1}):
         with pytest.raises(PrivacyError, match="counters"):
             masking.counters_of(lengths)
 
@@ -86,7 +86,7 @@ def test_what_all_sites_are_told_decides_the_purpose_and_nothing_of_their_own_do
     plan = pb.TaskPlan(task="t", seed=3, adapter_digest="ab", roles=["A"])
     mine = pb.TaskPlan(task="t", seed=3, adapter_digest="ab", roles=["A"], previous_digest="x", down_roles=["B"], counted_round=4, cohort=9)
     assert masking.purpose("r", 1, "train", plan) == masking.purpose("r", 1, "train", mine)
-    for field, value in (("seed", 4), ("adapter_digest", "cd"), ("settings_json", "{}"), ("weight_cap", 2), ("epsilon", 1.0)):
+    for field, value in (("seed", 4), ("adapter_digest", "cd"), ("settings_json", "{}"), ("weight_cap", 2), ("privacy_json", "{}")):
         other = pb.TaskPlan()
         other.CopyFrom(plan)
         setattr(other, field, value)
