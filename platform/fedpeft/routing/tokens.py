@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
 from fedpeft.routing.prototypes import Values, arrow_scores, gate_scores, spectrum_scores, top
@@ -157,7 +158,7 @@ class SpectrRouter:
         here, spectra = stacked(self, module)
         taken = [normed(spectrum) if self.unit else spectrum for spectrum in spectra]
         each = np.float32(1.0 / min(self.top, len(here)))
-        return lambda x: (chosen(spread(here, spectrum_scores(taken, x)), self.top) > 0.0) * each
+        return lambda x: among(spread(here, spectrum_scores(taken, x)), self.top) * each
 
     def route(self, request: Request) -> Route:
         """See `over_tokens`."""
@@ -209,6 +210,15 @@ def spread(here: Sequence[bool], scores: Values) -> Values:
 def chosen(scores: Values, k: int) -> Values:
     """`prototypes.top` of at most all adapters; those at -inf weigh nothing."""
     return top(scores, min(k, scores.shape[1]))
+
+
+def among(scores: Values, k: int) -> NDArray[np.bool_]:
+    """Which scores are finite and among the ``k`` largest of their row (N, E); a softmax would lose the small ones to underflow."""
+    kept = np.argpartition(scores, -min(k, scores.shape[1]), axis=1)[:, -min(k, scores.shape[1]) :]
+    found = np.zeros(scores.shape, bool)
+    np.put_along_axis(found, kept, True, axis=1)
+    picked: NDArray[np.bool_] = found & np.isfinite(scores)
+    return picked
 
 
 def unit(rows: Values) -> Values:

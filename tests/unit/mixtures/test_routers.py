@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import AdapterError
@@ -33,6 +33,7 @@ def routers(rng, k, ranks=(1, 2, 4), width=8):
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 4))
+@example(seed=396, k=2)  # scores so far apart that a softmax of the lesser is 0
 def test_weights_are_those_of_numpy(seed, k):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((6, 8)).astype(np.float32)
