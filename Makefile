@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/fedpeft demo
 
-# Unit tests on every core, one compute thread each; then the tests with real processes, which mostly wait.
+# Unit tests on every core, one compute thread each; then the tests with real processes, one more at once than cores, since they often wait.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration'
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'integration and not gpu and not slow'
+	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m 'integration and not gpu and not slow'
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -212,6 +212,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_rank_ends_the_job_and_the_same_command_finishes_it(folder, found):
     started = cli(folder, "train", "job.toml", "--ranks", "2", "--set", "training.save_every=1", "--set", "deepspeed.stage=1")
     end = time.monotonic() + 120

@@ -179,6 +179,7 @@ def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
     assert stage.finish() == undisturbed
 
 
+@pytest.mark.slow
 def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "deploy" / "certificates.py"
     names = sorted(fake.HOLDINGS)
