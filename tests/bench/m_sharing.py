@@ -1,6 +1,6 @@
 """M1: what sharing a factor over tasks does to each of them, on real text: four tasks, four sites, few rows, through real rounds.
 
-    python -m tests.bench m_sharing        (FEDPEFT_SHARED set, or ../shared; about four minutes on one core)
+    python -m tests.bench m_sharing        (FEDPEFT_SHARED set, or ../shared; more than eight minutes on one core)
 
 Accuracy on held-out rows after the last round, with every task alone ([sharing] absent), and with A, B or both shared; "gain" is the
 mean over the shared steps of what the coordinator's report says (loss of the task's own step less loss of the common one).
