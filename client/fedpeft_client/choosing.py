@@ -60,7 +60,9 @@ def _group(group: list[Work], starts: Callable[[Work], Tensors], bench: Bench, s
         tensors = {work.plan.task: starts(work) for work in group}
     except MissingVersion as fault:
         return [answers.without(work.plan.task, TaskResult.STATUS_MISSING_VERSION, str(fault)) for work in group]
-    chosen = ifca.choose({work.plan.task: _loss(work, tensors[work.plan.task], bench) for work in group}, site)
+    data = {table: _some(work, bench) for table, work in {work.plan.task_json: work for work in group}.items()}
+    losses = {work.plan.task: _loss(work, tensors[work.plan.task], data[work.plan.task_json], bench.base) for work in group}
+    chosen = ifca.choose(losses, site)
     return [_said(work, chosen) for work in group]
 
 
@@ -70,14 +72,14 @@ def _said(work: Work, chosen: str) -> Answer:
     return answers.without(work.plan.task, TaskResult.STATUS_REFUSED, "another cluster fits this site's rows better")
 
 
-def _loss(work: Work, start: Tensors, bench: Bench) -> float:
-    """Mean loss under ``start``."""
+def _loss(work: Work, start: Tensors, data: Encoded, base: Base) -> float:
+    """Mean loss of ``data`` under ``start``."""
     from fedpeft.adapters import attach
     from fedpeft.training import evaluate
 
-    with attach(bench.base, work.spec) as live:
+    with attach(base, work.spec) as live:
         live.load(start)
-        counters = evaluate(live, work.task, _some(work, bench))
+        counters = evaluate(live, work.task, data)
     return float(counters["loss"][0]) / max(float(counters["count"][0]), 1.0)
 
 

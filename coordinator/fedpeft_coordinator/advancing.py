@@ -46,7 +46,7 @@ class Advance:
 
     def state(self, row: TaskRound) -> State:
         """The server's state before ``row``."""
-        return self.store.arrays(row.state) if row.state else {}
+        return self.store.state(row.state)
 
     def told(self, row: TaskRound) -> NDArray[np.uint8]:
         """The message of the step that ``row`` made."""
@@ -64,8 +64,7 @@ class Advance:
         except UpdateError as fault:
             return planning.skipped(row, str(fault))
         self.remember(task, after)
-        state = self.store.put_arrays(kept) if kept else ""
-        return replace(row, after=self.store.put_tensors(after), state_after=state, alone=alone, told=told)
+        return replace(row, after=self.store.put_tensors(after), state_after=self.store.put_state(kept), alone=alone, told=told)
 
     def _step(self, row: TaskRound, mean: Tensors) -> tuple[Tensors, State]:
         current = self.load(self.setup.tasks[row.task], row.before)

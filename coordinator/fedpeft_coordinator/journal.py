@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, Column, Connection, Engine, Integer, MetaData, String, Table, create_engine, delete, insert, select
-from sqlalchemy.engine import make_url
+from sqlalchemy import JSON, Column, Connection, Integer, MetaData, String, Table, delete, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from fedpeft.errors import StorageError
+from fedpeft_coordinator.sql import open_engine
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
 SCHEMA = MetaData()
@@ -33,15 +32,7 @@ class Journal:
     """Opens, or creates, the journal at an SQLAlchemy URL. Raises `StorageError` when it cannot."""
 
     def __init__(self, url: str) -> None:
-        try:
-            parsed = make_url(url)
-            if parsed.get_backend_name() == "sqlite" and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine: Engine = create_engine(url, poolclass=NullPool)
-        except (SQLAlchemyError, ImportError, OSError) as fault:
-            raise StorageError(
-                f"journal {url}: cannot be opened: {fault}; give an SQLAlchemy URL such as sqlite:///state/journal.sqlite"
-            ) from None
+        self._engine = open_engine(url, f"journal {url}", "sqlite:///state/journal.sqlite", poolclass=NullPool)
         with self._begin() as connection:
             SCHEMA.create_all(connection)
 

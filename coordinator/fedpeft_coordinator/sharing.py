@@ -32,13 +32,9 @@ class Shelf:
     load: Load
     store: Store
 
-    def state(self, digest: str) -> State:
-        """An optimizer's state; empty when ``digest`` is."""
-        return self.store.arrays(digest) if digest else {}
-
     def keep(self, tensors: Tensors, state: State) -> tuple[str, str]:
         """Keep both; their digests, the second empty for no state."""
-        return self.store.put_tensors(tensors), self.store.put_arrays(state) if state else ""
+        return self.store.put_tensors(tensors), self.store.put_state(state)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def begin(sharing: Sharing, tasks: Mapping[str, TaskSetup], name: str, history: 
     moved, lost = realign(now, shared)
     if lost > LOST_AT_MOST:
         return replace(mine, group=alone(name))
-    state = _with_moments(shelf.state(mine.state), shelf.state(ahead.current_state), sharing.roles)
+    state = _with_moments(shelf.store.state(mine.state), shelf.store.state(ahead.current_state), sharing.roles)
     return Begin(*shelf.keep(moved, state), mine.group, aligned=True)
 
 

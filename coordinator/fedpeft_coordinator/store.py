@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import StorageError
 from fedpeft.files import write_atomic
+from fedpeft.schemes import State
 from fedpeft.tensors import Layout, Tensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -53,6 +54,14 @@ class Store:
         if digest_of(arrays) != digest:
             raise StorageError(f"{self._path(digest)}: is torn; restore the state folder from a backup")
         return arrays
+
+    def state(self, digest: str) -> State:
+        """A server optimizer's state; empty when ``digest`` is. Raises `StorageError` when absent or torn."""
+        return self.arrays(digest) if digest else {}
+
+    def put_state(self, state: State) -> str:
+        """Keep ``state``; its digest, empty when it is. Raises `StorageError`."""
+        return self.put_arrays(state) if state else ""
 
     def prune(self, keep: Collection[str]) -> int:
         """Delete blobs that are not in ``keep``; returns how many."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from sqlalchemy import (
     Column,
@@ -14,18 +13,17 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    create_engine,
     event,
     func,
     insert,
     literal,
     select,
 )
-from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
 from fedpeft.errors import StorageError
+from fedpeft_coordinator.sql import open_engine
 
 SCHEMA = MetaData()
 LINES = Table(
@@ -42,15 +40,7 @@ class SqlHistories:
     """Lists of lines at the SQLAlchemy ``url``, made where they are absent. Raises `StorageError` when it cannot be opened."""
 
     def __init__(self, url: str) -> None:
-        try:
-            parsed = make_url(url)
-            if parsed.get_backend_name() == "sqlite" and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine: Engine = create_engine(url, pool_pre_ping=True)
-        except (SQLAlchemyError, ImportError, OSError) as fault:
-            raise StorageError(
-                f"registry database: cannot be opened: {fault}; give an SQLAlchemy URL such as postgresql+psycopg://host/name"
-            ) from None
+        self._engine = open_engine(url, "registry database", "postgresql+psycopg://host/name", pool_pre_ping=True)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _durable)
         with suppress(IntegrityError), self._begin() as connection:

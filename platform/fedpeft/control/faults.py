@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fedpeft import errors
 from fedpeft.errors import AdapterError, BaseError, ConfigError, FedpeftError, LinkError, PolicyError, StorageError
@@ -55,8 +55,3 @@ def error_of(call: grpc.RpcError, address: str) -> FedpeftError:
     if code == "DEADLINE_EXCEEDED":
         return LinkError(f"{address}: did not answer in time ({detail}); try again later")
     return CLASSES.get(code, LinkError)(f"{address}: {detail} ({code})")
-
-
-def raise_of(call: grpc.RpcError, address: str) -> NoReturn:
-    """Raise `error_of`, without the library's traceback."""
-    raise error_of(call, address) from None

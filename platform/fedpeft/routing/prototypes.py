@@ -61,9 +61,14 @@ def gate_scores(gates: Values, x: Values) -> Values:
     return _standard(x) @ _standard(gates).T / np.float32(np.sqrt(gates.shape[1]))
 
 
+def largest(scores: Values, k: int) -> NDArray[np.intp]:
+    """Places (N, k) of each row's ``k`` largest scores (N, E), in no order."""
+    return np.argpartition(scores, -k, axis=1)[:, -k:]
+
+
 def top(scores: Values, k: int) -> Values:
     """Softmax over each row's ``k`` largest scores, 0 elsewhere: (N, E) -> (N, E)."""
-    kept = np.argpartition(scores, -k, axis=1)[:, -k:]
+    kept = largest(scores, k)
     chosen = np.take_along_axis(scores, kept, axis=1)
     shares = np.exp(chosen - chosen.max(axis=1, keepdims=True))
     weights = np.zeros_like(scores)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing.prototypes import Values, arrow_scores, gate_scores, spectrum_scores, top
+from fedpeft.routing.prototypes import Values, arrow_scores, gate_scores, largest, spectrum_scores, top
 from fedpeft.routing.requests import Request, Route
 from fedpeft.routing.routers import Temperature, Top
 
@@ -214,9 +214,8 @@ def chosen(scores: Values, k: int) -> Values:
 
 def among(scores: Values, k: int) -> NDArray[np.bool_]:
     """Which scores are finite and among the ``k`` largest of their row (N, E); a softmax would lose the small ones to underflow."""
-    kept = np.argpartition(scores, -min(k, scores.shape[1]), axis=1)[:, -min(k, scores.shape[1]) :]
     found = np.zeros(scores.shape, bool)
-    np.put_along_axis(found, kept, True, axis=1)
+    np.put_along_axis(found, largest(scores, min(k, scores.shape[1])), True, axis=1)
     picked: NDArray[np.bool_] = found & np.isfinite(scores)
     return picked
 

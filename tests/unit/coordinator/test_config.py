@@ -135,7 +135,7 @@ CLASHES: dict[str, tuple[dict[str, object], str]] = {
     "no samples": ({"start": "eva"}, r"start\.kind = 'eva' needs start\.data"),
     "idle samples": ({"start": {"kind": "pissa", "data": "x.jsonl"}}, r"start\.kind = 'pissa' and start\.data: .*leave start\.data out"),
     "unknown start": ({"start": "svd"}, r"start: unknown kind 'svd'"),
-    "lost router": ({"method": "xlora"}, r"method: 'xlora' is not offered: its router .*use a mixture of LoRA experts"),
+    "silent positions": ({"method": "alora"}, r"method: 'alora' is not offered: it needs the positions .*use lora"),
     "silent method": ({"method": {"kind": "kasa", "r": 4}}, r"method: 'kasa' is not offered: it rewrites the base"),
     "shared pairs": (
         {"sharing": {"share": "B"}, "scheme": "fedavg"},
