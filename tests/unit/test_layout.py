@@ -61,3 +61,12 @@ def test_the_command_line_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
     assert "adapters" in done.stdout
+
+
+def test_no_folder_of_tests_is_passed_over():
+    """`norecursedirs` matches names at any depth, so a room's name there would hide the tests of that room."""
+    import tomllib
+
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    passed = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir() and list(path.glob("test_*.py"))}
+    assert not passed & set(options["norecursedirs"])

@@ -136,6 +136,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         "dry-run",
         "identity",
         "join",
+        "serve",
         "start",
     ]
 
