@@ -1,4 +1,4 @@
-# make demo | test | check | bench: each sets up its own virtual environment first; nothing else is needed than
+# make demo | test | fuzz | check | bench: each sets up its own virtual environment first; nothing else is needed than
 # Python 3.11+, git, make and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test check format bench protos clean
+.PHONY: install demo test fuzz check format bench protos clean
 
 install: $(STAMP)
 
@@ -27,6 +27,12 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration'
 	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m 'integration and not gpu and not slow'
+
+# The unit tests with other examples in every run. What it finds becomes an `@example` of the test, or a test of its own.
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: export FEDPEFT_HYPOTHESIS = search
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration'
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -36,6 +36,10 @@ BLOCK = 1 << 17
 """Values per block: checks and sums of one block stay in the second-level cache."""
 
 
+REACH = 2.0**80
+"""The largest reach of a grid, and one over the smallest: with any cohort its step is then a normal float32."""
+
+
 def train_counters(blind: bool) -> dict[str, int]:
     """What travels beside trained tensors, where holdings are hidden or not."""
     return {**TRAIN_COUNTERS, **(HOLDERS if blind else {})}
@@ -53,8 +57,8 @@ class Grid:
     bits: int = WORD
 
     def __post_init__(self) -> None:
-        if self.sites < 1 or not (isfinite(self.reach) and self.reach > 0):
-            raise UpdateError(f"grid: sites={self.sites}, reach={self.reach}; sites must be at least 1 and reach positive")
+        if self.sites < 1 or not 1 / REACH <= self.reach <= REACH:
+            raise UpdateError(f"grid: sites={self.sites}, reach={self.reach}; at least 1 site, reach from {1 / REACH:.3g} to {REACH:.3g}")
         if not self.sites.bit_length() + 2 <= self.bits <= WORD:
             raise UpdateError(f"grid: {self.bits} bits for {self.sites} sites; {self.sites.bit_length() + 2} to {WORD} hold their sum")
 

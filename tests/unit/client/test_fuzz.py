@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedpeft import config
@@ -81,6 +81,8 @@ def test_any_scheme_with_any_setting_is_a_named_fault(data, tables, bounded):
 
 
 @given(sites=st.integers(0, 2**32 - 1), reach=st.floats(), number=st.integers(0, 2**32 - 1))
+@example(sites=1, reach=5e-324, number=0)  # its step would be 0
+@example(sites=2**29, reach=1.7e308, number=0)  # its step would be infinite
 def test_any_grid_is_a_grid_or_an_update_error(sites, reach, number):
     with contextlib.suppress(UpdateError):
         grid = work(grid_sites=sites, grid_reach=reach, task_round=number).grid  # type: ignore[attr-defined]
