@@ -61,6 +61,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found: dict[str, object] = {"stage0": play(folder, world, "one0", deepspeed__stage="0")}
     half(folder, world, deepspeed__stage="1")
     found |= {f"stage{stage}": play(folder, world, f"one{stage}", deepspeed__stage=stage) for stage in "123"}
+    found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
     found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
@@ -73,6 +74,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     """A world of two."""
     half(folder, world, deepspeed__stage="3")
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "0123"}
+    found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
     for stage in "23":
         found[f"nf4.{stage}"] = play(folder, world, f"nf4-{stage}", deepspeed__stage=stage, base__quantization="nf4")

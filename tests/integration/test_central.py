@@ -167,6 +167,12 @@ def test_stages_and_numbers_of_ranks_do_not_matter(folder, found, stage):
         assert_close(values(folder, f"{name}{stage}"), values(folder, "one0"), 1e-4)
 
 
+@pytest.mark.parametrize("world", "12")
+def test_packed_sequences_train_as_padded_ones_do(folder, found, world):
+    np.testing.assert_allclose(losses(found[f"{world}.0"]["padded"]), losses(found["1.0"]["stage0"]), atol=2e-6, rtol=2e-6)
+    assert_close(values(folder, f"padded{world}"), values(folder, "one0"), 1e-4)
+
+
 def test_a_shared_adapter_trains_beside_each_own(folder, found):
     np.testing.assert_allclose(losses(found["2.0"]["shared"]), losses(found["1.0"]["shared"]), atol=2e-6, rtol=2e-6)
     assert_close(values(folder, "shared2"), values(folder, "shared1"), 1e-4)

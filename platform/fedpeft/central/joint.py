@@ -22,7 +22,7 @@ from fedpeft.central.pool import Part, Places, Pool
 from fedpeft.central.sampling import dealt, windows
 from fedpeft.errors import AdapterError
 from fedpeft.mixtures import Bank, Gates
-from fedpeft.tasks.likelihood import single_forward
+from fedpeft.tasks.likelihood import packs, single_forward
 from fedpeft.tasks.protocol import Encoded
 from fedpeft.tensors import Entry, Layout
 
@@ -84,8 +84,7 @@ class JointModel(nn.Module):
         device = self.bank.store.device
         owners = part.owners.to(device)
         if self.pool.generative:
-            one_hot = nn.functional.one_hot(part.owners, len(self.pool.names)).float()
-            self.bank.use(Gates.tokens(self.pool.names, one_hot))
+            self.bank.use(self._gates(part))
             losses, owners = single_forward(self.inner, part.batch), owners[part.batch.labels.to(device) != -100]
         else:
             self.bank.use(Gates.rows([self.pool.names[owner] for owner in part.owners.tolist()]))
@@ -93,6 +92,12 @@ class JointModel(nn.Module):
             logits = self.inner(**inputs).logits.float()
             losses = nn.functional.cross_entropy(logits, part.batch.labels.to(device), reduction="none")
         return losses.new_zeros(len(self.pool.names)).index_add(0, owners, losses)
+
+    def _gates(self, part: Part) -> Gates:
+        """One adapter a token of a packed row, or a row of padded sequences."""
+        if packs(self.inner):
+            return Gates.tokens(self.pool.names, nn.functional.one_hot(part.owners, len(self.pool.names)).float())
+        return Gates.rows([self.pool.names[owner] for owner in part.owners[part.batch.inputs["position_ids"] == 0].tolist()])
 
 
 @dataclass(frozen=True, eq=False)

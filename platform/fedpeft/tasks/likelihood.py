@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,18 @@ PACK = 2048
 """Most tokens of one packed forward on a CPU: attention over a packed row can cost the square of its length."""
 PACK_CUDA = 8192
 """The same on other devices, which need long rows to be busy."""
+
+_padding: ContextVar[bool] = ContextVar("padding", default=False)
+
+
+@contextmanager
+def padding(wanted: bool = True) -> Iterator[None]:
+    """Fill sequences up to the longest of their batch, whether or not the model could take them packed."""
+    token = _padding.set(wanted)
+    try:
+        yield
+    finally:
+        _padding.reset(token)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -73,8 +87,11 @@ def owners(batch: Batch) -> torch.Tensor:
 def packs(model: torch.nn.Module) -> bool:
     """Whether the model tells packed sequences apart by ``position_ids`` and can restrict its output layer to given positions.
 
-    Decided by the signature of its forward; a peft wrapper that adds virtual tokens shifts positions, and so does not pack.
+    Decided by the signature of its forward; a peft wrapper that adds virtual tokens shifts positions, and so does not pack. Nor does
+    any model within `padding`.
     """
+    if _padding.get():
+        return False
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
         return False

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedpeft.errors import UpdateError
 from fedpeft.tasks.chunked import whole_logits
+from fedpeft.tasks.likelihood import padding
 from fedpeft.training.kernels import fused_kernels, tensor_cores
 from fedpeft.training.offload import checkpointer
 from fedpeft.training.packed import by_sequence
@@ -31,7 +32,7 @@ def training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
         UpdateError: the model cannot checkpoint activations.
     """
     with ExitStack() as stack:
-        for lever in (_restored(model), by_sequence(model), whole_logits(not settings.chunked_loss)):
+        for lever in (_restored(model), by_sequence(model), padding(not settings.packing), whole_logits(not settings.chunked_loss)):
             stack.enter_context(lever)
         stack.enter_context(_checkpointing(model, settings))
         stack.enter_context(fused_kernels(model, settings.fused_kernels))

@@ -21,6 +21,7 @@ from fedpeft.methods import Lora
 from fedpeft.mixtures import Bank
 from fedpeft.processes import free_port
 from fedpeft.tasks import Classification, Generation
+from fedpeft.tasks.likelihood import padding
 from fedpeft.tensors import Tensors
 from fedpeft.training import evaluate
 from fedpeft.training.modes import evaluating
@@ -53,6 +54,25 @@ def joint(base):
     with Joint.attach("job", base, pool, adapters) as live:
         yield SimpleNamespace(live=live, tasks=tasks, data=data, adapters=adapters, pool=pool)
     assert base.holder is None
+
+
+def test_a_batch_filled_up_gives_what_the_packed_one_gives(joint):
+    parameters = [p for name in joint.live.specs for p in joint.live.bank.parameters(name).values()]
+    part = joint.pool.part([7, 0, 3, 10])
+    calls: list[tuple[int, ...]] = []
+    hook = joint.live.bank.model.register_forward_pre_hook(
+        lambda _model, _arguments, named: calls.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    with padding():
+        sums = joint.live.model(part)
+    padded = torch.autograd.grad(sums.sum(), parameters)
+    packed_sums = joint.live.model(part)
+    packed = torch.autograd.grad(packed_sums.sum(), parameters)
+    hook.remove()
+    assert calls == [(4, int(joint.pool.lengths[[7, 0, 3, 10]].max())), (1, int(joint.pool.lengths[[7, 0, 3, 10]].sum()))]
+    torch.testing.assert_close(sums, packed_sums, rtol=1e-6, atol=1e-5)
+    for ours, theirs in zip(packed, padded, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixed_batch_gives_the_sums_and_gradients_of_each_task_alone(base, joint):
