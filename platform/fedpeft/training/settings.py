@@ -35,10 +35,10 @@ class TrainSettings:
     the adapter's own work on a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
 
     Memory and speed: ``checkpoint_activations`` keeps one hidden state a layer and computes the rest again in the backward pass,
-    ``offload_activations`` keeps even these in host memory; ``packing`` lays a language model's sequences one after the other in one row,
-    without padding and without attention from one to another, where the model can; ``chunked_loss`` never holds more than a part of a language model's logits;
-    ``optimizer = "adamw8bit"`` (Dettmers et al. 2022, arXiv 2110.02861) holds moments in a byte each; ``fused_kernels`` are Liger's,
-    on CUDA where that package is installed.
+    ``offload_activations`` keeps even these in host memory; ``packing`` lays a language model's sequences one after the other in one
+    row, without padding and without attention from one to another, where the model can; ``chunked_loss`` never holds more than a part
+    of a language model's logits; ``optimizer = "adamw8bit"`` (Dettmers et al. 2022, arXiv 2110.02861) holds moments in a byte each;
+    ``fused_kernels`` are Liger's, on CUDA where that package is installed.
     """
 
     steps: Count = 20
