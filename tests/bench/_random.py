@@ -36,7 +36,7 @@ def random_base(shape: str, device: str) -> Base:
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.model.layers.get_submodule(parent), leaf, _nf4(module.in_features, module.out_features, device, dtype))
+            setattr(model.model.layers.get_submodule(parent), leaf, nf4_layer(module.in_features, module.out_features, device, dtype))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -50,7 +50,8 @@ def random_base(shape: str, device: str) -> Base:
     return Base(BaseSpec(f"random-{shape}", "nf4"), Fingerprint("w", "t", "", "nf4"), "causal", None, config, device, model, model.model)
 
 
-def _nf4(width: int, height: int, device: str, dtype: torch.dtype) -> nn.Module:
+def nf4_layer(width: int, height: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """A 4-bit layer with random weights."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(width, height, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")

@@ -11,17 +11,19 @@ The model is small (stories260k, from the shared folder), so what is measured is
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter, process_time, sleep
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
 import torch
+from tests.bench._mixed import kind_of, line, seconds_of
 
 from fedpeft.adapters import Adapter, make_spec
 from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
@@ -52,16 +54,25 @@ def run(repeats: int = 3) -> list[dict[str, object]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [row for tasks in TASKS for row in _rows(tasks, repeats)]
+        return [row for tasks in TASKS for row in rows(tasks, repeats)]
     finally:
         torch.set_num_threads(threads)
 
 
-def _rows(tasks: int, repeats: int) -> list[dict[str, object]]:
+def rows(tasks: int, repeats: int) -> list[dict[str, object]]:
+    """Of one number of tasks; latency for the smaller one."""
     base = load_base(BaseSpec(str(MODEL), max_tokens=512))
-    adapters = {f"t{number}": _adapter(base, number) for number in range(tasks)}
-    asked = _requests(tasks)
-    peer = Peer(adapters)
+    found = speeds(base, tasks, repeats)
+    if tasks != TASKS[0]:
+        return found
+    with Bank.attach(base, HeadSpec("lm"), _adapters(base, tasks)) as bank:
+        return found + _latency(base, bank, _requests(tasks))
+
+
+def speeds(base: Base, tasks: int, repeats: int) -> list[dict[str, object]]:
+    """Tokens per second on ``base``, on its device."""
+    adapters, asked = _adapters(base, tasks), _requests(tasks)
+    peer = Peer(base, adapters)
     with Bank.attach(base, HeadSpec("lm"), adapters) as bank:
         ours = Ours(base, bank)
         contenders: dict[str, Callable[[], dict[int, list[int]]]] = {
@@ -73,23 +84,27 @@ def _rows(tasks: int, repeats: int) -> list[dict[str, object]]:
         }
         said = {name: work() for name, work in contenders.items() if name != "floor"}
         same = {name: _same(said["mixed"], other) for name, other in said.items()}
-        least = _least(contenders, repeats)
-        speed = {name: sum(one.tokens for one in asked) / seconds for name, seconds in least.items()}
-        rows = [_row(tasks, name, speed, same[name]) for name in ("alike", "peft, one by one", "peft, all known")]
-        return rows + (_latency(base, bank, asked) if tasks == TASKS[0] else [])
+        rounds = [{name: seconds_of(work, base.device) for name, work in contenders.items()} for _ in range(repeats)]
+        speed = {name: sum(one.tokens for one in asked) / min(each[name] for each in rounds) for name in contenders}
+        case = f"serve T={tasks} r={RANK}{kind_of(base)}"
+        return [_row((case, base.device), name, speed, same[name]) for name in ("alike", "peft, one by one", "peft, all known")]
 
 
-def _row(tasks: int, name: str, speed: dict[str, float], same: float) -> dict[str, object]:
+def _row(where: tuple[str, str], name: str, speed: dict[str, float], same: float) -> dict[str, object]:
     return {
         "row": "S1",
-        "case": f"serve T={tasks} r={RANK} mixed beside {name} ({same:.0%} same tokens)",
+        "case": f"{where[0]} mixed beside {name} ({same:.0%} same tokens)",
         "ours": speed["mixed"],
         "peer": speed[name],
         "ratio": speed["mixed"] / speed[name],
         "goal": f"ratio >= {GOAL:g}",
         "floor_share": speed["mixed"] / speed["floor"],
-        "unit": "tokens/CPU s",
+        "unit": "tokens/s" if where[1] == "cuda" else "tokens/CPU s",
     }
+
+
+def _adapters(base: Base, tasks: int) -> dict[str, Adapter]:
+    return {f"t{number}": _adapter(base, number) for number in range(tasks)}
 
 
 def _adapter(base: Base, seed: int) -> Adapter:
@@ -111,16 +126,6 @@ def _requests(tasks: int) -> list[Asked]:
 def _same(first: dict[int, list[int]], second: dict[int, list[int]]) -> float:
     pairs = [(a, b) for place in first for a, b in zip(first[place], second[place], strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs)
-
-
-def _least(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    least = dict.fromkeys(contenders, float("inf"))
-    for _ in range(repeats):
-        for name, work in contenders.items():
-            began = process_time()
-            work()
-            least[name] = min(least[name], process_time() - began)
-    return least
 
 
 @dataclass
@@ -158,13 +163,11 @@ def _into(found: list[int]) -> Callable[[Event], None]:
 class Peer:
     """peft with all adapters loaded, and Hugging Face's generate."""
 
-    def __init__(self, adapters: dict[str, Adapter]) -> None:
+    def __init__(self, base: Base, adapters: dict[str, Adapter]) -> None:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-        from transformers import AutoModelForCausalLM
 
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        names = list(adapters)
+        names, model = list(adapters), copy.deepcopy(base.model)
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model: Any = get_peft_model(model, config, adapter_name=names[0])
         for name in names[1:]:
@@ -189,11 +192,12 @@ class Peer:
     def _batch(self, group: list[tuple[int, Asked]]) -> list[tuple[int, list[int]]]:
         self.model.set_adapter(group[0][1].name)
         width, limit = max(len(one.prompt) for _, one in group), max(one.tokens for _, one in group)
+        device = self.model.device
         ids = torch.tensor([[0] * (width - len(one.prompt)) + list(one.prompt) for _, one in group])
         mask = torch.tensor([[0] * (width - len(one.prompt)) + [1] * len(one.prompt) for _, one in group])
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             do_sample=False,
             max_new_tokens=limit,
             min_new_tokens=limit,
@@ -252,4 +256,4 @@ def _loaded(base: Base, bank: Any, asked: list[Asked], rate: float, alike: bool)
 
 if __name__ == "__main__":
     for row in run():
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+        print(line(row))

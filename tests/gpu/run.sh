@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash tests/gpu/run.sh WHEELS RESULTS [bench|tests|all]: the GPU tests and benchmarks on a machine with torch, transformers and pytest
+# bash tests/gpu/run.sh WHEELS RESULTS [bench|mixtures|tests|all]: the GPU tests and benchmarks on a machine with torch, transformers and pytest
 # but without a network. WHEELS comes from tests/gpu/wheels.py; reports are written to the folder RESULTS. See README.md beside this file.
 set -uo pipefail
 wheels=$1 results=$2 what=${3:-all}
@@ -15,10 +15,15 @@ status=0
   python3 -c 'import torch, transformers, peft, bitsandbytes as b; print("torch", torch.__version__, "cuda", torch.version.cuda, "transformers", transformers.__version__, "peft", peft.__version__, "bitsandbytes", b.__version__, torch.cuda.get_device_name())'
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 } 2>&1 | tee "$results/machine.txt"
-if [ "$what" != tests ]; then
+wanted() { [ "$what" = all ] || [ "$what" = "$1" ]; }
+if wanted bench; then
   timeout "${BENCH_SECONDS:-240}" python3 -W ignore -m tests.bench.k_memory --json "$results/k_memory.json" 2>&1 | tee "$results/k_memory.txt" || status=1
 fi
-if [ "$what" != bench ]; then
+if wanted mixtures; then
+  seconds=${MIXTURE_SECONDS:-90}  # of rows; importing and the case that is running when they end come on top
+  timeout "$((seconds + 60))" python3 -W ignore -m tests.gpu.mixtures --seconds "$seconds" --json "$results/mixtures.json" 2>&1 | tee "$results/mixtures.txt" || status=1
+fi
+if wanted tests; then
   timeout "${TEST_SECONDS:-180}" python3 -m pytest -q -m gpu -W ignore -p no:cacheprovider -o timeout=120 tests/gpu 2>&1 | tee "$results/tests.txt" || status=1
 fi
 exit $status
