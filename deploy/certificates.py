@@ -1,23 +1,28 @@
 """Make a private CA, a server certificate for the coordinator, key pairs for sites, and certificates with roles.
 
     python deploy/certificates.py OUT --host coordinator.example.org --host 10.0.0.5 --site hospital-a --site hospital-b
-    python deploy/certificates.py OUT --client publisher:trainer --client operator:ann --days 90
+    python deploy/certificates.py OUT --client publisher:trainer --token reader:ann --days 90
 
 Writes OUT/ca.crt (give it to every site), OUT/server.pem and OUT/server.key (the coordinator's), and for each site
-OUT/SITE.key (private: bring it to that site only) and OUT/SITE.pub (the coordinator registers it). For the control plane
-each --client ROLE:NAME, and each site in role `site`, gets OUT/ROLE-NAME.pem and OUT/ROLE-NAME.key; roles are reader,
-site, publisher, monitor and operator. A second run with the same OUT takes the CA that is there, so that certificates can
-be added and renewed; OUT/ca.key signs them: keep it off the coordinator. Private keys are readable by the owner only.
-Existing files are never overwritten: remove an expired certificate and its key to renew it.
+OUT/SITE.key (private: bring it to that site only) and OUT/SITE.pub (the coordinator registers it). For the control
+plane each --client ROLE:NAME, and each site in role `site`, gets OUT/ROLE-NAME.pem and OUT/ROLE-NAME.key; roles are
+reader, site, publisher, monitor and operator. Each --token ROLE:NAME gets OUT/ROLE-NAME.token, whose SHA-256 goes
+with its last day into OUT/tokens (control.tokens), for callers that show a token under TLS instead of a certificate.
+A second run with the same OUT takes the CA that is there, so that certificates can be added and renewed; OUT/ca.key
+signs them: keep it off the coordinator. Private keys are readable by the owner only. Existing files are never
+overwritten: remove an expired certificate and its key to renew it.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import ipaddress
 import os
 import re
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -112,6 +117,18 @@ def client(folder: Path, who: str, ca: tuple[x509.Certificate, Key], days: int) 
     keep(folder, f"{role}-{label}", end(f"{role} {label}", [uri], ExtendedKeyUsageOID.CLIENT_AUTH, ca, days))
 
 
+def token(folder: Path, who: str, days: int) -> None:
+    """A token for ``ROLE:NAME``, and a line of OUT/tokens by which the control plane knows it: no secret."""
+    role, _, label = who.partition(":")
+    if role not in ROLES or not NAMES.fullmatch(label):
+        raise SystemExit(f"--token {who}: write ROLE:NAME with a role of {', '.join(ROLES)}")
+    secret = secrets.token_urlsafe(32)
+    write(folder / f"{role}-{label}.token", f"{secret}\n".encode(), 0o600)
+    until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    with (folder / "tokens").open("a", encoding="ascii") as known:
+        known.write(f"{who} {hashlib.sha256(secret.encode()).hexdigest()} {until:%Y-%m-%d}\n")
+
+
 def site(folder: Path, label: str) -> None:
     """An ECDSA key pair for one site, in the OpenSSH forms that Flower's node authentication reads."""
     key = ec.generate_private_key(ec.SECP384R1())
@@ -120,7 +137,7 @@ def site(folder: Path, label: str) -> None:
     write(folder / f"{label}.pub", public + b"\n", 0o644)
 
 
-def issue(folder: Path, hosts: list[str], sites: list[str], clients: list[str], days: int) -> None:
+def issue(folder: Path, hosts: list[str], sites: list[str], clients: list[str], days: int, tokens: Sequence[str] = ()) -> None:
     """Write into ``folder`` all that is asked for."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     ca = authority_of(folder, days)
@@ -132,6 +149,8 @@ def issue(folder: Path, hosts: list[str], sites: list[str], clients: list[str], 
         client(folder, f"site:{label}", ca, days)
     for who in clients:
         client(folder, who, ca, days)
+    for who in tokens:
+        token(folder, who, days)
 
 
 def main() -> None:
@@ -141,11 +160,12 @@ def main() -> None:
     parser.add_argument("--host", action="append", default=[], help="name or address by which sites reach the coordinator")
     parser.add_argument("--site", action="append", default=[], help="make a key pair and a certificate for this site")
     parser.add_argument("--client", action="append", default=[], metavar="ROLE:NAME", help="make a certificate for this role")
+    parser.add_argument("--token", action="append", default=[], metavar="ROLE:NAME", help="make a token for this role")
     parser.add_argument("--days", type=int, default=365)
     arguments = parser.parse_args()
     if not (arguments.host or (arguments.out / "ca.key").exists()):
         parser.error("--host is needed for a new CA: the name by which sites reach the coordinator")
-    issue(arguments.out, arguments.host, arguments.site, arguments.client, arguments.days)
+    issue(arguments.out, arguments.host, arguments.site, arguments.client, arguments.days, arguments.token)
 
 
 if __name__ == "__main__":

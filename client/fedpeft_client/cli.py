@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedpeft.cli.registries import HERE, placed
+from fedpeft.control.place import Place
+
 if TYPE_CHECKING:
     from fedpeft_client.config import SiteConfig
     from fedpeft_client.dry_run import Forecast
@@ -72,11 +75,12 @@ def dry_run(
 
 
 @app.command()
+@placed
 def start(
     site: Site,
     plan: Annotated[Path, typer.Option(help="The federation's TOML file, with the new task.", metavar="FEDERATION.TOML")],
     task: Annotated[str, typer.Option(help="The new task.")],
-    registry: Annotated[Path, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry.")] = Path("registry"),
+    registry: Place = HERE,
     fit: Annotated[bool, typer.Option("--fit", help="Fit the weights to the rows' loss; for tasks of text.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -86,7 +90,7 @@ def start(
     from fedpeft_client.config import load_site
     from fedpeft_client.dry_run import read_plan, task_of
 
-    found = propose(load_site(site), task_of(read_plan(plan), task), registry, fit)
+    found = propose(load_site(site), task_of(read_plan(plan), task), registry.open(), fit)
     if json:
         return output.emit({"task": task, "rows": found.rows, "weights": dict(found.route.weights), "scores": dict(found.route.scores)})
     rows = [(name, f"{score:.3f}", f"{found.route.weights.get(name, 0.0):.3f}") for name, score in sorted(found.route.scores.items())]

@@ -6,7 +6,6 @@ Rows stay here: what a person hands to the coordinator are names and at most 20 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from fedpeft_client.config import SiteConfig
 
 if TYPE_CHECKING:
     from fedpeft.adapters import Adapter
+    from fedpeft.registry import Library
     from fedpeft.service import Service
     from fedpeft.tasks import Encoded, Row, Task
     from fedpeft.update import Counters
@@ -37,7 +37,7 @@ class Proposal:
     fitted: bool
 
 
-def propose(site: SiteConfig, task: Task, registry: Path, fit: bool = False) -> Proposal:
+def propose(site: SiteConfig, task: Task, registry: Library, fit: bool = False) -> Proposal:
     """The mixture of ``registry``'s served adapters for the site's rows of ``task`` (FedDPA and LORAUTER route single requests alike).
 
     Raises:

@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from fedpeft.cli import output
+from fedpeft.cli.registries import AsJson, Who
+from fedpeft.control.place import Place
+
 app = typer.Typer(name="coordinator", help="Run a federation: rounds, cohorts, versions.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(help="federation.toml")]
+Where = Annotated[str, typer.Argument(help="federation.toml, or grpc://HOST:PORT of the control plane of one that runs.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: KEY=VALUE, for example cohort.deadline=60.")]
 
 
@@ -34,22 +39,32 @@ def up(file: File, set_: Set = None) -> None:
 
 
 @app.command()
-def status(file: File, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(where: Where, identity: Who = None, json: AsJson = False) -> None:
     """Show how far the federation is, per task and per site, and who dropped out why."""
     from rich.console import Console
 
-    from fedpeft_coordinator.config import load_federation
-    from fedpeft_coordinator.status import status as read
-
-    found = read(load_federation(file))
-    if json:
-        import json as encoder
-
-        print(encoder.dumps(found, indent=2))
-        return
+    from fedpeft_coordinator.control.watching import standing
     from fedpeft_coordinator.up import summary
 
-    summary(found, Console())
+    found = standing(Place(where, identity))
+    if json:
+        return output.emit(found)
+    return summary(found, Console())
+
+
+@app.command()
+def watch(where: Where, identity: Who = None, json: AsJson = False) -> None:
+    """Print what happened in the federation so far, and what happens, until interrupted; --json prints every event whole."""
+    from rich.console import Console
+
+    from fedpeft_coordinator.control.watching import happenings
+    from fedpeft_coordinator.display import said
+
+    console = Console()
+    for event in happenings(Place(where, identity)):
+        text = output.line(event) if json else said(event)
+        if text:
+            console.out(text, highlight=False) if json else console.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -64,5 +79,6 @@ def serve(
 
     settings = standalone(registry, config, _overrides(set_))
     control = settings.control
-    kind = "mutual TLS, roles by certificate" if control.tls else f"no TLS, everybody is {control.role}"
+    by = "TLS, roles by token" if control.tokens else "mutual TLS, roles by certificate"
+    kind = by if control.tls else f"no TLS, everybody is {control.role}"
     run(settings, lambda port: print(f"control plane of {registry} on grpc://{control.host}:{port} ({kind})", flush=True))

@@ -238,7 +238,7 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     }
     tls, control = rooted(link.tls, folder, f"{path}: link.tls"), federation.control
     if control is not None:
-        control = control.model_copy(update={"tls": rooted(control.tls, folder, f"{path}: control.tls")})
+        control = control.rooted(folder, f"{path}: control")
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),

@@ -27,8 +27,7 @@ def shown(rounds: int, console: Console) -> Iterator[Callable[[Event], None]]:
         row = bar.add_task("waiting for sites", total=rounds)
 
         def listen(event: Event) -> None:
-            line = LINES.get(event["event"])
-            text = line(event) if line else None
+            text = said(event)
             if text:
                 bar.console.print(text, highlight=False, soft_wrap=True)
             if event["event"] == "plan":
@@ -37,6 +36,12 @@ def shown(rounds: int, console: Console) -> Iterator[Callable[[Event], None]]:
                 bar.update(row, completed=event["round"])
 
         yield listen
+
+
+def said(event: Event) -> str | None:
+    """One event for people; None where they need not know. An event that was cut on its way is only named."""
+    line = LINES.get(event["event"])
+    return f"[dim]{event['event']}[/dim]" if line and "cut" in event else line(event) if line else None
 
 
 def _phases(event: Event) -> list[str]:

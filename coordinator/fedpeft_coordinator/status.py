@@ -112,6 +112,7 @@ def _site(site: Site, rounds: list[Round], events: list[dict[str, Any]]) -> dict
         "state": "refused" if site.refused else "vanished" if site.vanished else "ok",
         "refused": site.refused,
         "drop_outs": drops[-5:],
+        "last_drop_out": "".join(f"round {drop['round']}, {drop['task']}: {drop['reason']}" for drop in drops[-1:]),
         "bytes_up": sum(event["bytes_up"] for event in answers),
         "bytes_down": sum(event["bytes_down"] for event in answers),
         "seconds_training": fmean([event["train_seconds"] for event in trained]) if trained else None,

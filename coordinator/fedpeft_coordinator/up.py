@@ -126,10 +126,8 @@ def summary(found: dict[str, Any], console: Console) -> None:
     sites = Table("site", "state", "tasks (rows)", "base loads", "up", "down", "training / answer", "last drop-out", title_justify="left")
     for name, site in found["sites"].items():
         rows = ", ".join(f"{task} ({count})" for task, count in sorted(site["tasks"].items()))
-        drops = site["drop_outs"]
-        last = f"round {drops[-1]['round']}, {drops[-1]['task']}: {drops[-1]['reason']}" if drops else ""
         times = "" if site["seconds_training"] is None else f"{site['seconds_training']:.1f} / {site['seconds_answer']:.1f} s"
         traffic = size(site["bytes_up"]), size(site["bytes_down"])
-        sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times, last)
+        sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times, site["last_drop_out"])
     console.print(sites)
     console.print(f"versions: fedpeft adapters list --registry {found['registry']}", highlight=False, soft_wrap=True)

@@ -5,16 +5,15 @@ What ``fedpeft route`` and ``fedpeft evaluate`` call. One base is loaded once, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import config
 from fedpeft.errors import AdapterError, BaseError, DataError
-from fedpeft.registry import Registry, Version, router_card
+from fedpeft.registry import Library, Version
 from fedpeft.routing import Request, Route, Router, RouterCard, make_router
 from fedpeft.routing.cards import common_encoder
 from fedpeft.routing.policies import token_router
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedpeft.adapters import Adapter
-    from fedpeft.bases import Base
+    from fedpeft.bases import Base, BaseSpec
     from fedpeft.mixtures import Bank
     from fedpeft.tasks import Row, Task
 
@@ -37,33 +36,30 @@ class Service:
     """The served version of each task, its task and its router card, over one loaded base."""
 
     base: Base
-    registry: Registry
+    registry: Library
     versions: dict[str, Version]
     tasks: dict[str, Task]
     cards: dict[str, RouterCard]
 
     @staticmethod
-    def open(root: Path, quantization: str = "none") -> Service:
-        """Load the base that the registry's adapters were trained on.
+    def open(registry: Library, quantization: str = "none") -> Service:
+        """Load the base that the registry's adapters were trained on; of a far registry only what answers is pulled.
 
         Raises:
-            AdapterError: the registry is missing or empty.
+            AdapterError: the registry is empty.
             BaseError: the base at hand is another one than the adapters were trained on.
             StorageError: a router card is damaged.
+            LinkError, PolicyError: a far registry cannot be reached, or refuses.
         """
         from fedpeft.tasks import TASKS
 
-        if not root.is_dir():
-            raise AdapterError(f"{root}: no registry there; give --registry or set FEDPEFT_REGISTRY")
-        registry = Registry(root)
-        versions = {task: registry.get(task) for task in sorted({version.task for version in registry.list()})}
-        if not versions:
-            raise AdapterError(f"{root}: the registry holds no version yet; run a federation first")
+        served = registry.served()
+        versions = {task: version for task, (version, _) in sorted(served.items())}
         base = load_base_of(versions, quantization)
         tasks: dict[str, Task] = {
             name: config.build(TASKS, version.manifest.task_settings, f"task {name}") for name, version in versions.items()
         }
-        return Service(base, registry, versions, tasks, {name: router_card(registry, v.digest) for name, v in versions.items()})
+        return Service(base, registry, versions, tasks, {name: served[name][1] for name in versions})
 
     def router(self, kind: str = DEFAULT) -> Router:
         """The router ``kind`` over the served adapters. Raises `AdapterError` when there is none, or their cards lack what it needs."""
@@ -194,18 +190,25 @@ def _alike(pairs: Sequence[tuple[Row, Route]], apart: bool) -> Collection[list[t
     return groups.values()
 
 
-def load_base_of(versions: dict[str, Version], quantization: str = "none") -> Base:
-    """The base that ``versions`` were trained on. Raises `AdapterError` when there are none, `BaseError` when it is another one here."""
-    from fedpeft.bases import BaseSpec, load_base
+def base_of(versions: Mapping[str, Version], quantization: str = "none") -> BaseSpec:
+    """The base that ``versions`` were trained on, as it is loaded. Raises `AdapterError` when there are none."""
+    from fedpeft.bases import BaseSpec
 
     if not versions:
-        raise AdapterError("router: the registry holds no version yet; publish one first")
-    base = load_base(BaseSpec(model=next(iter(versions.values())).manifest.base_model, quantization=quantization))  # type: ignore[arg-type]
+        raise AdapterError("the registry holds no version yet; run a federation first, push a version to it, or give --registry of another")
+    return BaseSpec(next(iter(versions.values())).manifest.base_model, quantization)  # type: ignore[arg-type]
+
+
+def load_base_of(versions: Mapping[str, Version], quantization: str = "none") -> Base:
+    """The base of `base_of`, loaded. Raises `AdapterError` when there are no versions, `BaseError` when it is another one here."""
+    from fedpeft.bases import load_base
+
+    base = load_base(base_of(versions, quantization))
     _same_base(base, versions)
     return base
 
 
-def _same_base(base: Base, versions: dict[str, Version]) -> None:
+def _same_base(base: Base, versions: Mapping[str, Version]) -> None:
     for name, version in versions.items():
         if version.manifest.base != base.fingerprint.identity:
             raise BaseError(

@@ -160,7 +160,6 @@ def test_the_command_line_near_and_far(server: Serve, registry: Registry, tmp_pa
     assert "has no version" in said("show", "verb", "--registry", url, code=6)
     assert "no registry there" in said("verify", "--registry", url, code=6)
     assert "is no address" in said("show", "area", "--registry", "grpc://nowhere", code=3)
-    assert "is a folder" in said("watch", "--registry", mine, code=3)
     watching = subprocess.Popen(
         [sys.executable, "-m", "fedpeft", "adapters", "watch", "--from-start", "--registry", url], stdout=subprocess.PIPE, text=True
     )

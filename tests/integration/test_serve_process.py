@@ -143,4 +143,4 @@ def test_settings_that_cannot_hold_are_refused_before_anything_is_loaded(tmp_pat
 
 def test_nothing_to_serve_is_said(tmp_path, capsys):
     assert run(["client", "serve", "--registry", str(tmp_path / "none")]) == AdapterError.exit_code
-    assert "names the base" in capsys.readouterr().err
+    assert "holds no version yet" in capsys.readouterr().err

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
+import threading
 
 import numpy as np
 import pytest
 
 from fedpeft.adapters import initial, make_spec
 from fedpeft.bases import BaseSpec, load_base
+from fedpeft.cli.main import run
 from fedpeft.config import build, describe
 from fedpeft.errors import AdapterError, BaseError, ConfigError, DataError
 from fedpeft.methods import METHODS
@@ -46,7 +50,7 @@ def registry(tmp_path, base):
 
 
 def test_a_request_goes_to_its_task_and_a_stranger_to_the_base(registry):
-    service = Service.open(registry.root)
+    service = Service.open(registry)
     assert service.route("a horse and a cow on the farm with a dog").task == "animals"
     assert service.route("the price of shares and bank interest").task == "money"
     assert service.route("quantum chromodynamics on a lattice").task is None
@@ -57,7 +61,7 @@ def test_a_request_goes_to_its_task_and_a_stranger_to_the_base(registry):
 
 def test_rows_are_scored_with_and_without_routing(registry):
     rows = [{"task": name, "text": text, "label": LABELS[name][0]} for name, texts in TEXTS.items() for text in texts]
-    service = Service.open(registry.root)
+    service = Service.open(registry)
     routed, named = service.evaluate(rows), service.evaluate(rows, None)
     assert {name: report["rows"] for name, report in routed.items()} == {"animals": 3, "money": 3}
     assert all(report["routed right"] >= 2 / 3 for report in routed.values())
@@ -69,7 +73,7 @@ def test_the_control_plane_routes_texts_as_the_service_does(registry):
     from fedpeft.routing import make_router
     from fedpeft_coordinator.control.router import Served, Texts
 
-    service, served, texts = Service.open(registry.root), Served().renewed(registry, 1), Texts(registry)
+    service, served, texts = Service.open(registry), Served().renewed(registry, 1), Texts(registry)
     for text in ("a horse and a cow on the farm with a dog", "the price of shares", "quantum chromodynamics on a lattice"):
         assert make_router("chain", served.cards).route(texts(served, text)) == service.route(text)
     version = registry.get("money")
@@ -81,7 +85,7 @@ def test_the_control_plane_routes_texts_as_the_service_does(registry):
 
 
 def test_every_router_says_what_it_chose_and_why(registry):
-    service, text = Service.open(registry.root), "the bank raised its interest rate"
+    service, text = Service.open(registry), "the bank raised its interest rate"
     for kind in ("chain", "centroid", "centroid3", "cluster"):
         route = service.route(text, router=kind)
         assert (route.task, route.router) == ("money", kind if kind == "cluster" else "centroid")
@@ -101,7 +105,7 @@ def test_a_router_over_tokens_reads_the_base(registry, base):
         drawn = np.random.default_rng(len(name)).standard_normal(adapter.tensors.flat.size).astype(np.float32)
         moved = dataclasses.replace(adapter, tensors=Tensors(adapter.spec.layout, adapter.tensors.flat + 0.01 * drawn))
         registry.publish(moved, registry.get(name).manifest, origin=f"moved/{name}")
-    service = Service.open(registry.root)
+    service = Service.open(registry)
     for kind in ("arrow", "spectr"):
         route = service.route("a dog barks", router=kind)
         assert route.level == "token"
@@ -116,7 +120,7 @@ def test_a_router_over_tokens_reads_the_base(registry, base):
 
 
 def test_cards_of_another_encoder_are_embedded_by_it_and_not_mixed(registry, base):
-    service = Service.open(registry.root)
+    service = Service.open(registry)
     alien = {
         name: dataclasses.replace(card, card=dataclasses.replace(card.card, encoder="minilm@" + "0" * 64))
         for name, card in service.cards.items()
@@ -134,12 +138,12 @@ def test_cards_of_another_encoder_are_embedded_by_it_and_not_mixed(registry, bas
 
 def test_a_row_of_no_known_task_is_named(registry):
     with pytest.raises(DataError, match=r"row 1: task 'plants'.*animals"):
-        Service.open(registry.root).evaluate([{"task": "plants", "text": "a rose", "label": "red"}])
+        Service.open(registry).evaluate([{"task": "plants", "text": "a rose", "label": "red"}])
 
 
 def test_an_unknown_task_is_named(registry):
     with pytest.raises(AdapterError, match="plants"):
-        Service.open(registry.root).route("a rose", "plants")
+        Service.open(registry).route("a rose", "plants")
 
 
 def test_another_base_is_refused(tmp_path, base, registry):
@@ -148,21 +152,15 @@ def test_another_base_is_refused(tmp_path, base, registry):
     foreign = Registry(tmp_path / "foreign")
     foreign.publish(other, Manifest(task_settings=describe(Classification("money", LABELS["money"]))), origin="x")
     with pytest.raises(BaseError, match="trained on base 000000"):
-        Service.open(foreign.root)
+        Service.open(foreign)
 
 
 def test_an_empty_registry_says_so(tmp_path):
-    with pytest.raises(AdapterError, match="no registry"):
-        Service.open(tmp_path / "absent")
-    Registry(tmp_path / "empty")
-    (tmp_path / "empty").mkdir(exist_ok=True)
     with pytest.raises(AdapterError, match="no version"):
-        Service.open(tmp_path / "empty")
+        Service.open(Registry(tmp_path / "empty"))
 
 
 def test_a_new_task_starts_near_what_its_rows_are_like(registry, tmp_path, capsys):
-    from fedpeft.cli.main import run
-
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{text}", "label": "a"}}\n' for text in TEXTS["money"] * 2))
     (tmp_path / "site.toml").write_text('name = "s"\n[base]\nmodel = "minilm"\n[data.shares]\npath = "rows.jsonl"\n')
     (tmp_path / "f.toml").write_text('name = "f"\n[tasks.shares]\nkind = "classification"\nlabels = ["a", "b"]\n')
@@ -173,3 +171,43 @@ def test_a_new_task_starts_near_what_its_rows_are_like(registry, tmp_path, capsy
     assert run([*asked, "--task", "shares", "--fit"]) == AdapterError.exit_code
     assert "no served adapter knows its labels" in capsys.readouterr().err
     assert run([*asked, "--task", "bonds"]) == ConfigError.exit_code
+
+
+@pytest.fixture
+def far(registry, base, tmp_path, monkeypatch):
+    """A control plane over ``registry`` that reads texts, and its address; nothing loads the base anew."""
+    from fedpeft_coordinator.control.config import Control
+    from fedpeft_coordinator.control.serve import Server
+
+    monkeypatch.setattr("fedpeft.bases.load_base", lambda *_spec: base)
+    monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path / "cache"))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    server = Server(registry, Control(port=0, poll=0.05), tmp_path / "state")
+    yield f"grpc://127.0.0.1:{asyncio.run_coroutine_threadsafe(server.start(), loop).result(30)}"
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def test_verbs_say_the_same_of_a_far_registry(registry, far, tmp_path, capsys):
+    def said(*verb: str) -> dict[str, object]:
+        assert run([*verb, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    text = "the bank pays the invoice"
+    near = said("route", text, "--registry", str(registry.root))
+    assert (near["task"], near["router"]) == ("money", "centroid")
+    assert said("route", text, "--registry", far) == near
+    pulled = {path.parent.name for path in (tmp_path / "cache").glob("objects/*/manifest.json")}
+    assert pulled == {registry.resolve("money")}, "router cards are read without the adapters"
+    there = said("route", text, "--registry", far, "--router", "there")
+    assert there == {**near, "answer": None}
+    assert said("route", text, "--registry", far, "--router", "there:mean")["weights"] == {"animals": 0.5, "money": 0.5}
+    rows = [{"task": name, "text": text, "label": LABELS[name][0]} for name, texts in TEXTS.items() for text in texts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = said("evaluate", str(tmp_path / "rows.jsonl"), "--registry", far)
+    assert report == said("evaluate", str(tmp_path / "rows.jsonl"), "--registry", str(registry.root))
+    assert set(report) == {"animals", "money"}

@@ -6,16 +6,15 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases import BaseSpec
-from fedpeft.cli.registries import far
 from fedpeft.config import Section, override, parse
-from fedpeft.control.address import is_address
-from fedpeft.errors import AdapterError, StorageError
-from fedpeft.registry import Registry, Version
+from fedpeft.control.place import Place
+from fedpeft.errors import StorageError
+from fedpeft.registry import Registry
+from fedpeft.service import base_of
 from fedpeft.serving import Source
 from fedpeft_client.config import SiteBase, load_site
 from fedpeft_client.serve.settings import Serve
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import uvicorn
 
     from fedpeft.bases import Base
-    from fedpeft.control.client import RemoteRegistry
     from fedpeft.serving.backend import Backend
 
 HERE = "registry"
@@ -81,35 +79,14 @@ def _alone(overrides: Mapping[str, str]) -> Alone:
 def source(settings: Serve) -> Source:
     """Where versions come from. Raises `ConfigError` on a wrong address or identity."""
     assert settings.registry is not None
-    return Far(far(settings.registry, settings.identity)) if is_address(settings.registry) else Registry(Path(settings.registry))
-
-
-@dataclass(frozen=True)
-class Far:
-    """A control plane as a source: what it serves is pulled once, verified, and kept in this user's cache."""
-
-    remote: RemoteRegistry
-
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks that have a version there."""
-        return tuple(sorted({version.task for version in self.remote.list()}))
-
-    def get(self, ref: str) -> Version:
-        """A task's current version."""
-        return self.remote.get(ref)
-
-    def files(self, digest: str) -> dict[str, bytes]:
-        """All files of a version, verified."""
-        return self.remote.files(digest)
+    place = Place(settings.registry, settings.identity)
+    return place.far() if place.is_far else Registry(Path(place.root))
 
 
 def _base_of(settings: Serve) -> BaseSpec:
-    """The base that the newest versions were trained on."""
+    """The base that the newest versions were trained on. Raises `AdapterError` when nothing is served there."""
     versions = source(settings)
-    task = next(iter(versions.tasks()), None)
-    if task is None:
-        raise AdapterError(f"{settings.registry}: no registry with a version there; give --registry, or a SITE.TOML that names the base")
-    return BaseSpec(versions.get(task).manifest.base_model)
+    return base_of({task: versions.get(task) for task in versions.tasks()[:1]})
 
 
 def _listen(settings: Serve) -> socket.socket:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fedpeft.config import Section
 from fedpeft.control.address import loopback
-from fedpeft_coordinator.listening import Tls, guarded
+from fedpeft.errors import ConfigError
+from fedpeft_coordinator.listening import Tls, guarded, rooted
 
 Role = Literal["reader", "site", "publisher", "monitor", "operator"]
 LABEL = r"^(reader|site|publisher|monitor|operator):[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
 class Control(Section):
-    """Where the control plane listens; beyond loopback ``tls`` is required, and then every caller shows a certificate with a role.
+    """Where the control plane listens; beyond loopback ``tls`` is required, and then every caller shows a certificate, or a token.
 
     Attributes:
         anonymous: the role of callers without TLS; absent: operator on loopback, reader beyond it (``insecure = true``).
-        revoked: callers (ROLE:NAME) whose certificates count no longer.
+        tokens: a file with a line ROLE:NAME SHA256 EXPIRY for each token (deploy/certificates.py --token); with it callers show tokens
+            under TLS, and no certificates. It is read again when it changes.
+        revoked: callers (ROLE:NAME) whose certificates or tokens count no longer.
         store: an fsspec URL (s3://bucket/place) for versions; absent: the registry's folder.
         database: an SQLAlchemy URL for histories; absent: files, or SQLite in the registry's folder where ``store`` is a URL.
         base: identity of the base that pushed versions must be for; absent: that of the versions that are there.
@@ -33,6 +37,7 @@ class Control(Section):
     tls: Tls | None = None
     insecure: bool = False
     anonymous: Role | None = None
+    tokens: Path | None = None
     revoked: tuple[Annotated[str, Field(pattern=LABEL)], ...] = ()
     store: str | None = None
     database: str | None = None
@@ -46,8 +51,17 @@ class Control(Section):
     def _guarded(self) -> Control:
         guarded("control", self.host, self.tls, self.insecure)
         if self.tls is not None and self.anonymous is not None:
-            raise ValueError("control.anonymous and [control.tls]: with TLS every caller shows a certificate; set one of them")
+            raise ValueError("control.anonymous and [control.tls]: with TLS every caller shows a certificate or a token; set one of them")
+        if self.tokens is not None and self.tls is None:
+            raise ValueError("control.tokens needs [control.tls]: tokens travel under TLS only; deploy/certificates.py makes both")
         return self
+
+    def rooted(self, folder: Path, name: str) -> Control:
+        """Paths relative to ``folder`` made whole. Raises `ConfigError` when a file does not exist; ``name`` says whose they are."""
+        tokens = None if self.tokens is None else folder / self.tokens.expanduser()
+        if tokens is not None and not tokens.is_file():
+            raise ConfigError(f"{name}.tokens: {tokens} does not exist; deploy/certificates.py --token ROLE:NAME makes it")
+        return self.model_copy(update={"tls": rooted(self.tls, folder, f"{name}.tls"), "tokens": tokens})
 
     @property
     def role(self) -> Role:

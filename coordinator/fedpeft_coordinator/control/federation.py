@@ -101,11 +101,15 @@ def _task(row: dict[str, Any]) -> pb.TaskStatus:
         version=row["version"] or "",
         last_reason=row["last_reason"] or "",
         drift=row["drift"],
+        privacy=_privacy(row["epsilon"]),
     )
 
 
+def _privacy(spent: dict[str, Any] | None) -> pb.Privacy | None:
+    return None if spent is None else pb.Privacy(**{key: value for key, value in spent.items() if key != "left"})
+
+
 def _site(row: dict[str, Any]) -> pb.SiteStatus:
-    last = row["drop_outs"][-1:]
     return pb.SiteStatus(
         state=row["state"],
         refused=row["refused"] or "",
@@ -117,5 +121,5 @@ def _site(row: dict[str, Any]) -> pb.SiteStatus:
         bytes_down=row["bytes_down"],
         seconds_training=row["seconds_training"],
         seconds_answer=row["seconds_answer"],
-        last_drop_out=f"round {last[0]['round']}, {last[0]['task']}: {last[0]['reason']}" if last else "",
+        last_drop_out=row["last_drop_out"],
     )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedpeft.control.changes import Snapshot, snapshot
 from fedpeft.errors import FedpeftError
 from fedpeft.registry import Registry
-from fedpeft.registry.aliases import Move
-from fedpeft.registry.log import Entry
 
 LOG = logging.getLogger("fedpeft.control")
 Run = Callable[..., Awaitable[Any]]
-Snapshot = Mapping[str, tuple[tuple[Entry, ...], tuple[Move, ...]]]
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Feed:
         async with self._looking:
             stamp = await self.run(self.registry.histories.stamp)
             if stamp != self._stamp:
-                self.snapshot = await self.run(self._read)
+                self.snapshot = await self.run(snapshot, self.registry)
                 self._stamp = stamp
                 async with self._news:
                     self.generation += 1
@@ -60,6 +58,3 @@ class Feed:
         async with self._news:
             await self._news.wait_for(lambda: self.generation > generation)
             return self.generation
-
-    def _read(self) -> Snapshot:
-        return {task: (self.registry.events(task), self.registry.moves(task)) for task in self.registry.tasks()}

@@ -17,7 +17,8 @@ import grpc.aio
 from fedpeft.certificates import Holder, holder
 from fedpeft.control import bounds, faults
 from fedpeft.control.roles import ALLOWED, may
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import ConfigError, FedpeftError
+from fedpeft_coordinator.control.tokens import Tokens
 
 LOG = logging.getLogger("fedpeft.control")
 UNARY = 60.0
@@ -52,12 +53,14 @@ CALLER: ContextVar[Caller] = ContextVar("caller")
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every method; ``anonymous`` is the role of callers without TLS, ``record`` hears of what was changed and refused.
 
-    ``revoked`` are callers (ROLE:NAME) whose certificates count no longer, however long they are valid.
+    With ``tokens`` callers show one instead of a certificate. ``revoked`` are callers (ROLE:NAME) whose certificates or tokens count no
+    longer, however long they are valid.
     """
 
     anonymous: str
     record: Record = lambda *_a, **_k: None
     revoked: frozenset[str] = frozenset()
+    tokens: Tokens | None = None
     stall: float = STALL
     slots: dict[str, tuple[int, int]] = field(default_factory=lambda: dict(SLOTS))
     _busy: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -140,20 +143,37 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _caller(self, context: Any) -> Caller:
         shown = context.auth_context()
+        if self.tokens is None and b"ssl" not in shown.get("transport_security_type", ()):
+            return Caller(self.anonymous, "anonymous")
+        what, found = ("certificate", self._certified(shown)) if self.tokens is None else ("token", self._holding(self.tokens, context))
+        fault = found.fault() or ("was revoked (control.revoked)" if found.label in self.revoked else None)
+        if fault:
+            raise UnknownCallerError(f"the {what} of {found.label if found.role else 'the caller'} {fault}")
+        return Caller(found.role, found.name)
+
+    def _certified(self, shown: Any) -> Holder:
         pem = next(iter(shown.get("x509_pem_cert", ())), None)
         if pem is None:
-            if context.peer().startswith("unix") or b"ssl" not in shown.get("transport_security_type", ()):
-                return Caller(self.anonymous, "anonymous")
             raise UnknownCallerError("no certificate was shown; give one with a role")
         if pem not in self._known:
             if len(self._known) > 10_000:
                 self._known.clear()
             self._known[pem] = holder(pem)
-        found = self._known[pem]
-        fault = found.fault() or ("was revoked (control.revoked)" if found.label in self.revoked else None)
-        if fault:
-            raise UnknownCallerError(f"the certificate of {found.label if found.role else 'the caller'} {fault}")
-        return Caller(found.role, found.name)
+        return self._known[pem]
+
+    @staticmethod
+    def _holding(tokens: Tokens, context: Any) -> Holder:
+        shown = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        if len(shown) != 1 or not str(shown[0]).startswith("Bearer "):
+            raise UnknownCallerError("no token was shown; give --identity NAME.token")
+        try:
+            found = tokens.holder(str(shown[0]).removeprefix("Bearer "))
+        except ConfigError as fault:
+            LOG.error("%s", fault)
+            raise UnknownCallerError("tokens cannot be read here now; ask the operator") from None
+        if found is None:
+            raise UnknownCallerError("this token is not known here (control.tokens); ask the operator for one")
+        return found
 
     async def _refuse(self, method: str, context: Any, fault: Exception) -> None:
         code, detail = _status(fault)

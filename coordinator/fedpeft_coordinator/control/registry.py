@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fedpeft.control import bounds, files
+from fedpeft.control.changes import Places, as_alias, as_row
 from fedpeft.control.faults import UnknownError
 from fedpeft.control.staging import Landing, Staging
 from fedpeft.errors import AdapterError, FedpeftError, LinkError, StorageError
@@ -103,21 +104,18 @@ class RegistryService(RegistryServicer):
         """A signed move."""
         move = await self.run(self._move, request, CALLER.get().label)
         await self.feed.look()
-        return _alias(move)
+        return as_alias(move)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Change]:
         """Changes after the places that the caller names."""
         await self.feed.look()
-        wanted, generation = frozenset(request.tasks), self.feed.generation
-        seen = {task: (place.events, place.moves) for task, place in request.seen.items()}
-        for task, (entries, moves) in self.feed.snapshot.items():
-            seen.setdefault(task, (0, 0) if request.from_start else (len(entries), len(moves)))
+        generation = self.feed.generation
+        places = Places(frozenset(request.tasks), {task: (place.events, place.moves) for task, place in request.seen.items()})
+        if not request.from_start:
+            places.begin(self.feed.snapshot)
         while True:
-            for task in sorted(self.feed.snapshot):
-                if not wanted or task in wanted:
-                    for change in _changes(task, *self.feed.snapshot[task], seen.get(task, (0, 0))):
-                        seen[task] = (change.seen.events, change.seen.moves)
-                        yield change
+            for change in places.news(self.feed.snapshot):
+                yield change
             generation = await self.feed.newer(generation)
 
     def _find(self, ref: str) -> Version:
@@ -132,7 +130,7 @@ class RegistryService(RegistryServicer):
         return found, {name: there[name] for name in sorted(found.manifest.files)}
 
     def _message(self, version: Version) -> pb.Version:
-        row = _row(version.task, Entry(version.number, version.action, version.digest, version.origin, version.created))
+        row = as_row(version.task, Entry(version.number, version.action, version.digest, version.origin, version.created))
         row.manifest = version.manifest.to_bytes()
         row.signature = self.registry.objects.store.get(version.digest, SIGNATURE)
         row.served = self.registry.events(version.task)[-1].digest == version.digest
@@ -202,7 +200,7 @@ class RegistryService(RegistryServicer):
         for name in (task,) if task else self.registry.tasks():
             _found(self.registry.events, name)
             held, last = self.registry.aliases(name), {move.alias: move for move in self.registry.moves(name)}
-            rows += [_alias(last[alias]) for alias in held]
+            rows += [as_alias(last[name]) for name in held]
         return rows
 
     def _move(self, request: pb.SetAliasRequest, by: str) -> Move:
@@ -232,22 +230,3 @@ async def _next(parts: AsyncIterator[pb.PushPart]) -> pb.PushPart | None:
     if part is not None:
         bounds.check(part)
     return part
-
-
-def _row(task: str, entry: Entry) -> pb.Version:
-    return pb.Version(
-        task=task, number=entry.number, digest=entry.digest, action=entry.action, origin=entry.origin[:256], created=entry.created
-    )
-
-
-def _alias(move: Move) -> pb.Alias:
-    return pb.Alias(task=move.task, alias=move.alias, digest=move.digest, number=move.number, by=move.by, created=move.created)
-
-
-def _changes(task: str, entries: tuple[Entry, ...], moves: tuple[Move, ...], seen: tuple[int, int]) -> Iterator[pb.Change]:
-    events = seen[0]
-    for entry in entries[events:]:
-        events = entry.number
-        yield pb.Change(task=task, seen=pb.Seen(events=events, moves=seen[1]), version=_row(task, entry))
-    for move in moves[seen[1] :]:
-        yield pb.Change(task=task, seen=pb.Seen(events=events, moves=move.number), alias=_alias(move))

@@ -30,6 +30,7 @@ from fedpeft_coordinator.control.feed import Feed
 from fedpeft_coordinator.control.gate import Gate, Record
 from fedpeft_coordinator.control.registry import RegistryService
 from fedpeft_coordinator.control.router import Reader, RouterService, Texts
+from fedpeft_coordinator.control.tokens import Tokens
 from fedpeft_coordinator.listening import Tls
 from fedpeft_coordinator.status import Watched
 
@@ -65,7 +66,10 @@ class Server:
         run, work = (partial(_on, pool) for pool in self._pools)
         self.feed = Feed(self.registry, run, self.control.poll)
         texts = self.texts or (Texts(self.registry) if self.control.embed else None)
-        self.gate = Gate("" if self.control.tls else self.control.role, self.record, frozenset(self.control.revoked))
+        tokens = None if self.control.tokens is None else Tokens(self.control.tokens)
+        if tokens is not None:
+            tokens.check()
+        self.gate = Gate("" if self.control.tls else self.control.role, self.record, frozenset(self.control.revoked), tokens)
         self._server = grpc.aio.server(interceptors=[self.gate], options=OPTIONS)
         services = {
             "Registry": RegistryService(self.feed, self.control, Staging(self.state / "staging", self.control.staging), run, work),
@@ -104,13 +108,13 @@ class Server:
         try:
             if tls is None:
                 return int(self._server.add_insecure_port(where))
-            return int(self._server.add_secure_port(where, credentials(tls)))
+            return int(self._server.add_secure_port(where, credentials(tls, self.control.tokens is None)))
         except RuntimeError:
             raise LinkError(f"control {where}: cannot listen there; stop what does, or set control.port") from None
 
 
-def credentials(tls: Tls) -> grpc.ServerCredentials:
-    """The server's certificate, and the CA that callers' certificates must be signed by.
+def credentials(tls: Tls, mutual: bool = True) -> grpc.ServerCredentials:
+    """The server's certificate, and, where it is ``mutual``, the CA that callers' certificates must be signed by.
 
     Raises:
         ConfigError: a file is missing or is no certificate.
@@ -123,7 +127,7 @@ def credentials(tls: Tls) -> grpc.ServerCredentials:
         key, cert, ca = (path.read_bytes() for path in (tls.key, tls.cert, tls.ca))
     except OSError as fault:
         raise ConfigError(f"{fault.filename}: cannot be read: {fault.strerror}; deploy/certificates.py makes certificates") from None
-    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+    return grpc.ssl_server_credentials([(key, cert)], ca if mutual else None, require_client_auth=mutual)
 
 
 def _add(server: Any, services: dict[str, Any]) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from fedpeft import config
 from fedpeft.errors import ConfigError
 from fedpeft_coordinator.control.config import Control
-from fedpeft_coordinator.listening import rooted
 from fedpeft_coordinator.status import Watched
 
 
@@ -49,7 +48,7 @@ def standalone(registry: Path, file: Path | None, overrides: Mapping[str, str]) 
     """
     control = config.load(file, Control, overrides) if file else config.with_overrides(Control, overrides, "control")
     folder = file.resolve().parent if file else Path.cwd()
-    tls = rooted(control.tls, folder, f"{file or '--set'}: tls")
+    control = control.rooted(folder, f"{file or '--set'}: control")
     if not registry.is_dir() and control.store is None:
         raise ConfigError(f"{registry}: no such folder; make it for a new registry, or name the one that a federation published to")
-    return Settings(control.model_copy(update={"tls": tls}), registry.resolve(), (registry / "control").resolve())
+    return Settings(control, registry.resolve(), (registry / "control").resolve())

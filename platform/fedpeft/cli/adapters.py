@@ -8,21 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft.cli import output, sharing
-from fedpeft.cli.registries import HERE, AsJson, Ref, Root, Who, near, opened
+from fedpeft.cli.registries import HERE, AsJson, Ref, Root, placed
+from fedpeft.control.place import Place
 
 app = typer.Typer(help="List, inspect, copy, share, verify and roll back published adapters.", no_args_is_help=True)
 sharing.register(app)
 
 
 @app.command("list")
+@placed
 def list_(
     task: Annotated[str | None, typer.Argument(help="Only this task.")] = None,
-    registry: Root = HERE,
-    identity: Who = None,
+    registry: Place = HERE,
     json: AsJson = False,
 ) -> None:
     """List versions, newest last; the served one of each task is marked."""
-    store = opened(registry, identity)
+    store = registry.open()
     versions = store.list(task)
     current = {version.task: version.digest for version in (store.get(name) for name in {v.task for v in versions})}
     if json:
@@ -49,19 +50,22 @@ def _metrics(version: Any) -> str:
 
 
 @app.command()
-def show(ref: Ref, registry: Root = HERE, identity: Who = None) -> None:
+@placed
+def show(ref: Ref, registry: Place = HERE) -> None:
     """Print one version's manifest: base, method, lineage, metrics, files."""
-    version = opened(registry, identity).get(ref)
+    version = registry.open().get(ref)
     output.emit({"digest": version.digest, "number": version.number, "path": str(version.path or ""), **version.manifest.to_json()})
 
 
 @app.command()
-def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: Root = HERE, identity: Who = None) -> None:
+@placed
+def history(task: Annotated[str, typer.Argument(help="Task name.")], registry: Place = HERE) -> None:
     """Print everything that was published or rolled back for a task, oldest first."""
-    output.emit(opened(registry, identity).history(task))
+    output.emit(registry.open().history(task))
 
 
 @app.command()
+@placed
 def export(
     ref: Annotated[str, typer.Argument(help="TASK, TASK@NUMBER, sha256:PREFIX, or an adapter's folder.")],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],
@@ -74,7 +78,7 @@ def export(
             help="base=MODEL where it is not found by its name, quantization=nf4 as it is served, or the format's own: max_rank=64.",
         ),
     ] = None,
-    registry: Root = HERE,
+    registry: Place = HERE,
 ) -> None:
     """Write one version for another server: a PEFT folder, merged weights, vLLM's LoRA layout, or GGUF."""
     from fedpeft.bases import BaseSpec, load_base
@@ -92,22 +96,23 @@ def export(
         print(f"  checked: {found.said}")
 
 
-def _files(ref: str, registry: str) -> Any:
+def _files(ref: str, registry: Place) -> Any:
     """The files of a version, manifest and signature too; none for a folder that is no version."""
     if (Path(ref) / "fedpeft.json").is_file():
         return None
-    store = opened(registry)
+    store = registry.open()
     return store.files(store.get(ref).digest)
 
 
 @app.command()
+@placed
 def convert(
     ref: Annotated[str, typer.Argument(help="TASK, TASK@NUMBER, sha256:PREFIX, or an adapter's folder.")],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
     base: Annotated[str | None, typer.Option(help="The base, where its name in the adapter is not found here.")] = None,
     quantization: Annotated[str, typer.Option(help="How to load the base.")] = "none",
-    registry: Root = HERE,
+    registry: Place = HERE,
 ) -> None:
     """Write an adapter as a plain LoRA that servers take, and say what that lost."""
     from fedpeft.adapters import save
@@ -126,6 +131,7 @@ def convert(
 
 
 @app.command()
+@placed
 def merge(
     refs: Annotated[
         list[str],
@@ -135,7 +141,7 @@ def merge(
     how: Annotated[str, typer.Option(help="cat, svd, arithmetic, ties, dare or knots.")] = "svd",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the rule, such as rank=16 or density=0.3.")] = None,
     origin: Annotated[str | None, typer.Option(help="The adapter that all started from, for methods without a neutral start.")] = None,
-    registry: Root = HERE,
+    registry: Place = HERE,
 ) -> None:
     """Make several adapters one, exactly (cat) or by a rule, and say what its rank lost."""
     from fedpeft.adapters import save
@@ -151,12 +157,13 @@ def merge(
 
 
 @app.command()
+@placed
 def cluster(
     refs: Annotated[list[str] | None, typer.Argument(help="LoRA adapters of one base; every served one when left out.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="New folder: one merged adapter for each cluster.")] = None,
     how: Annotated[str, typer.Option(help="How a cluster is merged, as in merge.")] = "svd",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the rule, such as rank=16 or density=0.3.")] = None,
-    registry: Root = HERE,
+    registry: Place = HERE,
     json: AsJson = False,
 ) -> None:
     """Say which tasks' adapters point the same way, and make each cluster one servable adapter."""
@@ -164,7 +171,7 @@ def cluster(
     from fedpeft.merging.clusters import clusters, cosines
 
     rule = make_rule({"kind": how, **_settings(settings or [])})
-    names = refs or sorted({version.task for version in opened(registry).list()})
+    names = refs or sorted({version.task for version in registry.open().list()})
     adapters = [_adapter(ref, registry) for ref in names]
     similar = cosines([adapter.tensors for adapter in adapters])
     labels = clusters(similar)
@@ -214,40 +221,41 @@ def _settings(texts: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--set {' '.join(texts)}: {fault}; write key=value, as in rank=16") from None
 
 
-def _adapter(ref: str, registry: str) -> Any:
+def _adapter(ref: str, registry: Place) -> Any:
     """From a folder, or from the registry."""
     from fedpeft.adapters import load
 
-    return load(Path(ref)) if (Path(ref) / "fedpeft.json").is_file() else opened(registry).load(ref)
+    return load(Path(ref)) if (Path(ref) / "fedpeft.json").is_file() else registry.open().load(ref)
 
 
 @app.command()
+@placed
 def pull(
     ref: Ref,
     source: Annotated[str, typer.Option("--from", help="Folder of the registry to copy from, or grpc://HOST:PORT.")],
-    registry: Root = HERE,
-    identity: Who = None,
+    registry: Place = HERE,
 ) -> None:
     """Copy one version from another registry, after checking its files and signature; a broken pull goes on where it stopped."""
     from fedpeft.registry import Registry
 
-    version = Registry(Path(registry)).pull(opened(source, identity), ref)
+    version = Registry(Path(registry.root)).pull(Place(source, registry.identity).open(), ref)
     print(f"{version.task}@{version.number} sha256:{version.digest[:12]} is in {registry}")
 
 
 @app.command()
-def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when left out.")] = None, registry: Root = HERE) -> None:
+def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when left out.")] = None, registry: Root = HERE.root) -> None:
     """Check files, checksums, signatures and the history chain."""
     from fedpeft.errors import AdapterError
 
-    faults = near(registry).verify(ref)
+    faults = Place(registry).near().verify(ref)
     if faults:
         raise AdapterError("\n".join(faults))
     print(f"{ref or registry}: every checksum, signature and history link holds")
 
 
 @app.command()
-def rollback(task: Annotated[str, typer.Argument(help="Task name.")], ref: Ref, registry: Root = HERE, identity: Who = None) -> None:
+@placed
+def rollback(task: Annotated[str, typer.Argument(help="Task name.")], ref: Ref, registry: Place = HERE) -> None:
     """Serve an earlier version of a task again; nothing is deleted."""
-    version = opened(registry, identity).rollback(task, ref)
+    version = registry.open().rollback(task, ref)
     print(f"{task} now serves version {version.number} (sha256:{version.digest[:12]})")

@@ -53,29 +53,49 @@ def loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """PEM files: the own certificate and key, and the CA that signed the server's."""
+    """PEM files: the own certificate and key, and the CA that signed the server's; or that CA and a file with a token."""
 
-    cert: Path
-    key: Path
+    cert: Path | None
+    key: Path | None
     ca: Path
+    token: Path | None = None
 
     @staticmethod
-    def beside(cert: Path) -> Identity:
-        """Certificate ``NAME.pem`` with ``NAME.key`` and ``ca.crt`` beside it, as deploy/certificates.py writes them."""
-        return Identity(cert, cert.with_suffix(".key"), cert.parent / "ca.crt")
+    def beside(shown: Path) -> Identity:
+        """``NAME.token``, or ``NAME.pem`` with ``NAME.key``; ``ca.crt`` beside either, as deploy/certificates.py writes them."""
+        ca = shown.parent / "ca.crt"
+        return Identity(None, None, ca, shown) if shown.suffix == ".token" else Identity(shown, shown.with_suffix(".key"), ca)
 
     def check(self) -> None:
-        """Raise `ConfigError` when a file is missing, `PolicyError` when the certificate does not hold now or names no role."""
-        missing = [str(path) for path in (self.cert, self.key, self.ca) if not path.is_file()]
+        """Raise `ConfigError` when a file is missing or open to others, `PolicyError` when the certificate does not hold or has no role."""
+        missing = [str(path) for path in (self.cert, self.key, self.ca, self.token) if path is not None and not path.is_file()]
         if missing:
-            raise ConfigError(f"identity {self.cert}: {missing} do not exist; deploy/certificates.py writes NAME.pem, NAME.key and ca.crt")
-        fault = read_holder(self.cert).fault()
+            raise ConfigError(
+                f"identity {self.cert or self.token}: {missing} do not exist; deploy/certificates.py writes NAME.pem with NAME.key, "
+                "NAME.token, and ca.crt"
+            )
+        if self.token is not None and self.token.stat().st_mode & 0o077:
+            raise ConfigError(f"identity {self.token}: can be read by others; run chmod 600 {self.token}")
+        fault = None if self.cert is None else read_holder(self.cert).fault()
         if fault:
             raise PolicyError(f"{self.cert}: {fault}")
 
     @property
+    def secret(self) -> str | None:
+        """The token. Raises `ConfigError` when its file is empty or no text."""
+        try:
+            text = None if self.token is None else self.token.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            text = ""
+        if text is not None and (not text or len(text.split()) > 1):
+            raise ConfigError(f"identity {self.token}: holds no token; deploy/certificates.py --token ROLE:NAME writes one")
+        return text
+
+    @property
     def doubt(self) -> str:
         """Why a server may have turned the certificate away, as far as can be seen here."""
+        if self.cert is None:
+            return "is none; this server asks for a certificate (NAME.pem), not for a token"
         fault = read_holder(self.cert).fault()
         if fault:
             return fault

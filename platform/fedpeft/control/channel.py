@@ -63,20 +63,41 @@ def connect(address: Address, identity: Identity | None) -> grpc.Channel:
     options = [*OPTIONS, ("grpc.service_config", service_config())]
     if identity is None:
         if not (address.insecure or loopback(address.host)):
-            raise PolicyError(f"{address}: is another machine; give --identity NAME.pem, or accept the risk with grpc-insecure://")
+            raise PolicyError(
+                f"{address}: is another machine; give --identity NAME.pem or NAME.token, or accept the risk with grpc-insecure://"
+            )
         return grpc.insecure_channel(address.target, options)
     identity.check()
-    files = [path.read_bytes() for path in (identity.ca, identity.key, identity.cert)]
-    return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(*files), options)
+    return grpc.secure_channel(address.target, _credentials(identity), options)
+
+
+def _credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """TLS with the own certificate, or with a token in every call, which gRPC lets travel under TLS only."""
+    import grpc
+
+    files = [None if path is None else path.read_bytes() for path in (identity.ca, identity.key, identity.cert)]
+    secure, token = grpc.ssl_channel_credentials(*files), identity.secret
+    return secure if token is None else grpc.composite_channel_credentials(secure, grpc.access_token_call_credentials(token))
 
 
 def why_not(address: Address, identity: Identity | None) -> LinkError | PolicyError | None:
     """What keeps a connection from being made, by trying: nobody listens, or a certificate does not hold on either side."""
     try:
         with socket.create_connection((address.host, address.port), timeout=5.0) as plain:
-            return None if identity is None else _handshake(plain, address, identity)
+            return _speaks_tls(plain, address) if identity is None else _handshake(plain, address, identity)
     except OSError as fault:
         return LinkError(f"{address}: cannot be reached: {fault.strerror or fault}; is `fedpeft coordinator serve` running there?")
+
+
+def _speaks_tls(plain: socket.socket, address: Address) -> LinkError | None:
+    """What is said to a caller without TLS when the server has some; nothing is sent to it but a greeting."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with context.wrap_socket(plain):
+            return LinkError(f"{address}: uses TLS and was called without; give --identity NAME.pem or NAME.token")
+    except OSError:
+        return None
 
 
 def _handshake(plain: socket.socket, address: Address, identity: Identity) -> LinkError | PolicyError | None:
@@ -84,7 +105,8 @@ def _handshake(plain: socket.socket, address: Address, identity: Identity) -> Li
     try:
         context = ssl.create_default_context(cafile=str(identity.ca))
         context.set_alpn_protocols(["h2"])
-        context.load_cert_chain(identity.cert, identity.key)
+        if identity.cert is not None:
+            context.load_cert_chain(identity.cert, identity.key)
         with context.wrap_socket(plain, server_hostname=address.host) as secure:
             if secure.recv(1):
                 return None
@@ -97,4 +119,4 @@ def _handshake(plain: socket.socket, address: Address, identity: Identity) -> Li
         pass
     except OSError as fault:
         return LinkError(f"{address}: ended the handshake: {fault.strerror or fault}; does it use TLS?")
-    return PolicyError(f"{address}: does not take the certificate {identity.cert}, which {identity.doubt}")
+    return PolicyError(f"{address}: does not take the certificate {identity.cert or identity.token}, which {identity.doubt}")

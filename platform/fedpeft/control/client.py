@@ -20,7 +20,7 @@ from fedpeft.v1 import registry_pb2 as pb
 from fedpeft.v1 import router_pb2 as router
 
 if TYPE_CHECKING:
-    from fedpeft.routing import RouterCard
+    from fedpeft.routing import Route, RouterCard
 
 
 class RemoteRegistry:
@@ -36,6 +36,14 @@ class RemoteRegistry:
     def resolve(self, ref: str) -> str:
         """The digest that ``ref`` names. Raises as `get` does."""
         return self.get(ref).digest
+
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks with a version."""
+        return tuple(sorted({version.task for version in self.list()}))
+
+    def served(self) -> dict[str, tuple[Version, RouterCard]]:
+        """Each task's current version and its router card, verified. Raises `StorageError`, `LinkError`."""
+        return RemoteRouter(self.link).cards()
 
     def list(self, task: str | None = None) -> tuple[Version, ...]:
         """Every version of ``task``, or of all tasks, oldest first."""
@@ -104,6 +112,14 @@ class RemoteRouter:
     def route(self, request: router.RouteRequest) -> router.RouteResponse:
         """The mixture for a text, an embedding or a task."""
         return self.link.unary("Router", "Route", request, seconds=120.0)  # type: ignore[no-any-return]
+
+    def ask(self, text: str, task: str | None = None, kind: str = "") -> Route:
+        """Where ``text`` goes by the far router ``kind`` (empty: its default), or to ``task``. Raises as `Link.unary` does."""
+        from fedpeft.routing import Route
+
+        said = self.route(router.RouteRequest(task=task) if task else router.RouteRequest(text=text, router=kind))
+        weights = {part.task: part.weight for part in said.mixture}
+        return Route(weights, said.score, dict(said.scores), said.router, said.reason, said.level)  # type: ignore[arg-type]
 
     def cards(self) -> dict[str, tuple[Version, RouterCard]]:
         """Served version and router card by task, verified: to route without asking. Raises `StorageError`, `LinkError`."""

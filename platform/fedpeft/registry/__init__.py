@@ -6,6 +6,6 @@ from fedpeft.registry.manifest import Manifest
 from fedpeft.registry.registry import Registry
 from fedpeft.registry.router_cards import router_card
 from fedpeft.registry.store import open_store
-from fedpeft.registry.version import Source, Version
+from fedpeft.registry.version import Library, Source, Version
 
-__all__ = ["Manifest", "Registry", "Source", "Version", "open_store", "router_card"]
+__all__ = ["Library", "Manifest", "Registry", "Source", "Version", "open_store", "router_card"]

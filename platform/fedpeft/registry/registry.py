@@ -12,8 +12,7 @@ Readers take no lock: an object appears at once, an event by one line. Writers c
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,16 +25,14 @@ from fedpeft.registry import aliases, log
 from fedpeft.registry.aliases import Move
 from fedpeft.registry.histories import FileHistories, Histories
 from fedpeft.registry.judging import judge
-from fedpeft.registry.log import Action, Entry
+from fedpeft.registry.log import DIGEST, Action, Entry
 from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, complete
 from fedpeft.registry.objects import Objects
-from fedpeft.registry.router_cards import derived
+from fedpeft.registry.router_cards import derived, router_card
 from fedpeft.registry.store import Content, FolderStore, Store
 from fedpeft.registry.version import Source, Version, log_name, moves_name
 from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
-
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -202,6 +199,10 @@ class Registry:
         logs = [name for name in self.histories.names() if name.endswith("/log")]
         return tuple(sorted(name.split("/")[1] for name in logs if self.histories.lines(name)))
 
+    def served(self) -> dict[str, tuple[Version, RouterCard]]:
+        """Each task's current version and its router card. Raises `StorageError` when one is damaged."""
+        return {task: (self.get(task), router_card(self, task)) for task in self.tasks()}
+
     def list(self, task: str | None = None) -> tuple[Version, ...]:
         """Every published or pulled version of ``task``, or of all tasks, oldest first; roll-backs are in `history`."""
         chosen = self.tasks() if task is None else (task,)
@@ -264,16 +265,14 @@ class Registry:
         whole = [(task, entry) for task in self.tasks() for entry in self.events(task) if entry.digest == prefix]
         if whole:
             return self.at(*whole[-1])
-        found = {version.digest: version for version in self._all() if _names(version, prefix)}
+        every = (self.at(task, entry) for task in self.tasks() for entry in self.events(task))
+        found = {version.digest: version for version in every if _names(version, prefix)}
         if len(found) == 1:
             return next(iter(found.values()))
         if not found or not prefix:
             raise AdapterError(f"sha256:{prefix}: no such version in {self.root}; see `fedpeft adapters list`")
         names = [f"{version.task}@{version.number} sha256:{version.digest[:16]}" for version in found.values()]
         raise AdapterError(f"sha256:{prefix} is the beginning of {len(found)} versions, give more digits: {', '.join(names[:8])}")
-
-    def _all(self) -> Iterable[Version]:
-        return (self.at(task, entry) for task in self.tasks() for entry in self.events(task))
 
     def events(self, task: str) -> tuple[Entry, ...]:
         """All events of ``task``, oldest first. Raises `AdapterError` when there are none."""

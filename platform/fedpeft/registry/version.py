@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedpeft.errors import AdapterError
 from fedpeft.registry.log import Action
 from fedpeft.registry.manifest import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedpeft.adapters import Adapter
+    from fedpeft.routing import RouterCard
 
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,99}")
 
@@ -37,6 +43,42 @@ class Source(Protocol):
 
     def files(self, digest: str) -> dict[str, bytes]:
         """All its files, verified. Raises `StorageError`."""
+        ...
+
+
+class Library(Source, Protocol):
+    """A registry's verbs that are the same here and far away; all raise `AdapterError`, `StorageError`, and `LinkError` where it is far."""
+
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks with a version."""
+        ...
+
+    def list(self, task: str | None = None) -> tuple[Version, ...]:
+        """Every version of ``task``, or of all tasks, oldest first."""
+        ...
+
+    def history(self, task: str) -> tuple[dict[str, Any], ...]:
+        """The events of ``task``, oldest first."""
+        ...
+
+    def load(self, ref: str) -> Adapter:
+        """The adapter that ``ref`` names."""
+        ...
+
+    def served(self) -> Mapping[str, tuple[Version, RouterCard]]:
+        """Task -> its current version and that one's router card."""
+        ...
+
+    def rollback(self, task: str, ref: str) -> Version:
+        """Serve an earlier version again."""
+        ...
+
+    def alias(self, task: str, name: str, ref: str) -> Any:
+        """Point an alias at a version; the move has a ``digest`` and a ``number``."""
+        ...
+
+    def aliases(self, task: str) -> dict[str, str]:
+        """Digest by alias."""
         ...
 
 

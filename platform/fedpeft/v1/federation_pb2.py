@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64peft/v1/federation.proto\x12\nfedpeft.v1\"\x0f\n\rStatusRequest\"\xf8\x02\n\x0eStatusResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x08\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0c\n\x04step\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x0e\n\x06masked\x18\x07 \x01(\x08\x12\x34\n\x05tasks\x18\x08 \x03(\x0b\x32%.fedpeft.v1.StatusResponse.TasksEntry\x12\x34\n\x05sites\x18\t \x03(\x0b\x32%.fedpeft.v1.StatusResponse.SitesEntry\x1a\x44\n\nTasksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedpeft.v1.TaskStatus:\x02\x38\x01\x1a\x44\n\nSitesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedpeft.v1.SiteStatus:\x02\x38\x01\"\xc4\x02\n\nTaskStatus\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07updated\x18\x02 \x01(\r\x12\x0f\n\x07skipped\x18\x03 \x01(\r\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x06scores\x18\x05 \x03(\x0b\x32\".fedpeft.v1.TaskStatus.ScoresEntry\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x13\n\x0blast_reason\x18\x07 \x01(\t\x12\x30\n\x05\x64rift\x18\x08 \x03(\x0b\x32!.fedpeft.v1.TaskStatus.DriftEntry\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nDriftEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_loss\"\xe4\x02\n\nSiteStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12.\n\x04rows\x18\x03 \x03(\x0b\x32 .fedpeft.v1.SiteStatus.RowsEntry\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nbase_loads\x18\x06 \x01(\r\x12\x10\n\x08\x62ytes_up\x18\x07 \x01(\x04\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x1d\n\x10seconds_training\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0eseconds_answer\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x15\n\rlast_drop_out\x18\x0b \x01(\t\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x13\n\x11_seconds_trainingB\x11\n\x0f_seconds_answer\"1\n\rEventsRequest\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"E\n\x05\x45vent\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\r\n\x05\x65vent\x18\x03 \x01(\t\x12\r\n\x05\x66\x61\x63ts\x18\x04 \x01(\t2\x87\x01\n\nFederation\x12?\n\x06Status\x12\x19.fedpeft.v1.StatusRequest\x1a\x1a.fedpeft.v1.StatusResponse\x12\x38\n\x06\x45vents\x12\x19.fedpeft.v1.EventsRequest\x1a\x11.fedpeft.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64peft/v1/federation.proto\x12\nfedpeft.v1\"\x0f\n\rStatusRequest\"\xf8\x02\n\x0eStatusResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x08\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0c\n\x04step\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x0e\n\x06masked\x18\x07 \x01(\x08\x12\x34\n\x05tasks\x18\x08 \x03(\x0b\x32%.fedpeft.v1.StatusResponse.TasksEntry\x12\x34\n\x05sites\x18\t \x03(\x0b\x32%.fedpeft.v1.StatusResponse.SitesEntry\x1a\x44\n\nTasksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedpeft.v1.TaskStatus:\x02\x38\x01\x1a\x44\n\nSitesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedpeft.v1.SiteStatus:\x02\x38\x01\"\xea\x02\n\nTaskStatus\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07updated\x18\x02 \x01(\r\x12\x0f\n\x07skipped\x18\x03 \x01(\r\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x06scores\x18\x05 \x03(\x0b\x32\".fedpeft.v1.TaskStatus.ScoresEntry\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x13\n\x0blast_reason\x18\x07 \x01(\t\x12\x30\n\x05\x64rift\x18\x08 \x03(\x0b\x32!.fedpeft.v1.TaskStatus.DriftEntry\x12$\n\x07privacy\x18\t \x01(\x0b\x32\x13.fedpeft.v1.Privacy\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nDriftEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_loss\"\xa6\x01\n\x07Privacy\x12\x10\n\x08protects\x18\x01 \x01(\t\x12\r\n\x05spent\x18\x02 \x01(\x01\x12\x0e\n\x06\x62udget\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12-\n\x05sites\x18\x05 \x03(\x0b\x32\x1e.fedpeft.v1.Privacy.SitesEntry\x1a,\n\nSitesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe4\x02\n\nSiteStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12.\n\x04rows\x18\x03 \x03(\x0b\x32 .fedpeft.v1.SiteStatus.RowsEntry\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nbase_loads\x18\x06 \x01(\r\x12\x10\n\x08\x62ytes_up\x18\x07 \x01(\x04\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x1d\n\x10seconds_training\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0eseconds_answer\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x15\n\rlast_drop_out\x18\x0b \x01(\t\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x13\n\x11_seconds_trainingB\x11\n\x0f_seconds_answer\"1\n\rEventsRequest\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"E\n\x05\x45vent\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\r\n\x05\x65vent\x18\x03 \x01(\t\x12\r\n\x05\x66\x61\x63ts\x18\x04 \x01(\t2\x87\x01\n\nFederation\x12?\n\x06Status\x12\x19.fedpeft.v1.StatusRequest\x1a\x1a.fedpeft.v1.StatusResponse\x12\x38\n\x06\x45vents\x12\x19.fedpeft.v1.EventsRequest\x1a\x11.fedpeft.v1.Event0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKSTATUS_SCORESENTRY']._serialized_options = b'8\001'
   _globals['_TASKSTATUS_DRIFTENTRY']._loaded_options = None
   _globals['_TASKSTATUS_DRIFTENTRY']._serialized_options = b'8\001'
+  _globals['_PRIVACY_SITESENTRY']._loaded_options = None
+  _globals['_PRIVACY_SITESENTRY']._serialized_options = b'8\001'
   _globals['_SITESTATUS_ROWSENTRY']._loaded_options = None
   _globals['_SITESTATUS_ROWSENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREQUEST']._serialized_start=43
@@ -50,19 +52,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE_SITESENTRY']._serialized_start=369
   _globals['_STATUSRESPONSE_SITESENTRY']._serialized_end=437
   _globals['_TASKSTATUS']._serialized_start=440
-  _globals['_TASKSTATUS']._serialized_end=764
-  _globals['_TASKSTATUS_SCORESENTRY']._serialized_start=664
-  _globals['_TASKSTATUS_SCORESENTRY']._serialized_end=709
-  _globals['_TASKSTATUS_DRIFTENTRY']._serialized_start=711
-  _globals['_TASKSTATUS_DRIFTENTRY']._serialized_end=755
-  _globals['_SITESTATUS']._serialized_start=767
-  _globals['_SITESTATUS']._serialized_end=1123
-  _globals['_SITESTATUS_ROWSENTRY']._serialized_start=1040
-  _globals['_SITESTATUS_ROWSENTRY']._serialized_end=1083
-  _globals['_EVENTSREQUEST']._serialized_start=1125
-  _globals['_EVENTSREQUEST']._serialized_end=1174
-  _globals['_EVENT']._serialized_start=1176
-  _globals['_EVENT']._serialized_end=1245
-  _globals['_FEDERATION']._serialized_start=1248
-  _globals['_FEDERATION']._serialized_end=1383
+  _globals['_TASKSTATUS']._serialized_end=802
+  _globals['_TASKSTATUS_SCORESENTRY']._serialized_start=702
+  _globals['_TASKSTATUS_SCORESENTRY']._serialized_end=747
+  _globals['_TASKSTATUS_DRIFTENTRY']._serialized_start=749
+  _globals['_TASKSTATUS_DRIFTENTRY']._serialized_end=793
+  _globals['_PRIVACY']._serialized_start=805
+  _globals['_PRIVACY']._serialized_end=971
+  _globals['_PRIVACY_SITESENTRY']._serialized_start=927
+  _globals['_PRIVACY_SITESENTRY']._serialized_end=971
+  _globals['_SITESTATUS']._serialized_start=974
+  _globals['_SITESTATUS']._serialized_end=1330
+  _globals['_SITESTATUS_ROWSENTRY']._serialized_start=1247
+  _globals['_SITESTATUS_ROWSENTRY']._serialized_end=1290
+  _globals['_EVENTSREQUEST']._serialized_start=1332
+  _globals['_EVENTSREQUEST']._serialized_end=1381
+  _globals['_EVENT']._serialized_start=1383
+  _globals['_EVENT']._serialized_end=1452
+  _globals['_FEDERATION']._serialized_start=1455
+  _globals['_FEDERATION']._serialized_end=1590
 # @@protoc_insertion_point(module_scope)

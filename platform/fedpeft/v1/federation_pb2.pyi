@@ -47,7 +47,7 @@ class StatusResponse(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., running: _Optional[bool] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., step: _Optional[str] = ..., base: _Optional[str] = ..., masked: _Optional[bool] = ..., tasks: _Optional[_Mapping[str, TaskStatus]] = ..., sites: _Optional[_Mapping[str, SiteStatus]] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
-    __slots__ = ("adapter", "updated", "skipped", "loss", "scores", "version", "last_reason", "drift")
+    __slots__ = ("adapter", "updated", "skipped", "loss", "scores", "version", "last_reason", "drift", "privacy")
     class ScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class TaskStatus(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LAST_REASON_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     updated: int
     skipped: int
@@ -78,7 +79,29 @@ class TaskStatus(_message.Message):
     version: str
     last_reason: str
     drift: _containers.ScalarMap[str, float]
-    def __init__(self, adapter: _Optional[str] = ..., updated: _Optional[int] = ..., skipped: _Optional[int] = ..., loss: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., version: _Optional[str] = ..., last_reason: _Optional[str] = ..., drift: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    privacy: Privacy
+    def __init__(self, adapter: _Optional[str] = ..., updated: _Optional[int] = ..., skipped: _Optional[int] = ..., loss: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., version: _Optional[str] = ..., last_reason: _Optional[str] = ..., drift: _Optional[_Mapping[str, float]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ...) -> None: ...
+
+class Privacy(_message.Message):
+    __slots__ = ("protects", "spent", "budget", "delta", "sites")
+    class SitesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    PROTECTS_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    protects: str
+    spent: float
+    budget: float
+    delta: float
+    sites: _containers.ScalarMap[str, float]
+    def __init__(self, protects: _Optional[str] = ..., spent: _Optional[float] = ..., budget: _Optional[float] = ..., delta: _Optional[float] = ..., sites: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class SiteStatus(_message.Message):
     __slots__ = ("state", "refused", "rows", "device", "quantization", "base_loads", "bytes_up", "bytes_down", "seconds_training", "seconds_answer", "last_drop_out")

@@ -28,6 +28,7 @@ from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.v1.registry_pb2 import Chunk
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.serve import Server
+from fedpeft_coordinator.listening import Tls
 
 ROOT = Path(__file__).parents[3]
 BASE = "f" * 64
@@ -109,6 +110,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool = runpy.run_path(str(ROOT / "deploy/certificates.py"))
     folder = tmp_path_factory.mktemp("certs")
     roles = ["reader:ann", "site:clinic", "publisher:trainer", "monitor:grafana", "operator:root"]
-    tool["issue"](folder / "ours", ["localhost", "127.0.0.1"], [], roles, 30)
+    tool["issue"](folder / "ours", ["localhost", "127.0.0.1"], [], roles, 30, ["reader:phone", "publisher:robot"])
     tool["issue"](folder / "other", ["elsewhere.example.org"], [], ["operator:eve"], 30)
     return folder
+
+
+@pytest.fixture
+def secure(serve: Callable[..., Running], certificates: Path) -> Running:
+    """A server under mutual TLS with two versions of one task."""
+    ours = certificates / "ours"
+    running = serve(tls=Tls(ca=ours / "ca.crt", cert=ours / "server.pem", key=ours / "server.key"))
+    fill(running.registry, 1, 2)
+    return running

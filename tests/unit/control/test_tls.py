@@ -40,14 +40,6 @@ def test_the_script_and_the_table_know_the_same_roles():
     assert runpy.run_path(str(ROOT / "deploy/certificates.py"))["ROLES"] == ROLES
 
 
-@pytest.fixture
-def secure(serve, made, certificates, tmp_path):
-    ours = certificates / "ours"
-    running = serve(tls=Tls(ca=ours / "ca.crt", cert=ours / "server.pem", key=ours / "server.key"))
-    made.fill(running.registry, 1, 2)
-    return running
-
-
 def test_roles_are_the_certificates(secure, certificates, tmp_path, made):
     ours = certificates / "ours"
     far = {role: secure.far(tmp_path / role, Identity.beside(ours / f"{role}-{name}.pem")) for role, name in WHO.items()}
@@ -127,6 +119,58 @@ def test_an_expired_certificate_is_named_before_and_during_a_connection(secure, 
     secure.server.gate._known[real] = holder(late.cert.read_bytes())
     with pytest.raises(PolicyError, match=r"the certificate of reader:late expired on .*UNAUTHENTICATED"):
         ann.get("area")
+
+
+@pytest.fixture
+def tokened(serve, made, certificates, tmp_path):
+    """A server that asks for tokens, and a file of tokens that the test may change."""
+    ours = certificates / "ours"
+    (tmp_path / "tokens").write_bytes((ours / "tokens").read_bytes())
+    running = serve(tls=Tls(ca=ours / "ca.crt", cert=ours / "server.pem", key=ours / "server.key"), tokens=tmp_path / "tokens")
+    made.fill(running.registry, 1, 2)
+    return running
+
+
+def test_a_token_speaks_for_a_role_until_it_is_taken_back(tokened, certificates, tmp_path, caplog):
+    ours = certificates / "ours"
+    phone, robot = (tokened.far(tmp_path / who, Identity.beside(ours / f"{who}.token")) for who in ("reader-phone", "publisher-robot"))
+    assert phone.get("area").number == 2
+    assert robot.alias("area", "prod", "1").by == "publisher:robot"
+    with pytest.raises(PolicyError, match=r"role 'reader' \(phone\) may not call fedpeft.v1.Registry/SetAlias"):
+        phone.alias("area", "prod", "2")
+    lines = (tmp_path / "tokens").read_text().splitlines()
+    for text, said in [
+        ("\n".join(lines[1:]), "this token is not known here"),
+        (lines[0][:-10] + "2020-01-01", "the token of reader:phone expired on 2020-01-01"),
+        ("torn", "tokens cannot be read here now"),
+    ]:
+        (tmp_path / "tokens").write_text(text)
+        with pytest.raises(PolicyError, match=said):
+            phone.get("area")
+    assert "lines [1] are not ROLE:NAME SHA256" in caplog.text
+    assert Identity.beside(ours / "reader-phone.token").secret not in caplog.text
+    (tmp_path / "tokens").write_text("\n".join(lines))
+    assert phone.get("area").number == 2
+    tokened.server.gate.revoked = frozenset({"reader:phone"})
+    with pytest.raises(PolicyError, match="the token of reader:phone was revoked"):
+        phone.get("area")
+    with pytest.raises(PolicyError, match="no token was shown"):
+        tokened.far(tmp_path / "c", Identity.beside(ours / "reader-ann.pem")).get("area")
+
+
+def test_a_token_is_kept_and_shown_with_care(secure, certificates, tmp_path):
+    phone = Identity.beside(certificates / "ours/reader-phone.token")
+    with pytest.raises(PolicyError, match=r"asks for a certificate \(NAME.pem\), not for a token"):
+        secure.far(tmp_path / "a", phone).get("area")
+    for text, mode, said in [
+        ("x", 0o644, "can be read by others; run chmod 600"),
+        ("", 0o600, "holds no token"),
+        ("a b", 0o600, "holds no"),
+    ]:
+        (tmp_path / "x.token").write_text(text)
+        (tmp_path / "x.token").chmod(mode)
+        with pytest.raises(ConfigError, match=said):
+            connect(Address("127.0.0.1", 1), Identity(None, None, phone.ca, tmp_path / "x.token"))
 
 
 def test_holders(certificates, tmp_path):
