@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +145,37 @@ def test_autocast_agrees_with_the_plain_loop(warm, way):
     rows = [own if own in adapters else None for own in ROWS]
     for each in ("loop", way):
         with Bank.attach(base, LM, adapters, way=each) as bank, torch.autocast("cuda", torch.bfloat16):
+            bank.use(Gates.rows(rows))
+            logits = bank.model(**inputs).logits
+            loss(logits).backward()
+            found.append((logits.detach(), torch.cat([bank.grad(name) for name in adapters])))
+    near(found[1][0], found[0][0], 3e-2)
+    near(found[1][1], found[0][1], 1e-1)
+
+
+def dense_twin(base):
+    """The 4-bit base, its layers unpacked once and for all."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = copy.deepcopy(base.model)
+    for name, layer in list(model.named_modules()):
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            twin.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, twin)
+    return replace(base, model=model.requires_grad_(False), trunk=model.model)
+
+
+@pytest.mark.parametrize("way", ["auto", "fused"])
+def test_four_bit_layers_are_multiplied_with_their_adapters(warm, way, monkeypatch):
+    """As the plain loop over the unpacked base; bitsandbytes' own product, which would be one more pass, is never called."""
+    base, inputs, found = warm("nf4"), batch(), []
+    adapters = {name: adapter for name, adapter in crowd(base).items() if name in ("wide", "twin", "deep")}
+    rows = [own if own in adapters else None for own in ROWS]
+    for model, each in ((dense_twin(base), "loop"), (base, way)):
+        with Bank.attach(model, LM, adapters, way=each) as bank, monkeypatch.context() as patch, torch.autocast("cuda", torch.bfloat16):
+            patch.setattr("bitsandbytes.matmul_4bit", None)
             bank.use(Gates.rows(rows))
             logits = bank.model(**inputs).logits
             loss(logits).backward()

@@ -9,14 +9,14 @@ structure, never from what was seen before, so that a resumed run computes what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpeft.methods.attached import ADAPTER
-from fedpeft.methods.lowrank import Base, low_rank
+from fedpeft.methods.frozen import Frozen
+from fedpeft.methods.lowrank import low_rank
 
 
 class Family:
@@ -40,13 +40,9 @@ class Forward:
     """One layer's forward; peft's own still runs where its switches are used."""
 
     def __init__(self, layer: Any, dropout: float, family: Family) -> None:
-        from transformers.pytorch_utils import Conv1D
-
         self.layer, self.base, self.dropout = layer, layer.base_layer, dropout
         self.down, self.up, self.stock = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.forward
-        self.turned = type(self.base) is Conv1D
-        self.dense = (self.turned or type(self.base) is nn.Linear) and type(self.base.weight) is nn.Parameter
-        self.packed = hasattr(self.base.weight, "quant_state")
+        self.frozen = Frozen(self.base)
         self.family = family
         family.members.append(self)
 
@@ -55,27 +51,14 @@ class Forward:
         """The dropout rate now."""
         return self.dropout if self.layer.training else 0.0
 
-    def frozen(self, dtype: torch.dtype) -> Base:
-        """The frozen layer's weight (O, I) and bias in ``dtype``; what is not so in memory becomes so whenever it is multiplied."""
-        weight, bias = self.base.weight, self.base.bias
-        bias = bias if bias is None else bias.to(dtype)
-        if self.packed:
-            return partial(_unpacked, weight, dtype), bias
-        weight = weight.t() if self.turned else weight
-        return (weight if weight.dtype == dtype else partial(weight.to, dtype)), bias
-
     def joins(self, dtype: torch.dtype, autocast: bool) -> bool:
-        """Whether the frozen layer can be computed here, in ``dtype``: of a known kind, frozen, and nothing else is hung on it.
-
-        A 4-bit layer computes itself where no gradient is wanted: its own kernel for few tokens never makes the weight dense.
-        """
-        base, weight = self.base, self.base.weight
-        if not (self.dense or (self.packed and torch.is_grad_enabled() and weight.quant_state is not None)) or weight.requires_grad:
+        """Whether the frozen layer can be computed here, in ``dtype``: of a known kind, frozen, and nothing else is hung on it."""
+        base = self.base
+        if base.weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
             return False
-        if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
+        if base.bias is not None and base.bias.requires_grad:
             return False
-        native = weight.quant_state.dtype if self.packed else weight.dtype
-        return autocast or dtype == self.down.weight.dtype == native
+        return self.frozen.readable(dtype, autocast) and (autocast or dtype == self.down.weight.dtype)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., I) -> (..., O)."""
@@ -100,11 +83,4 @@ def fuse(layers: Sequence[Any], dropout: float) -> None:
 
 def _run(x: Tensor, members: Sequence[Forward], p: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     factors = [member.down.weight.to(dtype) for member in members] + [member.up.weight.to(dtype) for member in members]
-    return low_rank(x.to(dtype), p, [member.frozen(dtype) for member in members], *factors)
-
-
-def _unpacked(weight: Any, dtype: torch.dtype) -> Tensor:
-    """A 4-bit weight (O, I), dense."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state)).to(dtype)
+    return low_rank(x.to(dtype), p, [member.frozen.base(dtype) for member in members], *factors)

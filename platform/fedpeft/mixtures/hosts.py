@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
+from fedpeft.methods.frozen import Frozen
 from fedpeft.mixtures.choice import Shape, way_for
 from fedpeft.mixtures.dense import CHILD, Holder
 from fedpeft.mixtures.mixing import Addend, Factors, mix
@@ -36,8 +37,9 @@ class Work:
         """The outputs of all members for ``x`` (..., I), base and low-rank products in one function."""
         for share in self.shares:
             per_token(share.plan, x.numel() // x.shape[-1], self.members[0].name)
-        bases = [(member.weight, member.layer.bias) for member in self.members]
-        return mix(x.to(_dtype(x)), [member.width for member in self.members], bases, self.addends)
+        dtype = _dtype(x)
+        bases = [member.frozen.base(dtype) for member in self.members]
+        return mix(x.to(dtype), [member.frozen.width for member in self.members], bases, self.addends)
 
 
 class Family:
@@ -56,7 +58,7 @@ class Family:
             work = self._work_of(member, x)
             if member not in work.members:
                 return cast(Tensor, member.base(x))
-            if not work.fused or not all(other.weight.dtype == _dtype(x) for other in work.members):
+            if not work.fused:
                 return member.alone(x, [share for share in work.shares if member.name in share.slab.parts])
             ready = (x, key, dict(zip(work.members, work.run(x), strict=True)))
         found = ready[2].pop(member)
@@ -70,7 +72,7 @@ class Family:
             names = {other.name for other in self.members}
             shares = tuple(share for share in member.state.fixed if names & share.slab.parts.keys())
             members = tuple(other for other in self.members if any(other.name in share.slab.parts for share in shares))
-            fused = all(other.here and all(_plain(share, other.name) for share in shares) for other in members)
+            fused = all(other.here(x) and all(_plain(share, other.name) for share in shares) for other in members)
             addends = tuple(addend for share in shares for addend in _addends(x, members, share)) if fused else ()
             self._work = (key, Work(members, shares, addends, fused))
         return self._work[1]
@@ -84,10 +86,7 @@ class Host:
         self.holder = Holder() if state.dense else None
         self.before = layer.__dict__.get("forward")
         self.base = layer.forward
-        self.turned = hasattr(layer, "nf") and hasattr(layer, "nx")
-        weight = getattr(layer, "weight", None)
-        plain = self.before is None and (self.turned or type(layer) is nn.Linear)
-        self.dense = plain and type(weight) is nn.Parameter
+        self.frozen = Frozen(layer)
         family.members.append(self)
         object.__setattr__(layer, "forward", self)
         if self.holder is not None:
@@ -111,20 +110,11 @@ class Host:
             return Factors(place, self.holder(slab, a), self.holder(slab, b))
         return Factors(place, slab.stacked(a), slab.stacked(b), slab.sink(a), slab.sink(b))
 
-    @property
-    def here(self) -> bool:
-        """Whether the frozen layer is a dense one whose weight other layers' calls may read: ZeRO-3 has it here in its own call alone."""
-        return self.dense and not hasattr(self.layer.weight, "ds_id")
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen layer's (O, I)."""
-        return cast(Tensor, self.layer.weight.t() if self.turned else self.layer.weight)
-
-    @property
-    def width(self) -> int:
-        """O."""
-        return int(self.layer.nf if self.turned else self.layer.out_features)
+    def here(self, x: Tensor) -> bool:
+        """Whether other layers' calls may compute this one for ``x``; ZeRO-3 has its weight here in the layer's own call alone."""
+        if self.before is not None or hasattr(getattr(self.layer, "weight", None), "ds_id"):
+            return False
+        return self.frozen.readable(_dtype(x), torch.is_autocast_enabled(x.device.type))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """X (..., I) -> (..., O), or what the module gives."""
@@ -147,7 +137,7 @@ class Host:
         y = y if gain is None else y * gain
         y = y if shift is None else y + shift
         addends = [addend for share in shares for addend in _addends(x, [self], share)]
-        y = y + mix(x.to(_dtype(x)), [self.width], [None], addends)[0].to(own.dtype) if addends else y
+        y = y + mix(x.to(_dtype(x)), [self.frozen.width], [None], addends)[0].to(own.dtype) if addends else y
         for share in shares:
             y = y + _squeeze(share, self, y) if share.slab.parts[self.name].squeeze else y
         return y

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedpeft.methods.lowrank import Base, dense
 from fedpeft.methods.lowrank import masks as grouped_masks
 from fedpeft.mixtures.ways import Way
-
-Base = tuple[Tensor, Tensor | None]
-"""Weight (O, I) and bias of a frozen layer."""
 
 Job = tuple[Sequence[int], Sequence[Base | None], "Sequence[Addend]", Sequence[Tensor | None]]
 """Widths and bases by layer; addends, and the dropout mask (G, I) of each."""
@@ -180,7 +178,7 @@ def _base(x: Tensor, flat: Tensor, width: int, base: Base | None) -> Tensor:
     """No view, so that the model may change it in place: (..., O)."""
     if base is None:
         return x.new_zeros(*x.shape[:-1], width)
-    weight, bias = base
+    weight, bias = dense(base[0]), base[1]
     y = x.new_empty(*x.shape[:-1], width)
     rows = y.view(-1, width)
     _ = torch.mm(flat, weight.t(), out=rows) if bias is None else torch.addmm(bias, flat, weight.t(), out=rows)
@@ -192,6 +190,6 @@ def _base_gradient(flat: Tensor, grads: Sequence[Tensor | None], bases: Sequence
     total, started = torch.empty_like(flat), False
     for grad, base in zip(grads, bases, strict=True):
         if grad is not None and base is not None:
-            _ = total.addmm_(grad, base[0]) if started else torch.mm(grad, base[0], out=total)
+            _ = total.addmm_(grad, dense(base[0])) if started else torch.mm(grad, dense(base[0]), out=total)
             started = True
     return total if started else total.zero_()

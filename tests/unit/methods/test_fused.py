@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedpeft.methods import fused, lowrank
+from fedpeft.methods import frozen, fused, lowrank
 from fedpeft.methods.lowrank import LowRank
 from fedpeft.methods.targets import families, resolve
 
@@ -115,7 +115,7 @@ def test_equals_stock_peft_on_gpt2s_transposed_layer():
     x = torch.randn(2, 5, 12)
     theirs = gradients(layer, x, parameters)
     fused.fuse([layer], 0.0)
-    assert layer.forward.dense
+    assert layer.forward.frozen.dense
     close(gradients(layer, x, parameters), theirs)
 
 
@@ -141,7 +141,7 @@ def test_quantized_bases_equal_stock_peft(make):
     x = torch.randn(3, 4, 64)
     theirs = gradients(layer, x, parameters)
     fused.fuse([layer], 0.0)
-    assert not layer.forward.dense
+    assert not layer.forward.frozen.dense
     close(gradients(layer, x, parameters), theirs)
 
 
@@ -154,7 +154,7 @@ def test_four_bit_layers_of_one_family_are_made_dense_one_at_a_time_and_never_ke
     theirs = gradients(lambda y: sum(layer(y) for layer in layers), x, parameters)
     fused.fuse(layers, 0.0)
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        patch.setattr(fused, "_unpacked", lambda weight, dtype, own=fused._unpacked: made.append(1) or own(weight, dtype))
+        patch.setattr(frozen, "_unpacked", lambda weight, dtype, own=frozen._unpacked: made.append(1) or own(weight, dtype))
         close(gradients(lambda y: sum(layer(y) for layer in layers), x, parameters), theirs)
     assert len(made) == 4
     assert torch.Size([32, 64]) not in kept
@@ -189,7 +189,7 @@ def test_torchao_weights_are_called():
     quantize_(base, Int8WeightOnlyConfig())
     layer = stock(base.requires_grad_(False))
     fused.fuse([layer], 0.0)
-    assert not layer.forward.dense
+    assert not layer.forward.frozen.dense
     a, b = layer.lora_A["fp"].weight, layer.lora_B["fp"].weight
     x = torch.randn(4, 64)
     close([layer(x).detach()], [(base(x) + x @ a.t() @ b.t()).detach()])

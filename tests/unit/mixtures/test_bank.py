@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +96,41 @@ def test_a_mixed_batch_is_each_row_alone(crowd, batch, name, quantization, dense
         if name == "encoder":
             assert bank.logits(logits, "twin").shape == (1, 5)
             assert torch.equal(bank.logits(logits, "wide"), logits[[0, 9], :3])
+
+
+def dense_twin(base):
+    """The 4-bit base, its layers unpacked once and for all."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = copy.deepcopy(base.model)
+    for name, layer in list(model.named_modules()):
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            twin = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            twin.weight.data, twin.bias = dequantize_4bit(layer.weight.data, layer.weight.quant_state), layer.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, twin)
+    return replace(base, model=model.requires_grad_(False), trunk=model.model)
+
+
+def test_four_bit_layers_are_multiplied_with_their_adapters_and_never_kept_dense(crowd, batch, monkeypatch):
+    base, head, every = crowd("causal", "nf4")
+    adapters, found, kept = {name: every[name] for name in ("wide", "twin", "rs")}, [], []
+    rows = [name if name in adapters else None for name in ROWS]
+    for model, way in ((dense_twin(base), "loop"), (base, "auto")):
+        with Bank.attach(model, head, adapters, way=way) as bank, monkeypatch.context() as patch:
+            patch.setattr("bitsandbytes.matmul_4bit", None)
+            bank.use(Gates.rows(rows))
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, model=model: kept.append((id(model), t.shape)) or t, lambda t: t):
+                logits = bank.model(**batch).logits
+            sum(losses(logits)).backward()
+            found.append((logits, torch.cat([bank.grad(name) for name in adapters])))
+            patch.undo()
+            with torch.no_grad():  # by the layers' own kernels
+                near(bank.model(**batch).logits, logits.detach())
+    near(found[1][0], found[0][0].detach())
+    near(found[1][1], found[0][1])
+    assert (id(base), torch.Size([len(ROWS), 6, 32])) in kept
+    assert (id(base), torch.Size([32, 32])) not in kept
 
 
 def test_the_base_answers_rows_without_an_adapter(crowd, batch):
