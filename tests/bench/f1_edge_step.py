@@ -35,8 +35,9 @@ BATCH, STEPS, MEAN, SPREAD, LABELLED, RATE = 8, 6, 53.0, 0.55, 0.35, 1e-3
 GOALS = {0.0: 2.0, 0.05: 3.0}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+Examples = list[tuple[np.ndarray, int]]
 Timed = Callable[[], tuple[float, float]]
-"""Runs `STEPS` steps; CPU seconds and the mean loss of the first step."""
+"""Runs some steps; CPU seconds and the mean loss of the first step."""
 
 
 def run(repeats: int = 5) -> list[dict[str, object]]:
@@ -50,10 +51,10 @@ def run(repeats: int = 5) -> list[dict[str, object]]:
 
 
 def _row(dropout: float, repeats: int) -> dict[str, object]:
-    examples = _examples()
+    examples = make_examples()
     tokens = sum(len(ids) for ids, _ in examples)
     padded = sum(BATCH * max(len(ids) for ids, _ in examples[at : at + BATCH]) for at in range(0, len(examples), BATCH))
-    contenders: dict[str, Timed] = {"ours": _ours(examples, dropout), "peer": _peer(examples, dropout), "floor": _floor(examples)}
+    contenders: dict[str, Timed] = {"ours": _ours(examples, dropout), "peer": _peer(examples, dropout), "floor": floor_of(examples)}
     least, losses = least_seconds(contenders, repeats)
     ratio = least["peer"] / least["ours"]
     return {
@@ -82,15 +83,15 @@ def least_seconds(contenders: dict[str, Timed], repeats: int) -> tuple[dict[str,
     return least, losses
 
 
-def _examples() -> list[tuple[np.ndarray, int]]:
-    """Token ids and the position of the first labelled token, the same for both sides."""
+def make_examples(steps: int = STEPS) -> Examples:
+    """Token ids and the position of the first labelled token of the examples of ``steps`` steps, the same for both sides."""
     rng = np.random.default_rng(0)
-    drawn = rng.lognormal(0.0, SPREAD, BATCH * STEPS)
+    drawn = rng.lognormal(0.0, SPREAD, BATCH * steps)
     lengths = np.clip(drawn * MEAN / drawn.mean(), 6, 400).astype(int)
     return [(rng.integers(3, VOCABULARY, length).astype(np.int32), max(1, round(length * (1 - LABELLED)))) for length in lengths]
 
 
-def _model() -> LlamaForCausalLM:
+def make_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = LlamaConfig(
         hidden_size=HIDDEN,
@@ -121,9 +122,9 @@ class InOrder:
         return (packed(data, list(range(at, at + size)), size) for at in range(0, len(data), size))
 
 
-def _floor(examples: list[tuple[np.ndarray, int]]) -> Timed:
+def floor_of(examples: Examples) -> Timed:
     """The bare base on the same packed rows: forward, and the gradient of its input; no adapter, no optimizer."""
-    model, data = _model(), _encoded(examples)
+    model, data = make_model(), encode(examples)
 
     def timed() -> tuple[float, float]:
         began = process_time()
@@ -137,13 +138,13 @@ def _floor(examples: list[tuple[np.ndarray, int]]) -> Timed:
     return timed
 
 
-def _encoded(examples: list[tuple[np.ndarray, int]]) -> Encoded:
+def encode(examples: Examples) -> Encoded:
     places = np.arange(len(examples))
     return Encoded(tuple(ids for ids, _ in examples), places, np.array([start for _, start in examples]), places, 0)
 
 
-def _ours(examples: list[tuple[np.ndarray, int]], dropout: float) -> Timed:
-    model, data = _model(), _encoded(examples)
+def _ours(examples: Examples, dropout: float) -> Timed:
+    model, data = make_model(), encode(examples)
     base = Base(BaseSpec("random"), Fingerprint("w", "t", "", "none"), "causal", None, model.config, "cpu", model, model.model)
     spec = make_spec("bench", base, Lora(r=RANK, alpha=RANK, dropout=dropout, targets=("all",)), Generation("bench").head)
     start = initial(base, spec, 0).tensors
@@ -162,41 +163,44 @@ def _ours(examples: list[tuple[np.ndarray, int]], dropout: float) -> Timed:
 
 
 class Clock(TrainerCallback):
-    """CPU time from the first step's begin to the last step's end."""
+    """CPU time from the begin of the first step that counts, after ``skip`` others, to the last step's end."""
 
-    def __init__(self) -> None:
-        self.began, self.ended = 0.0, 0.0
+    def __init__(self, skip: int = 0) -> None:
+        self.skip, self.began, self.ended = skip, 0.0, 0.0
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
         """Start once."""
-        self.began = self.began or process_time()
+        if state.global_step == self.skip:
+            self.began = process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The last one counts."""
         self.ended = process_time()
 
 
-def _peer(examples: list[tuple[np.ndarray, int]], dropout: float) -> Timed:
+def _peer(examples: Examples, dropout: float) -> Timed:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=dropout, target_modules=LINEARS, task_type="CAUSAL_LM")
-    rows = [_peer_row(ids, start) for ids, start in examples]
-    base = _model()
-    return lambda: trainer_seconds(get_peft_model(copy.deepcopy(base), config), rows, _collate, BATCH)
+    rows = [peer_row(ids, start) for ids, start in examples]
+    base = make_model()
+    return lambda: trainer_seconds(get_peft_model(copy.deepcopy(base), config), rows, collate, BATCH)
 
 
-def trainer_seconds(model: Any, rows: list[Any], collate: Callable[[Any], Any], batch: int) -> tuple[float, float]:
-    """CPU seconds of one pass of HF ``Trainer`` over ``rows`` in their order, and the mean loss of its first step."""
-    clock = Clock()
+def trainer_seconds(
+    model: Any, rows: list[Any], collate: Callable[[Any], Any], batch: int, skip: int = 0, deepspeed: dict[str, Any] | None = None
+) -> tuple[float, float]:
+    """CPU seconds of one pass of HF ``Trainer`` over ``rows`` in their order, but for ``skip`` steps, and the mean loss of its first."""
+    clock = Clock(skip)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(model, _arguments(folder, batch, len(rows) // batch), collate, rows, callbacks=[clock])
+        trainer = Trainer(model, _arguments(folder, batch, len(rows) // batch, deepspeed), collate, rows, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return clock.ended - clock.began, float(first)
 
 
-def _arguments(folder: str, batch: int, steps: int) -> TrainingArguments:
+def _arguments(folder: str, batch: int, steps: int, deepspeed: dict[str, Any] | None) -> TrainingArguments:
     return TrainingArguments(
         folder,
         per_device_train_batch_size=batch,
@@ -211,17 +215,18 @@ def _arguments(folder: str, batch: int, steps: int) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
         log_level="error",
+        deepspeed=deepspeed,
     )
 
 
-def _peer_row(ids: np.ndarray, start: int) -> dict[str, torch.Tensor]:
+def peer_row(ids: np.ndarray, start: int) -> dict[str, torch.Tensor]:
     tokens = torch.from_numpy(ids).long()
     labels = tokens.clone()
     labels[:start] = -100
     return {"input_ids": tokens, "labels": labels}
 
 
-def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
     labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
