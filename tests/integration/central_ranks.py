@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
 from fedpeft.central.job import run
+from fedpeft.central.progress import Report, Scores
 from fedpeft.central.world import World, joined
 from fedpeft.errors import FedpeftError
 from fedpeft.training.config import load_central
@@ -21,24 +23,31 @@ class Stopped(Exception):
     """A job that is left half done."""
 
 
-def play(folder: Path, world: World, name: str, stop: int | None = None, **changes: str) -> dict[str, object]:
-    """The losses of each step of one job, or the fault that ended it."""
+def play(folder: Path, world: World, name: str, stop: int | None = None, full: int | None = None, **changes: str) -> dict[str, object]:
+    """Losses and scores of each step of one job, or the fault that ended it; from step ``full`` on no file may be longer than 1 kB."""
     losses: list[dict[str, float]] = []
+    scores: list[Scores] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def heard(step: int, loss: float, by_task: object) -> None:
-        if stop is not None and step > stop:
+    def heard(report: Report) -> None:
+        if stop is not None and report.step > stop:
             raise Stopped
-        losses.append({"all": loss, **by_task})  # type: ignore[dict-item]
+        losses.append({"all": report.loss, **report.losses})
+        scores.append(report.scores)
+        if full is not None and report.step == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
 
     table = {key.replace("__", "."): value for key, value in changes.items()} | {"output": str(folder / name)}
     began = time.perf_counter()
     try:
-        run(load_central(folder / "job.toml", table), world, progress=heard)
+        final = run(load_central(folder / "job.toml", table), world, progress=heard).scores
     except Stopped:
-        pass
+        final = {}
     except FedpeftError as fault:
         return {"fault": str(fault), "code": fault.exit_code, "seconds": time.perf_counter() - began}
-    return {"losses": losses}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return {"losses": losses, "scores": scores, "final": final}
 
 
 def waited(path: Path, seconds: float = 120.0) -> None:
@@ -56,6 +65,15 @@ def half(folder: Path, world: World, **changes: str) -> None:
     (folder / f"half{world.size}" / "left").touch()
 
 
+SCORED = {
+    "tasks__animals__metrics": '["perplexity", "exact_match"]',
+    "tasks__animals__max_new_tokens": "3",
+    "evaluate__every": "1",
+    "training__save_every": "1",
+    "checkpoints": '{ keep = 2, best = "colours" }',
+}
+
+
 def one(folder: Path, world: World) -> dict[str, object]:
     """A world of one."""
     found: dict[str, object] = {"stage0": play(folder, world, "one0", deepspeed__stage="0")}
@@ -64,6 +82,9 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
     found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
+    found["scored"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
+    found["again"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
+    found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", training__save_every="1")
@@ -76,6 +97,9 @@ def two(folder: Path, world: World) -> dict[str, object]:
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "0123"}
     found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
+    found["scored"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)
+    found["again"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)
+    found["offloaded"] = play(folder, world, "offloaded2", deepspeed__stage="2", deepspeed__offload="cpu")
     for stage in "23":
         found[f"nf4.{stage}"] = play(folder, world, f"nf4-{stage}", deepspeed__stage=stage, base__quantization="nf4")
     missing = {"tasks__animals__data__path": "nowhere.jsonl"} if world.rank else {}

@@ -19,6 +19,7 @@ from fedpeft.central.job import prepare
 from fedpeft.central.joint import JointTask
 from fedpeft.central.world import World
 from fedpeft.processes import free_port
+from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
 from fedpeft.training.config import load_central
 
@@ -53,9 +54,13 @@ WORDS = {"animals": ("cat", "dog", "bird"), "colours": ("red", "blue", "green", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, shared_models) -> Path:
     place, dice = tmp_path_factory.mktemp("central"), random.Random(0)
-    for task, words in WORDS.items():
+    for tests, (task, words) in zip((7, 1), WORDS.items(), strict=True):  # one: the second rank has none of them
         rows = [
-            {"prompt": f"Once there was a {(word := dice.choice(words))} " * dice.randint(1, 3), "completion": f"the {word} was {task} {i}"}
+            {
+                "prompt": f"Once there was a {(word := dice.choice(words))} " * dice.randint(1, 3),
+                "completion": f"the {word} was {task} {i}",
+                "split": "test" if i < tests else "train",
+            }
             for i in range(40)
         ]
         (place / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -187,6 +192,55 @@ def test_two_ranks_go_on_from_one_and_one_from_two(folder, found):
         assert len(resumed) == 2
         np.testing.assert_allclose(resumed, undisturbed[2:], atol=2e-6, rtol=2e-6)
         assert_close(values(folder, name), values(folder, "one0"), 1e-4)
+
+
+def test_optimizer_states_in_host_memory_change_nothing(folder, found):
+    np.testing.assert_allclose(losses(found["2.0"]["offloaded"]), losses(found["1.0"]["stage0"]), atol=2e-6, rtol=2e-6)
+    assert_close(values(folder, "offloaded2"), values(folder, "one0"), 1e-4)
+
+
+def test_partitioned_ranks_score_as_one_process_does(folder, found):
+    from fedpeft.bases import load_base
+    from fedpeft.tasks import read_rows
+    from fedpeft.training.loop import evaluate
+
+    config = load_central(
+        folder / "job.toml", {"tasks.animals.metrics": '["perplexity", "exact_match"]', "tasks.animals.max_new_tokens": "3"}
+    )
+    base = load_base(config.base, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        every = prepare(config, {}).adapters
+        rows = {name: read_rows(config.tasks[name].data, "test") for name in every}
+    assert {name: len(found) for name, found in rows.items()} == {"animals": 7, "colours": 1}
+    for name, adapter in every.items():
+        task = config.tasks[name].task
+        with attach(base, adapter.spec) as live:
+            live.load(Tensors(adapter.spec.layout, values(folder, "scored1")[f"{name}|value"]))
+            alone = task.scores(evaluate(live, task, task.encode(rows[name], base)))
+        for world in ("1.0", "2.0", "2.1"):
+            for key in ("scored", "again"):
+                last = found[world][key]["final"] if key == "again" else found[world][key]["scores"][-1]
+                assert last[name] == pytest.approx(alone, rel=2e-4), (world, key)
+    assert losses(found["2.0"]["scored"])[-1] == pytest.approx(losses(found["1.0"]["stage0"])[-1], rel=1e-5)  # scoring disturbs nothing
+
+
+def test_the_latest_checkpoints_and_the_best_stay(folder, found):
+    for world, name in (("1.0", "scored1"), ("2.0", "scored2")):
+        perplexities = [scores["colours"]["perplexity"] for scores in found[world]["scored"]["scores"]]
+        best = 1 + int(np.argmin(perplexities))
+        kept = sorted(path.name for path in (folder / name / "checkpoint").glob("step-*"))
+        assert kept == [f"step-{step:08}.safetensors" for step in sorted({best, 3, 4})]
+        assert found[world]["scored"]["final"] == found[world]["scored"]["scores"][best - 1]
+
+
+def test_a_full_disk_ends_the_job_with_its_exit_code_and_leaves_the_last_checkpoint(folder, found):
+    fault = found["1.0"]["full"]
+    assert (fault["code"], "free space" in fault["fault"]) == (9, True), fault
+    held = checkpoint.read(folder / "full1" / "checkpoint")
+    assert held is not None
+    assert held.tally.step == 1
+    assert [path.name for path in (folder / "full1" / "checkpoint").iterdir() if path.name.startswith(".new")] == []
 
 
 def test_a_four_bit_base_trains_in_stages_2_and_3(folder, found):

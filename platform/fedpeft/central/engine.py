@@ -49,13 +49,15 @@ class ZeroRun:
         self.groups = _groups(live, settings)
         self.base_lr = [group["lr"] for group in self.groups]
         self.losses: dict[str, float] = {}
+        self.tokens = 0
         self._moments: dict[str, NDArray[Any]] = {}
         self._steps = 0
         self._zero: Any = None
 
     def step(self, number: int, window: Sequence[Mixed]) -> Sums:
-        """See `Run.step`; afterwards ``losses`` is the mean loss of each task."""
-        zero = self._started()
+        """See `Run.step`; afterwards ``losses`` is the mean loss of each task, ``tokens`` how many the step had on all ranks."""
+        zero = self.started()
+        self.tokens = sum(mixed.tokens for mixed in window)
         counts = sum((self.task.pool.counts(mixed.picks) for mixed in window), np.zeros(len(self.task.pool.names), np.int64))
         device = self.live.bank.store.device
         scale = torch.tensor(self._weights(counts) / np.maximum(counts, 1) * self.world.size * len(window), device=device)
@@ -99,7 +101,8 @@ class ZeroRun:
         present = (counts > 0).astype(np.float32)
         return present / max(float(present.sum()), 1.0)
 
-    def _started(self) -> Any:
+    def started(self) -> Any:
+        """DeepSpeed's engine, which starts at the first call; all ranks call at once."""
         if self._zero is None:
             import deepspeed
 

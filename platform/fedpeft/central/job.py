@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,8 +14,11 @@ from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
 from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.joint import Joint, JointTask
+from fedpeft.central.keeping import Keeper
 from fedpeft.central.pool import Pool
+from fedpeft.central.progress import Clock, Progress, Report, Scores, most_memory
 from fedpeft.central.sampling import shares_of
+from fedpeft.central.scoring import Scorer
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_json
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
 STATE = "checkpoint"
 """Where under the job's output its half-trained state lies."""
 
-Progress = Callable[[int, float, Mapping[str, float]], None]
-"""Hears of each step: steps done, mean loss, mean loss of each task."""
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -53,10 +52,18 @@ class Prepared:
         return dict(self.adapters) | ({SHARED: self.shared} if self.shared is not None else {})
 
 
-def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | None = None, progress: Progress | None = None) -> TrainResult:
+@dataclass(frozen=True)
+class Outcome:
+    """What a job did, and the scores by task of what it gives (`trained`)."""
+
+    result: TrainResult
+    scores: Scores
+
+
+def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | None = None, progress: Progress | None = None) -> Outcome:
     """Train the job's adapters on all ranks of ``world``; what was trained lies in the checkpoint afterwards (`trained`).
 
-    ``starts`` are adapters to go on from, by task.
+    ``starts`` are adapters to go on from, by task; ``progress`` hears of each step, on every rank.
 
     Raises:
         FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
@@ -66,6 +73,7 @@ def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | Non
         place(world)
         ready = together(world, lambda: prepare(config, starts or {}))
         require_equal(world, "data", digest_of(ready.pool))
+        together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, stage_of(table)))
         return _train(config, world, base, ready, table, progress)
 
@@ -95,16 +103,22 @@ def load(config: CentralConfig, world: World, stage: int) -> Base:
     return load_base(config.base, world.device, whole=whole)
 
 
-def trained(output: Path, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """``adapters`` with the values of the job's last checkpoint under ``output``.
+def keeper_of(config: CentralConfig) -> Keeper:
+    """Which checkpoints of the job stay."""
+    return Keeper.of(config, config.output / STATE)
+
+
+def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """``adapters`` with the values of the job's last checkpoint, or of its best where the job asks for that.
 
     Raises:
         StorageError: there is none, or it is torn.
         AdapterError: it is of other adapters, or a value is not finite.
     """
-    found = checkpoint.read(output / STATE)
+    folder, best = config.output / STATE, keeper_of(config).chosen()
+    found = checkpoint.read(folder, best.file) if best else checkpoint.read(folder)
     if found is None:
-        raise StorageError(f"{output / STATE}: holds no whole checkpoint; train first, or give the output folder of the job")
+        raise StorageError(f"{folder}: holds no whole checkpoint; train first, or give the output folder of the job")
     return {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
 
 
@@ -117,19 +131,15 @@ def digest_of(pool: Pool) -> str:
     return hasher.hexdigest()
 
 
-def _train(
-    config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None
-) -> TrainResult:
+def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None) -> Outcome:
     with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
         task = JointTask(config.name, ready.pool, shares_of(ready.pool, config.mixing), config.training.accumulate)
         engine = Watched(ZeroEngine(table, world))
-
-        def heard(step: int, loss: float) -> None:
-            if progress is not None:
-                progress(step, loss, engine.run.losses if engine.run else {})
-
-        job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, heard)
-        return train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
+        scorer = together(world, lambda: Scorer(config, joint.bank, world, stage_of(table) == 3))
+        course = Course(config, world, engine, scorer, progress)
+        job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, course.step, saved=course.save)
+        result = train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
+        return Outcome(result, course.final())
 
 
 @dataclass(eq=False)
@@ -146,6 +156,46 @@ class Watched:
         """See `Engine.begin`."""
         self.run = self.engine.begin(*arguments)
         return self.run
+
+
+@dataclass(eq=False)
+class Course:
+    """What happens between steps: scores are taken when they are due, checkpoints kept, and progress is told."""
+
+    config: CentralConfig
+    world: World
+    engine: Watched
+    scorer: Scorer
+    progress: Progress | None
+    clock: Clock = field(default_factory=Clock)
+    scores: Scores = field(default_factory=dict)
+
+    def step(self, step: int, loss: float) -> None:
+        """The loop did ``step`` steps."""
+        run, steps, every = self._run, self.config.training.steps, self.config.evaluate.every
+        speed = self.clock.step(run.tokens)
+        with self.clock.paused():
+            self.scores = self.scorer() if step == steps or (every and step % every == 0) else {}
+            if self.progress is not None:
+                self.progress(Report(step, steps, loss, run.losses, self.clock.seconds, speed, most_memory(), self.scores))
+
+    def save(self, step: int, job: str) -> None:
+        """The loop wrote a checkpoint."""
+        if self.world.rank == 0:
+            keeper_of(self.config).save(job, step, self.scores)
+
+    def final(self) -> Scores:
+        """Scores of what the job gives; taken now where a resumed job had no step left to do."""
+        if not self.scores:
+            self._run.started()
+            self.scores = self.scorer()
+        best = keeper_of(self.config).chosen()
+        return best.scores if best is not None else self.scores
+
+    @property
+    def _run(self) -> ZeroRun:
+        assert self.engine.run is not None
+        return self.engine.run
 
 
 def _encoded(config: CentralConfig, name: str, base: Base) -> Encoded:

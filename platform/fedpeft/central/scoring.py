@@ -1,23 +1,29 @@
-"""Scores of a job's adapters on their tasks' test rows, each beside the shared adapter where there is one."""
+"""Scores of a job's adapters on their tasks' test rows, while it trains: by all ranks, on the model that they share.
+
+Rows are split over the ranks and counters, which are sums, are added, so the numbers are those of one process. In ZeRO stage 3 a forward is
+a meeting of all ranks, and they need different numbers of them: `Lockstep` lets who is done take part in the others'.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 from torch import nn
 
-from fedpeft.adapters import Adapter
-from fedpeft.bases import load_base
 from fedpeft.bases.base import Base
+from fedpeft.central.world import World
 from fedpeft.errors import DataError
 from fedpeft.mixtures import Bank, Gates
-from fedpeft.tasks import read_rows
+from fedpeft.tasks import Encoded, Generation, read_rows
 from fedpeft.training.modes import evaluating
 
 if TYPE_CHECKING:
-    from fedpeft.central.job import Prepared
-    from fedpeft.tasks import Task
+    from fedpeft.tasks import Counters, Task
     from fedpeft.training.config import CentralConfig
 
 
@@ -54,26 +60,100 @@ class Served(nn.Module):
         self.bank.use(Gates.rows([self.task] * len(inputs["input_ids"])))
 
 
-def scored(config: CentralConfig, ready: Prepared, every: Mapping[str, Adapter], device: str = "auto") -> dict[str, dict[str, float]]:
-    """Scores by task of the adapters ``every``; a task without test rows has none."""
-    from fedpeft.mixtures.bank import SHARED
+@dataclass(frozen=True)
+class Lockstep:
+    """Within `held`, a call of ``model`` on one rank is one on all: a rank that is done calls it on nothing until all are."""
 
-    base = load_base(config.base, device)
-    own = {name: every[name] for name in ready.adapters}
-    found: dict[str, dict[str, float]] = {}
-    with Bank.attach(base, next(iter(own.values())).spec.head, own, every.get(SHARED)) as bank:
-        for name, entry in config.tasks.items():
-            found[name] = _scores(bank, entry.task, entry.data, base)
-    return found
+    model: nn.Module
+    bank: Bank
+    task: str
+    device: str
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """All ranks enter and leave together."""
+        hook = self.model.register_forward_pre_hook(lambda *_: self._busy(1) and None)
+        try:
+            yield
+        finally:
+            hook.remove()
+        while self._busy(0):
+            self.bank.use(Gates.rows([self.task]))
+            one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+            self.model(input_ids=one, attention_mask=one)
+
+    def _busy(self, calls: int) -> int:
+        """On how many ranks the model is about to be called."""
+        count = torch.tensor(calls, device=self.device)
+        torch.distributed.all_reduce(count)
+        return int(count)
 
 
-def _scores(bank: Bank, task: Task, source: Any, base: Base) -> dict[str, float]:
-    import torch
+class Scorer:
+    """Scores the adapters of ``bank`` on ``tests``, this rank's share of each task's test examples (None: the task has none)."""
 
+    def __init__(self, config: CentralConfig, bank: Bank, world: World, partitioned: bool) -> None:
+        self.bank, self.world, self.partitioned = bank, world, partitioned
+        self.tasks = {name: entry.task for name, entry in config.tasks.items()}
+        self.tests = {name: _tests(entry.task, entry.data, bank.base) for name, entry in config.tasks.items()}
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        """Scores by task, the same on all ranks; none where a task has no test rows. Every rank calls it at once."""
+        return {name: {} if data is None else self._scores(self.tasks[name], data) for name, data in self.tests.items()}
+
+    def _scores(self, task: Task, data: Encoded) -> dict[str, float]:
+        own = shard(data, self.world.rank, self.world.size, generative=task.head.kind == "lm")
+        model = Served(self.bank, task.name, len(task.head.labels))
+        meeting = self.partitioned and self.world.size > 1
+        lock = Lockstep(self.bank.model, self.bank, task.name, self.world.device).held() if meeting else nullcontext()
+        with evaluating(model), torch.no_grad(), lock:
+            counters = _counters(task, _generated(task, len(data), self.world), own, model, self.bank.base)
+        return task.scores(summed(counters, self.world))
+
+
+def shard(data: Encoded, rank: int, ranks: int, *, generative: bool) -> Encoded:
+    """Every ``ranks``-th example from ``rank`` on, with its sequences; of a language model, labels are numbers of sequences."""
+    mine = np.arange(rank, len(data), ranks)
+    kept = np.flatnonzero(np.isin(data.owners, mine))
+    labels = data.labels[mine]
+    return Encoded(
+        tuple(data.ids[place] for place in kept),
+        np.searchsorted(kept, labels) if generative else labels,
+        data.starts[kept],
+        np.searchsorted(mine, data.owners[kept]),
+        data.pad,
+        tuple(data.references[place] for place in mine) if data.references else (),
+    )
+
+
+def summed(counters: Counters, world: World) -> Counters:
+    """Counters of all ranks together."""
+    if world.size == 1:
+        return counters
+    values = torch.tensor([value for name in sorted(counters) for value in counters[name]], dtype=torch.float64, device=world.device)
+    torch.distributed.all_reduce(values)
+    rest = iter(values.tolist())
+    return {name: tuple(next(rest) for _ in counters[name]) for name in sorted(counters)}
+
+
+def _tests(task: Task, source: Any, base: Base) -> Encoded | None:
     try:
         rows = read_rows(source, "test")
     except DataError:
-        return {}
-    model = Served(bank, task.name, len(task.head.labels))
-    with evaluating(model), torch.no_grad():
-        return task.scores(task.evaluate(model, task.encode(rows, base), base))
+        return None
+    return task.encode(rows, base)
+
+
+def _generated(task: Task, examples: int, world: World) -> int:
+    """How many of this rank's examples are among those whose answers one process would generate: its first ``samples``."""
+    return len(range(world.rank, min(examples, task.samples), world.size)) if isinstance(task, Generation) else 0
+
+
+def _counters(task: Task, samples: int, data: Encoded, model: nn.Module, base: Base) -> Counters:
+    """All counters of ``task`` over ``data``, zeros where this rank has none of the examples."""
+    zeros = {name: (0.0,) * count for name, count in task.counted.items()}
+    if not len(data):
+        return zeros
+    if isinstance(task, Generation):
+        task = replace(task, samples=samples) if samples else replace(task, metrics=("perplexity",))
+    return zeros | dict(task.evaluate(model, data, base))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,12 +64,12 @@ def resume(
 @app.command()
 def export(job: Job, overrides: Overrides = None) -> None:
     """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks."""
-    from fedpeft.central.job import prepare, trained
+    from fedpeft.central.job import keeper_of, prepare, trained
     from fedpeft.training.config import load_central
 
     config = load_central(job, table(overrides))
-    ready = prepare(config, {})
-    _publish(config, trained(config.output, ready.every), {}, {}, _sizes(ready))
+    ready, best = prepare(config, {}), keeper_of(config).chosen()
+    _publish(config, trained(config, ready.every), best.scores if best else {}, {}, _sizes(ready))
 
 
 @app.command(hidden=True)
@@ -81,44 +80,24 @@ def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
 
 def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World) -> int:
     from fedpeft.central.job import prepare, run, trained
+    from fedpeft.central.progress import scores_text, shown
     from fedpeft.central.publish import starts
-    from fedpeft.central.scoring import scored
     from fedpeft.training.config import load_central
 
     config = load_central(job, table(overrides))
     given, parents = starts(config, refs)
-    result = run(config, world, given, _Reporter(config, world))
+    with shown(config, world) as progress:
+        outcome = run(config, world, given, progress)
     if world.rank:
         return 0
+    result = outcome.result
     print(f"{result.steps} steps, {result.tokens} tokens, {result.tokens_per_second:.0f} tokens/s, mean loss {result.loss:.4f}")
-    ready = prepare(config, given)
-    every = trained(config.output, ready.every)
-    scores = scored(config, ready, every, world.device)
-    for name, found in scores.items():
-        print(f"{name}: " + (", ".join(f"{metric} {value:.3f}" for metric, value in found.items()) or "no test rows"))
+    for name, found in outcome.scores.items():
+        print(f"{name}: {scores_text(found)}")
     if config.registry is not None:
-        _publish(config, every, scores, parents, _sizes(ready))
+        ready = prepare(config, given)
+        _publish(config, trained(config, ready.every), outcome.scores, parents, _sizes(ready))
     return 0
-
-
-class _Reporter:
-    """Says every so many steps how the job goes, on rank 0."""
-
-    def __init__(self, config: CentralConfig, world: World) -> None:
-        self.steps, self.every = config.training.steps, max(1, config.training.steps // 20)
-        self.quiet, self.began = world.rank > 0, time.perf_counter()
-
-    def __call__(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
-        if self.quiet or (step % self.every and step != self.steps):
-            return
-        tasks = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"step {step}/{self.steps}  loss {loss:.4f}  {tasks}  {time.perf_counter() - self.began:.0f} s{_memory()}", flush=True)
-
-
-def _memory() -> str:
-    import torch
-
-    return f"  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
 
 
 def _publish(config: CentralConfig, every: Any, scores: Any, parents: Mapping[str, str], sizes: Mapping[str, int]) -> None:
@@ -148,7 +127,10 @@ def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
     from fedpeft.central.publish import starts
     from fedpeft.training.config import load_central
 
-    starts(load_central(job, table(overrides)), refs)
+    config = load_central(job, table(overrides))
+    starts(config, refs)
+    for tracker in config.track:
+        tracker.check()
 
 
 def _gpus() -> int:

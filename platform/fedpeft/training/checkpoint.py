@@ -80,9 +80,9 @@ def load(folder: Path, job: str) -> Checkpoint | None:
     return found
 
 
-def read(folder: Path) -> Checkpoint | None:
+def read(folder: Path, file: str = FILE) -> Checkpoint | None:
     """The checkpoint in ``folder``, whatever its job; None when it is absent or torn. Raises `StorageError` when it cannot be read."""
-    path = folder / FILE
+    path = folder / file
     try:
         return _parse(path.read_bytes())
     except FileNotFoundError:

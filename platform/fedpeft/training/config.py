@@ -16,6 +16,7 @@ from fedpeft.methods import METHODS, read_method
 from fedpeft.tasks import TASKS, Source
 from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
 from fedpeft.training.settings import TrainSettings
+from fedpeft.training.trackers import TRACKERS
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
@@ -68,6 +69,23 @@ class DeepSpeed(Section):
         return self
 
 
+class Evaluate(Section):
+    """When the tasks' test rows are scored: after ``every`` so many optimizer steps, and always after the last."""
+
+    every: int | None = Field(default=None, ge=1)
+
+
+class Checkpoints(Section):
+    """Which checkpoints stay beside the last: so many latest ones in all (``keep``), and the ``best``.
+
+    ``best`` is by the mean of the tasks' first metrics (``mean``), by the worst of them (``worst``), or by that of one task (its name);
+    what is published then is the best one, not the last.
+    """
+
+    keep: int = Field(default=1, ge=1)
+    best: str | None = None
+
+
 class CentralConfig(Section):
     """One central job: one adapter per task, and with ``shared`` another that acts on every task's rows beside it.
 
@@ -83,6 +101,9 @@ class CentralConfig(Section):
     mixing: Annotated[Any, _reader(MIXINGS, "mixing")] = Proportional()
     tasks: dict[Name, CentralTask] = Field(min_length=1)
     shared: bool = False
+    evaluate: Evaluate = Evaluate()
+    checkpoints: Checkpoints = Checkpoints()
+    track: tuple[Annotated[Any, _reader(TRACKERS, "track")], ...] = ()
     output: Path
     registry: Path | None = None
 
@@ -90,6 +111,11 @@ class CentralConfig(Section):
     @classmethod
     def _path_is_config(cls, value: Any) -> Any:
         return {"config": value} if isinstance(value, str) else value
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else (value,)
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -102,6 +128,26 @@ class CentralConfig(Section):
         if isinstance(self.mixing, Explicit) and set(self.mixing.weights) != set(self.tasks):
             raise ValueError(
                 f"mixing.weights names {sorted(self.mixing.weights)}, the tasks are {sorted(self.tasks)}; give one weight per task"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_can_be_told(self) -> CentralConfig:
+        best, every, save = self.checkpoints.best, self.evaluate.every, self.training.save_every
+        if best is None:
+            return self
+        if best not in ("mean", "worst", *self.tasks):
+            raise ValueError(f"checkpoints.best = {best!r}: give 'mean', 'worst' or one of the tasks {sorted(self.tasks)}")
+        if every is None or save % every:
+            raise ValueError(
+                f"checkpoints.best = {best!r} needs scores of every checkpoint: training.save_every is {save} steps, evaluate.every is "
+                f"{every}; make save_every a multiple of it"
+            )
+        lower = {name for name, entry in self.tasks.items() if entry.task.headline == "perplexity"}
+        if best in ("mean", "worst") and lower and lower != set(self.tasks):
+            raise ValueError(
+                f"checkpoints.best = {best!r}: less is better of the first metric of {sorted(lower)}, perplexity, but not of the others'; "
+                "give one task's name, or all tasks a first metric of one kind"
             )
         return self
 

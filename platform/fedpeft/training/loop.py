@@ -53,6 +53,8 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
             tally = replace(_step(run, window, tally, job), seconds=time.perf_counter() - clock)
             if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps):
                 _save(job.checkpoint, identity, tally, run)
+                if job.saved:
+                    job.saved(tally.step, identity)
     return _result(tally, start, run)
 
 

@@ -107,7 +107,8 @@ class TrainSettings:
 class TrainJob:
     """One job: the roles that train now, the seed of order and dropout, the checkpoint's folder, who hears of progress.
 
-    ``progress`` is called after each step with the number of steps done and the mean loss of that step. ``mask`` (P,) is True
+    ``progress`` is called after each step with the number of steps done and the mean loss of that step, ``saved`` after each
+    checkpoint with the number of steps done and the job's digest. ``mask`` (P,) is True
     where values may move, ``correction`` (P,) is added to every gradient (SCAFFOLD), ``want_gradient`` asks for the mean raw
     gradient; (P,) is the layout of ``roles``.
     """
@@ -119,6 +120,7 @@ class TrainJob:
     mask: NDArray[np.bool_] | None = None
     correction: NDArray[np.float32] | None = None
     want_gradient: bool = False
+    saved: Callable[[int, str], None] | None = None
 
     @property
     def digest(self) -> str:

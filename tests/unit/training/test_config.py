@@ -66,6 +66,16 @@ def test_overrides_of_the_command_line(tmp_path):
         ("[deepspeed]\nstage = 4", r"deepspeed.stage: .*\(got 4\)"),
         ('[deepspeed]\nstage = 1\noffload = "cpu"', r"offload = 'cpu' needs stage 2 or 3, stage is 1"),
         ('[deepspeed]\noffload = "nvme"', "nvme is the folder"),
+        ("[evaluate]\nevery = 0", r"evaluate.every: .*greater than or equal to 1"),
+        ('[checkpoints]\nbest = "mean"', r"save_every is 10 steps, evaluate.every is None; make save_every a multiple"),
+        ('[evaluate]\nevery = 4\n[checkpoints]\nbest = "spam"', r"evaluate.every is 4"),
+        ('[checkpoints]\nbest = "ham"', r"give 'mean', 'worst' or one of the tasks \['spam'\]"),
+        (
+            "[evaluate]\nevery = 5\n[checkpoints]\nbest = 'worst'\n[tasks.story]\nkind = 'generation'\nmetrics = ['perplexity']\n"
+            "data = { path = 'story.jsonl' }",
+            r"less is better of the first metric of \['story'\]",
+        ),
+        ('[track]\nkind = "wandb"', r"unknown kind 'wandb'; known kinds are \['tensorboard', 'trackio'\]"),
         ('[mixing]\nkind = "even"', r"unknown kind 'even'; known kinds are \['equal', 'explicit'"),
         ('[mixing]\nkind = "temperature"\ntemperature = 0.5', "greater than or equal to 1"),
         ('[mixing]\nkind = "explicit"\nweights = { ham = 1.0 }', r"names \['ham'\], the tasks are \['spam'\]"),
