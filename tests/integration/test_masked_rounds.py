@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.control.cache import Cache
+from fedpeft.control.client import RemoteFederation, RemoteRegistry, RemoteRouter
+from fedpeft.control.place import Place
+from fedpeft.registry import Registry
+from fedpeft.routing.cardfile import lora_modules
+from fedpeft.tasks import read_rows
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_client.config import load_site
 from fedpeft_client.worker import Worker
@@ -24,6 +33,7 @@ from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.rounds import Coordinator
 from fedpeft_coordinator.state import TaskRound
 from fedpeft_coordinator.store import Store
+from fedpeft_coordinator.supervise import listens
 from fedpeft_coordinator.transport_memory import MemoryTransport
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -167,18 +177,77 @@ def processes() -> Iterator[Any]:
             process.wait()
 
 
+CONTROL = """
+publish_every = 1
+[control]
+port = {port}
+[routing]
+gates = true
+steps = 2
+"""
+
+
 def test_real_processes_end_at_the_bits_of_the_clear(tmp_path: Path, free_port: int, clear: list[TaskRound], processes: Any) -> None:
-    folder = stage(tmp_path / "f", free_port, masked=True, rounds=1)
+    """While they train, others follow the rounds, pull what was published, route by its gates and roll back, over the control plane."""
+    folder, control = stage(tmp_path / "f", free_port, masked=True), unused()
+    text = (folder / "federation.toml").read_text()
+    (folder / "federation.toml").write_text(text.replace("[base]", CONTROL.format(port=control) + "[base]", 1))
     coordinator = processes(folder, "coordinator", "up", "federation.toml")
     for name in SITES:
         processes(folder, "client", "join", f"{name}.toml")
-    end = time.monotonic() + 120
-    while coordinator.poll() is None and time.monotonic() < end:
-        time.sleep(0.1)
+    url = Place(f"grpc://127.0.0.1:{control}")
+    until(lambda: listens("127.0.0.1", control), folder)
+    processes(folder, "coordinator", "watch", url.root, "--json")
+    followed = folder / "coordinator---json.log"
+    until(lambda: '"event": "published"' in followed.read_text(), folder)
+    worker = int(json.loads((folder / "north" / "worker.json").read_text())["pid"])
+    os.kill(worker, signal.SIGSTOP)  # so that the federation does not end before all is asked
+    try:
+        published = used(url, tmp_path / "cache", folder)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    until(lambda: coordinator.poll() is not None, folder)
     log = (folder / "coordinator-federation.toml.log").read_text(errors="replace")
     assert coordinator.returncode == 0, log[-3000:]
     assert "sums are masked" in log
-    rounds = Journal(f"sqlite:///{folder / 'coordinator' / 'journal.sqlite'}").rounds()
-    (row,) = [past.tasks["colour"] for past in rounds]
-    assert (row.outcome, row.after, row.weight, row.counters) == ("updated", clear[0].after, clear[0].weight, clear[0].counters)
-    assert row.scores.keys() == clear[1].scores.keys()
+    rows = [past.tasks["colour"] for past in Journal(f"sqlite:///{folder / 'coordinator' / 'journal.sqlite'}").rounds()]
+    assert [(row.after, row.weight, row.counters) for row in rows] == [(row.after, row.weight, row.counters) for row in clear]
+    assert (rows[-1].scores, rows[-1].card) == (clear[-1].scores, clear[-1].card)
+    registry = Registry(folder / "coordinator" / "registry")
+    assert [event["action"] for event in registry.history("colour")] == ["publish", "rollback", "publish"]
+    assert registry.load("colour@1").tensors.digest == published == rows[0].after
+    assert registry.verify() == ()
+    seen, whole = (path.read_text().splitlines() for path in (followed, folder / "coordinator" / "events.jsonl"))
+    assert list(map(json.loads, filter(lambda line: line.startswith("{"), seen))) == list(map(json.loads, whole))[: len(seen)]
+    assert len(seen) > next(place for place, line in enumerate(whole) if '"event": "published"' in line)
+
+
+def used(url: Place, cache: Path, folder: Path) -> str:
+    """What a user does with round 1 while round 2 trains; the digest of what was pulled."""
+    with url.link() as link:
+        told, far = RemoteFederation(link).status(), RemoteRegistry(link, Cache(cache))
+        assert (told.federation, told.running, told.rounds, told.masked) == ("masked", True, 2, True)
+        assert told.sites.keys() == set(SITES)
+        version, card = far.served()["colour"]
+        assert told.tasks["colour"].version == version.digest
+        adapter = far.load("colour")
+        modules = lora_modules(adapter.spec.layout)
+        assert {module: gate.shape for module, gate in card.gates.items()} == {module: (size,) for module, size in modules.items()}
+        assert all(np.abs(gate).max() > 0 for gate in card.gates.values())
+        assert sum(card.counts["gate"]) == sum(len(read_rows(load_site(folder / f"{name}.toml").data["colour"], "train")) for name in SITES)
+        assert RemoteRouter(link).ask("fire rose 3", kind="gate").weights == {"colour": pytest.approx(1.0)}
+        assert (far.rollback("colour", "1").action, far.get("colour").number) == ("rollback", 2)
+        return adapter.tensors.digest
+
+
+def unused() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(ready: Any, folder: Path, seconds: float = 180.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, {log.name: log.read_text(errors="replace")[-800:] for log in folder.glob("*.log")}
+        time.sleep(0.1)
