@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import TaskResult
 from fedpeft_coordinator.exchange import Around, Exchange
 from fedpeft_coordinator.requests import Writer
-from fedpeft_coordinator.setup import Setup
-from fedpeft_coordinator.state import Round
-
-
-def alternatives(setup: Setup) -> dict[str, tuple[str, ...]]:
-    """The clusters of each set of rows that has more than one."""
-    found: dict[str, list[str]] = {}
-    for name, task in setup.tasks.items():
-        found.setdefault(task.rows or name, []).append(name)
-    return {rows: tuple(names) for rows, names in found.items() if len(names) > 1}
+from fedpeft_coordinator.roster import Roster
+from fedpeft_coordinator.state import Round, Site
+from fedpeft_coordinator.summary import why
 
 
 @dataclass
@@ -31,18 +25,26 @@ class Choices:
         self.taken.setdefault(site, []).append(result.task)
 
 
-def settle(plan: Round, writer: Writer, around: Around) -> bool:
-    """Let every present site say which clusters it takes, by the adapters before ``plan``; whether there was anything to choose.
+def undecided(site: Site) -> Site:
+    """The site as if it took every cluster of its rows: it may be asked to choose."""
+    return replace(site, passes=())
+
+
+def wait(plan: Round, planned: Callable[[], Round], roster: Roster) -> None:
+    """Wait for those whom ``plan`` lacks (``planned`` plans it anew), or for a site that has yet to choose. Raises `CohortError`."""
+    roster.wait(lambda: bool(planned().asked) or roster.undecided, lambda: f"round {plan.number}: {why(plan)}")
+
+
+def settle(plan: Round, writer: Writer, around: Around) -> None:
+    """Let every present site say which clusters it takes, by the adapters before ``plan``.
 
     A site that does not say takes none.
 
     Raises:
         LinkError: sites cannot be reached at all.
     """
-    clusters = [name for names in alternatives(writer.setup).values() for name in names]
-    if not clusters:
-        return False
-    holders = {site.name: tuple(name for name in clusters if site.train.get(name, 0) > 0) for site in around.roster.present}
+    names = [name for name in writer.setup.tasks if name in writer.setup.clusters]
+    holders = {site.name: tuple(name for name in names if site.train.get(name, 0) > 0) for site in around.roster.present}
     asked, choices = {name: tasks for name, tasks in holders.items() if tasks}, Choices()
     exchange = Exchange(
         "choose",
@@ -55,4 +57,3 @@ def settle(plan: Round, writer: Writer, around: Around) -> bool:
     passed = {site: tuple(name for name in tasks if name not in choices.taken.get(site, ())) for site, tasks in asked.items()}
     around.roster.passes(passed)
     around.events("choices", round=plan.number, passed={site: list(names) for site, names in passed.items()})
-    return True

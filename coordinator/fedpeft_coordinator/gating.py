@@ -61,7 +61,7 @@ def gated(done: Round, names: Collection[str], writer: Writer, around: Around, s
 def _train(done: Round, writer: Writer, around: Around, secure: Secure | None) -> dict[str, Arrays]:
     around.roster.refresh()
     wanted = replace(writer, gates=Gates(steps=writer.setup.routing.steps, lr=writer.setup.routing.lr))
-    able = {name: tuple(site.name for site in around.roster.present if site.train.get(name, 0) > 0) for name in done.tasks}
+    able = {name: tuple(site.name for site in around.roster.present if site.trains(name)) for name in done.tasks}
     if secure is not None:
         counters: Mapping[str, Counters] = secure.score(done, able, wanted)
     else:

@@ -30,6 +30,7 @@ class Roster:
         self.sites: dict[str, Site] = journal.sites()
         self.connected: set[str] = set()
         self._changed: set[str] = set()
+        self._chose: frozenset[str] = frozenset()
 
     def refresh(self) -> dict[str, Site]:
         """Take in who is connected now."""
@@ -71,8 +72,14 @@ class Roster:
             self.connected.discard(site.name)
         self._keep([changed])
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a site is connected that holds clusters and was not asked, when others last were, which of them it takes."""
+        return any(self._clusters(site) and site.name not in self._chose for site in self.present)
+
     def passes(self, passed: Mapping[str, tuple[str, ...]]) -> None:
-        """Take in which clusters sites do not take."""
+        """Take in which clusters the sites do not take that were asked now."""
+        self._chose = frozenset(passed)
         self._keep(replace(self.sites[name], passes=tasks) for name, tasks in passed.items())
         self.flush()
 
@@ -89,14 +96,20 @@ class Roster:
             self._changed.clear()
 
     def _merge(self, said: Site) -> Site:
-        """What a site said in its hello, with what its answers said since, unless its worker was restarted in between."""
+        """What a site said in its hello, with what its answers said since, unless its worker was restarted in between.
+
+        Clusters of rows that are new here it takes none of before it was asked which.
+        """
         known = self.sites.get(said.name)
         if known is None:
-            return said
-        said = replace(said, passes=known.passes)
+            return replace(said, passes=self._clusters(said))
+        said = replace(said, passes=(*known.passes, *(task for task in self._clusters(said) if task not in self._clusters(known))))
         if known.instance != said.instance or not said.instance:
             return said
         return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads))
+
+    def _clusters(self, site: Site) -> tuple[str, ...]:
+        return tuple(task for task in self._setup.tasks if task in self._setup.clusters and site.train.get(task, 0) > 0)
 
     def _judge(self, name: str, given: Capabilities) -> Site:
         held = {one.task: one for one in given.holdings}

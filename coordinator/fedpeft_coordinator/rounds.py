@@ -29,7 +29,7 @@ from fedpeft_coordinator.roster import Roster
 from fedpeft_coordinator.scaling import Scaling
 from fedpeft_coordinator.secure import Secure
 from fedpeft_coordinator.setup import Setup, TaskSetup, same_facts
-from fedpeft_coordinator.state import Round, TaskRound
+from fedpeft_coordinator.state import Round, Site, TaskRound
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.summary import losses, summary, why
 from fedpeft_coordinator.transport import Transport
@@ -123,15 +123,18 @@ class Coordinator:
             self.roster.wait(
                 lambda: len(self.roster.present) >= expected, lambda: f"{len(self.roster.present)} of {expected} sites said hello"
             )
-        plan = self._planned(number, attempt)
-        if choosing.settle(plan, self._writer(plan), self._around):
-            plan = self._planned(number, attempt)
-        if not plan.asked:
-            self.roster.wait(lambda: bool(self._planned(number, attempt).asked), lambda: f"round {number}: {why(plan)}")
-            plan = self._planned(number, attempt)
+        while not (plan := self._chosen(number, attempt)).asked:
+            choosing.wait(plan, lambda: self._planned(number, attempt), self.roster)
         plan = self._bounded(plan)
         self.events("plan", round=number, attempt=attempt, rounds=self.setup.rounds, tasks=summary(plan))
         return plan
+
+    def _chosen(self, number: int, attempt: int) -> Round:
+        """The plan once every present site said which clusters it takes; one that comes later takes none in this round."""
+        if self.setup.clusters:
+            before = self._planned(number, attempt, choosing.undecided)
+            choosing.settle(before, self._writer(before), self._around)
+        return self._planned(number, attempt)
 
     def _bounded(self, plan: Round) -> Round:
         """``plan`` under privacy. Where no budget is left, what was trained is published. Raises `PrivacyError`."""
@@ -144,8 +147,8 @@ class Coordinator:
                 self._save(self._versions(self.history[-1]))
             raise
 
-    def _planned(self, number: int, attempt: int) -> Round:
-        known = Known(self.history, self.roster.refresh().values(), self._load, sharing.Shelf(self._load, self.store))
+    def _planned(self, number: int, attempt: int, seen: Callable[[Site], Site] = lambda site: site) -> Round:
+        known = Known(self.history, map(seen, self.roster.refresh().values()), self._load, sharing.Shelf(self._load, self.store))
         return self._scaling.planned(planning.plan_round(self.setup, number, attempt, known))
 
     def _open(self, plan: Round) -> Round:

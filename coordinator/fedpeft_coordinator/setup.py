@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -119,6 +121,12 @@ class Setup:
     def task_blind(self) -> bool:
         """Whether it is hidden which site holds which task: every site is asked for every task."""
         return self.secure is not None and self.secure.task_blind
+
+    @cached_property
+    def clusters(self) -> frozenset[str]:
+        """Tasks that are one of several clusters of the same rows."""
+        rows = Counter(task.rows or name for name, task in self.tasks.items())
+        return frozenset(name for name, task in self.tasks.items() if rows[task.rows or name] > 1)
 
     @property
     def keeps_parts(self) -> bool:

@@ -104,3 +104,25 @@ def test_any_crash_point_gives_the_same_bits(fake: ModuleType, tmp_path: Path, m
         coordinator.step()
     ours.open().run()
     assert ours.final() == whole.final()
+
+
+@pytest.mark.parametrize("least", [2, 6])
+def test_who_comes_while_a_round_is_planned_is_not_asked_for_every_cluster(
+    fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """``b3`` comes after the others chose: it takes no part in that round; where the round cannot begin without it, it chooses first."""
+    ours = federation(fake, tmp_path, monkeypatch, rounds=2)
+    ours.setup = replace(ours.setup, limits=replace(ours.setup.limits, min_sites=least, wait_for_sites=5))
+    monkeypatch.setattr(ifca, "choose", lambda losses, _site: min(losses))
+    late = ours.sites.pop("b3")
+    coordinator = ours.open()
+    for site in ours.sites.values():
+        real = site._said
+        site._said = lambda task, real=real: (coordinator.transport.handlers.setdefault("b3", late), real(task))[1]
+    first, second = coordinator.run()
+    asked = [{plan.task for plan in envelope.open(RoundPlan).tasks} for envelope in late.site.asked if envelope.kind == "train"]
+    assert all(len(tasks) == 1 for tasks in asked), "it trains one cluster in each round"
+    taken = [sorted(site for row in done.tasks.values() for site in row.cohort) for done in (first, second)]
+    here = [name for name in sorted(POPULATIONS) if name != "b3" or least == 6]
+    assert taken == [here, sorted(POPULATIONS)]
+    assert len(late.chose) == len(asked) == (1 if least == 2 else 2)
