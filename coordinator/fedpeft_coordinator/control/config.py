@@ -13,6 +13,7 @@ from fedpeft.errors import ConfigError
 from fedpeft_coordinator.listening import Tls, guarded, rooted
 
 Role = Literal["reader", "site", "publisher", "monitor", "operator"]
+SCOPED = r"^(reader|site|publisher|monitor|operator)(:[A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"
 LABEL = r"^(reader|site|publisher|monitor|operator):[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
@@ -24,6 +25,7 @@ class Control(Section):
         tokens: a file with a line ROLE:NAME SHA256 EXPIRY for each token (deploy/certificates.py --token); with it callers show tokens
             under TLS, and no certificates. It is read again when it changes.
         revoked: callers (ROLE:NAME) whose certificates or tokens count no longer.
+        scopes: by caller (ROLE:NAME, or ROLE for all others of it) the only tasks that it may see and change; absent: all tasks.
         store: an fsspec URL (s3://bucket/place) for versions; absent: the registry's folder.
         database: an SQLAlchemy URL for histories; absent: files, or SQLite in the registry's folder where ``store`` is a URL.
         base: identity of the base that pushed versions must be for; absent: that of the versions that are there.
@@ -39,6 +41,7 @@ class Control(Section):
     anonymous: Role | None = None
     tokens: Path | None = None
     revoked: tuple[Annotated[str, Field(pattern=LABEL)], ...] = ()
+    scopes: dict[Annotated[str, Field(pattern=SCOPED)], Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
     store: str | None = None
     database: str | None = None
     base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1.federation_pb2_grpc import FederationServicer
 from fedpeft_coordinator.control.feed import Run
-from fedpeft_coordinator.control.gate import AbsentError
+from fedpeft_coordinator.control.gate import CALLER, AbsentError, Caller, DeniedError
 from fedpeft_coordinator.status import Watched, status
 
 BATCH = 256 << 10
@@ -33,11 +33,16 @@ class FederationService(FederationServicer):
         return self.config
 
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusResponse:
-        """How it stands."""
-        return message(await self.run(status, self._federation))
+        """How it stands, as far as the caller's tasks go."""
+        return message(_within(CALLER.get(), await self.run(status, self._federation)))
 
     async def Events(self, request: pb.EventsRequest, context: Any) -> AsyncIterator[pb.Event]:
-        """Events from a place in the file on."""
+        """Events from a place in the file on; they tell of all tasks, so none is told to whom some are hidden from."""
+        caller = CALLER.get()
+        if caller.tasks is not None:
+            raise DeniedError(
+                f"{caller.label} may see {sorted(caller.tasks)} only (control.scopes), and events tell of all tasks; ask Status"
+            )
         path, position = self._federation.state / "events.jsonl", request.position
         while True:
             found = await self.run(lambda at: list(read(path, at)), position)
@@ -48,6 +53,17 @@ class FederationService(FederationServicer):
                 return
             if not found:
                 await asyncio.sleep(self.poll)
+
+
+def _within(caller: Caller, found: dict[str, Any]) -> dict[str, Any]:
+    if caller.tasks is None:
+        return found
+    tasks = {name: row for name, row in found["tasks"].items() if caller.sees(name)}
+    mine = {
+        name: {**row, "tasks": {task: rows for task, rows in row["tasks"].items() if caller.sees(task)}}
+        for name, row in found["sites"].items()
+    }
+    return {**found, "tasks": tasks, "sites": {name: {**row, "last_drop_out": ""} for name, row in mine.items()}}
 
 
 def read(path: Path, position: int) -> Iterator[pb.Event]:

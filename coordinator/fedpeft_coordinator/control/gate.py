@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -34,15 +34,26 @@ Record = Callable[..., None]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: its certificate's role and name, or the role of those without one."""
+    """Who calls: its certificate's role and name, or the role of those without one; and the only ``tasks`` it may see, None for all."""
 
     role: str
     name: str
+    tasks: frozenset[str] | None = None
 
     @property
     def label(self) -> str:
         """For logs and aliases."""
         return f"{self.role}:{self.name}"
+
+    def sees(self, task: str) -> bool:
+        """Whether ``task`` is within its scope."""
+        return self.tasks is None or task in self.tasks
+
+    def permit(self, *tasks: str) -> None:
+        """Raise `DeniedError` when one of ``tasks`` is beyond its scope."""
+        beyond = [task for task in tasks if not self.sees(task)]
+        if beyond:
+            raise DeniedError(f"{self.label} may see and change {sorted(self.tasks or ())} only, not {beyond} (control.scopes)")
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller")
@@ -54,13 +65,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every method; ``anonymous`` is the role of callers without TLS, ``record`` hears of what was changed and refused.
 
     With ``tokens`` callers show one instead of a certificate. ``revoked`` are callers (ROLE:NAME) whose certificates or tokens count no
-    longer, however long they are valid.
+    longer, however long they are valid. ``scopes`` are the tasks of a caller (ROLE:NAME) or of a role, where it may not see all.
     """
 
     anonymous: str
     record: Record = lambda *_a, **_k: None
     revoked: frozenset[str] = frozenset()
     tokens: Tokens | None = None
+    scopes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     stall: float = STALL
     slots: dict[str, tuple[int, int]] = field(default_factory=lambda: dict(SLOTS))
     _busy: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -144,12 +156,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _caller(self, context: Any) -> Caller:
         shown = context.auth_context()
         if self.tokens is None and b"ssl" not in shown.get("transport_security_type", ()):
-            return Caller(self.anonymous, "anonymous")
+            return self._scoped(Caller(self.anonymous, "anonymous"))
         what, found = ("certificate", self._certified(shown)) if self.tokens is None else ("token", self._holding(self.tokens, context))
         fault = found.fault() or ("was revoked (control.revoked)" if found.label in self.revoked else None)
         if fault:
             raise UnknownCallerError(f"the {what} of {found.label if found.role else 'the caller'} {fault}")
-        return Caller(found.role, found.name)
+        return self._scoped(Caller(found.role, found.name))
+
+    def _scoped(self, caller: Caller) -> Caller:
+        return replace(caller, tasks=self.scopes.get(caller.label, self.scopes.get(caller.role)))
 
     def _certified(self, shown: Any) -> Holder:
         pem = next(iter(shown.get("x509_pem_cert", ())), None)

@@ -13,7 +13,7 @@ from fedpeft.control.changes import Places, as_alias, as_row
 from fedpeft.control.faults import UnknownError
 from fedpeft.control.staging import Landing, Staging
 from fedpeft.errors import AdapterError, FedpeftError, LinkError, StorageError
-from fedpeft.registry import Manifest, Version
+from fedpeft.registry import Manifest, Registry, Version
 from fedpeft.registry.aliases import Move
 from fedpeft.registry.judging import check_base, check_files, check_signer
 from fedpeft.registry.log import Entry
@@ -23,6 +23,7 @@ from fedpeft.v1.registry_pb2_grpc import RegistryServicer
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.feed import Feed, Run
 from fedpeft_coordinator.control.gate import CALLER, STALL, StalledError
+from fedpeft_coordinator.control.scopes import seen_by
 
 PAGE_SIZE, MOST_ROWS = 100, 500
 
@@ -31,8 +32,17 @@ class RegistryService(RegistryServicer):
     """Serves ``feed.registry``; ``run`` is for short work on files, ``work`` for long (hashing, judging)."""
 
     def __init__(self, feed: Feed, control: Control, staging: Staging, run: Run, work: Run) -> None:
-        self.feed, self.registry, self.control, self.staging = feed, feed.registry, control, staging
+        self.feed, self.control, self.staging = feed, control, staging
         self.run, self.work = run, work
+
+    @property
+    def registry(self) -> Registry:
+        """What the present caller sees."""
+        return seen_by(CALLER.get(), self.feed.registry)
+
+    @property
+    def _base(self) -> str:
+        return self.control.base or self.feed.registry.base()
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
         """A page of versions."""
@@ -86,7 +96,7 @@ class RegistryService(RegistryServicer):
                 offset = await self.run(landing.write, part.chunk, offset)
             ready = await self.work(landing.complete, manifest.files)
             origin = head.origin or f"push/{manifest.digest}"
-            version = await self.work(self.registry.accept, manifest, ready, head.signature, origin, self.control.base or "")
+            version = await self.work(self.registry.accept, manifest, ready, head.signature, origin, self._base)
         await self.feed.look()
         return await self.run(self._message, version)  # type: ignore[no-any-return]
 
@@ -109,8 +119,10 @@ class RegistryService(RegistryServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Change]:
         """Changes after the places that the caller names."""
         await self.feed.look()
-        generation = self.feed.generation
-        places = Places(frozenset(request.tasks), {task: (place.events, place.moves) for task, place in request.seen.items()})
+        caller, generation = CALLER.get(), self.feed.generation
+        caller.permit(*request.tasks)
+        seen = {task: (place.events, place.moves) for task, place in request.seen.items()}
+        places = Places(frozenset(request.tasks) or caller.tasks or frozenset(), seen)
         if not request.from_start:
             places.begin(self.feed.snapshot)
         while True:
@@ -173,8 +185,9 @@ class RegistryService(RegistryServicer):
         if manifest.digest != sha256(head.manifest):
             raise AdapterError("manifest: is not in its canonical form; publish the version anew")
         sizes = files.from_proto(head.files, self.control.max_version)
+        CALLER.get().permit(manifest.task)
         check_signer(manifest, head.signature, self.registry.objects.keys)
-        check_base(manifest, self.control.base or self.registry.base())
+        check_base(manifest, self._base)
         check_files(manifest, set(sizes))
         return manifest, sizes
 

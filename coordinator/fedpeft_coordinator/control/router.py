@@ -19,7 +19,7 @@ from fedpeft.v1 import router_pb2 as pb
 from fedpeft.v1.registry_pb2 import Version as Row
 from fedpeft.v1.router_pb2_grpc import RouterServicer
 from fedpeft_coordinator.control.feed import Feed, Run
-from fedpeft_coordinator.control.gate import AbsentError
+from fedpeft_coordinator.control.gate import CALLER, AbsentError, Caller
 
 if TYPE_CHECKING:
     from fedpeft.service import Service
@@ -35,6 +35,11 @@ class Served:
     generation: int = -1
     versions: Mapping[str, Version] = field(default_factory=dict)
     cards: Mapping[str, RouterCard] = field(default_factory=dict)
+
+    def seen_by(self, caller: Caller) -> Served:
+        """What of it is within ``caller``'s scope."""
+        versions = {task: version for task, version in self.versions.items() if caller.sees(task)}
+        return Served(self.generation, versions, {task: self.cards[task] for task in versions})
 
     def renewed(self, registry: Registry, generation: int) -> Served:
         """As it is now; cards of versions that are served still are not read again. Raises `StorageError`, `AdapterError`."""
@@ -71,16 +76,18 @@ class RouterService(RouterServicer):
 
     async def Route(self, request: pb.RouteRequest, context: Any) -> pb.RouteResponse:
         """Where a request goes."""
-        served, kind = await self._now(), request.WhichOneof("request")
+        served, kind, caller = await self._now(), request.WhichOneof("request"), CALLER.get()
         if kind is None:
             raise AdapterError("request: holds neither text, embedding nor task; give one of them")
-        found = await self.work(self._route, served, request, kind)
+        if kind == "task":
+            caller.permit(request.task)
+        found = await self.work(self._route, served, served.seen_by(caller).cards, request)
         return _answer(found, served)
 
     async def Cards(self, request: pb.CardsRequest, context: Any) -> AsyncIterator[pb.CardPart]:
         """Each served version, then its card's file."""
         served, store = await self._now(), self.feed.registry.objects.store
-        for task in sorted(served.versions):
+        for task in filter(CALLER.get().sees, sorted(served.versions)):
             found = served.versions[task]
             yield pb.CardPart(version=await self.run(self._row, found))
             size = (await self.run(store.sizes, found.digest)).get(FILE, 0) if FILE in found.manifest.files else 0
@@ -96,15 +103,17 @@ class RouterService(RouterServicer):
                 self._served = await self.work(self._served.renewed, self.feed.registry, self.feed.generation)
             return self._served
 
-    def _route(self, served: Served, request: pb.RouteRequest, kind: str) -> Found:
+    def _route(self, served: Served, cards: Mapping[str, RouterCard], request: pb.RouteRequest) -> Found:
+        """By the ``cards`` of ``served`` that the caller may see."""
+        kind = request.WhichOneof("request")
         if kind == "task":
-            return make_router("task", served.cards).route(Request(request.task))
+            return make_router("task", cards).route(Request(request.task))
         if kind == "embedding":
             vector = np.asarray(request.embedding.values, np.float32)
-            return make_router(request.router or "centroid", served.cards).route(Request.of(vector, request.embedding.encoder))
+            return make_router(request.router or "centroid", cards).route(Request.of(vector, request.embedding.encoder))
         if self.texts is None:
             raise AbsentError("router: this server reads no texts (control.embed = false); send an embedding, or route by the Cards")
-        return make_router(request.router or "chain", served.cards).route(self.texts(served, request.text))
+        return make_router(request.router or "chain", cards).route(self.texts(served, request.text))
 
     def _row(self, found: Version) -> Row:
         return Row(

@@ -69,7 +69,9 @@ class Server:
         tokens = None if self.control.tokens is None else Tokens(self.control.tokens)
         if tokens is not None:
             tokens.check()
-        self.gate = Gate("" if self.control.tls else self.control.role, self.record, frozenset(self.control.revoked), tokens)
+        scopes = {who: frozenset(tasks) for who, tasks in self.control.scopes.items()}
+        anonymous = "" if self.control.tls else self.control.role
+        self.gate = Gate(anonymous, self.record, frozenset(self.control.revoked), tokens, scopes)
         self._server = grpc.aio.server(interceptors=[self.gate], options=OPTIONS)
         services = {
             "Registry": RegistryService(self.feed, self.control, Staging(self.state / "staging", self.control.staging), run, work),
