@@ -6,14 +6,16 @@ from fedpeft.routing.cardfile import FILE, RouterCard, derive
 from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, histogram, make_card
 from fedpeft.routing.chain import Calibrated, Chain, Within, thresholds
 from fedpeft.routing.fewshot import FewShot
+from fedpeft.routing.moments import Moments, Pool
 from fedpeft.routing.policies import make_router
 from fedpeft.routing.requests import Request, Route, Router
-from fedpeft.routing.routers import CentroidRouter, ClusterRouter, FixedRouter, MeanRouter, TaskRouter
+from fedpeft.routing.routers import CentroidRouter, ClusterRouter, FixedRouter, MahalanobisRouter, MeanRouter, TaskRouter
 from fedpeft.routing.tokens import ArrowRouter, GateRouter, SpectrRouter, TokenRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "task": TaskRouter,
     "centroid": CentroidRouter,
+    "mahalanobis": MahalanobisRouter,
     "gate": GateRouter,
     "arrow": ArrowRouter,
     "spectr": SpectrRouter,
@@ -38,7 +40,10 @@ __all__ = [
     "FewShot",
     "FixedRouter",
     "GateRouter",
+    "MahalanobisRouter",
     "MeanRouter",
+    "Moments",
+    "Pool",
     "Request",
     "Route",
     "Router",

@@ -8,6 +8,8 @@ scale statistics. It lies beside the version's adapter, so the manifest names it
     gate/<module>      (n,)    float32   PHATGOOSE's gate, where sites trained one
     arrow/<module>     (n,)    float32   first right singular vector of B A, at unit length
     spectrum/<module>  (r, n)  float16   S V' of B A over its largest singular value
+    moments/mean       (D,)    float32   mean embedding of the task's texts, where sites sent second moments
+    moments/triangle   (P,)    float32   upper triangle of their covariance (`fedpeft.routing.moments`)
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ from safetensors.numpy import save as write
 from fedpeft.errors import AdapterError
 from fedpeft.factors import Product, norm, products
 from fedpeft.routing.cards import BINS, Card
+from fedpeft.routing.moments import Moments, packed, unpacked
 from fedpeft.routing.prototypes import Values, spectrum
 from fedpeft.tensors import Layout, Tensors
 
 FILE, FORMAT, HEAD = "router.safetensors", 1, "card.json"
 PREFIX, FACTOR = "base_model.model.", ".lora_A.weight"
-KINDS: dict[str, tuple[int, Any]] = {"gate": (1, np.float32), "arrow": (1, np.float32), "spectrum": (2, np.float16)}
+KINDS: dict[str, tuple[int, Any]] = {
+    "gate": (1, np.float32),
+    "arrow": (1, np.float32),
+    "spectrum": (2, np.float16),
+    "moments": (1, np.float32),
+}
 """What tensors there may be: their axes and their dtype."""
 Modules = Mapping[str, Values]
 
@@ -47,7 +55,10 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class RouterCard:
-    """See the module. ``spectra`` are float32 again, at their own size; ``counts`` are 64-bin histograms of own texts' scores by router."""
+    """See the module. ``spectra`` are float32 again, at their own size; ``counts`` are 64-bin histograms of own texts' scores by router.
+
+    ``moments`` are those of own texts' embeddings by ``card.encoder``, to float32's precision once read from a file.
+    """
 
     card: Card | None = None
     gates: Modules = field(default_factory=dict)
@@ -55,17 +66,19 @@ class RouterCard:
     spectra: Modules = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    moments: Moments | None = None
 
     def to_bytes(self) -> bytes:
         """The file; equal cards give equal bytes."""
         halves = {module: rows / np.float32(self.scales[module].largest) for module, rows in self.spectra.items()}
-        named = {"gate": self.gates, "arrow": self.arrows, "spectrum": halves}
+        named = {"gate": self.gates, "arrow": self.arrows, "spectrum": halves, "moments": _of_moments(self.moments)}
         tensors = {f"{kind}/{module}": np.ascontiguousarray(v, KINDS[kind][1]) for kind, own in named.items() for module, v in own.items()}
         head = {
             "format": FORMAT,
             "card": None if self.card is None else self.card.to_json(),
             "scales": {module: [scale.largest, scale.frobenius] for module, scale in self.scales.items()},
             "counts": {router: list(values) for router, values in self.counts.items()},
+            **({} if self.moments is None else {"texts": self.moments.count}),
         }
         text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         data: bytes = write({**tensors, HEAD: np.frombuffer(text, np.uint8)})
@@ -90,6 +103,7 @@ class RouterCard:
             {module: rows * np.float32(_scale(scales, module).largest) for module, rows in groups["spectrum"].items()},
             scales,
             _counts(head.get("counts")),
+            _moments(groups["moments"], head.get("texts")),
         )
 
 
@@ -126,6 +140,22 @@ def lora_modules(layout: Layout) -> dict[str, int]:
 def module_of(name: str) -> str:
     """The base's module that a LoRA tensor in PEFT's key form belongs to."""
     return name.removeprefix(PREFIX).removesuffix(FACTOR)
+
+
+def _of_moments(known: Moments | None) -> dict[str, NDArray[Any]]:
+    return {} if known is None else {"mean": known.mean, "triangle": packed(known.covariance)}
+
+
+def _moments(named: Modules, texts: Any) -> Moments | None:
+    if not named:
+        return None
+    try:
+        count, mean, covariance = float(texts), named["mean"].astype(np.float64), unpacked(named["triangle"])
+    except (KeyError, TypeError, ValueError, AdapterError) as fault:
+        raise AdapterError(f"{FILE}: moments of {sorted(named)} and {texts!r} texts cannot be read: {fault!r}") from None
+    if len(mean) != len(covariance) or not 1.0 <= count < np.inf:
+        raise AdapterError(f"{FILE}: moments of {count:g} texts, a mean of {len(mean)} values and a covariance of {len(covariance)}")
+    return Moments(count, mean, covariance)
 
 
 def _groups(tensors: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, Values]]:

@@ -10,7 +10,7 @@ from fedpeft.routing.cardfile import RouterCard
 from fedpeft.routing.cards import Card, calibrate
 from fedpeft.routing.chain import Calibrated, Chain, Within
 from fedpeft.routing.requests import Router
-from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MeanRouter, TaskRouter
+from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MahalanobisRouter, MeanRouter, TaskRouter
 from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter, TokenRouter
 
 Cards = Mapping[str, RouterCard]
@@ -19,6 +19,7 @@ FIRST, NEAR = ("task", "centroid"), ("gate", "arrow", "cluster")
 """Who is asked before whom in a chain (ALGORITHMS B2); the latter only for requests near some task."""
 NEEDS = {
     **dict.fromkeys(("centroid", "centroid3", "cluster"), "a centroid: its sites sent no embeddings"),
+    "mahalanobis": "second moments: set routing.moments = true in the federation",
     "gate": "gates: set routing.gates = true in the federation",
     "arrow": "a direction: it is no LoRA adapter, or it did not train yet",
     "spectr": "a spectrum: it is no LoRA adapter, or it did not train yet",
@@ -28,6 +29,7 @@ NEEDS = {
 def make_router(kind: str, cards: Cards) -> Router:
     """The router ``kind`` over the adapters of ``cards``; ``chain`` asks all that can abstain, then the base answers.
 
+    Where every card has second moments, what their router sends away is out of scope, and a chain asks nobody after it.
     Gate and Arrow abstain below the scores of training texts where the cards tell them; a chain leaves them out where they do not, since
     they would never abstain.
 
@@ -35,6 +37,9 @@ def make_router(kind: str, cards: Cards) -> Router:
         AdapterError: no such router, or none of the adapters has what it needs.
     """
     if kind == "chain":
+        settled = _mahalanobis(cards)
+        if settled is not None and all(card.moments and settled.kind in card.counts for card in cards.values()):
+            return Chain((_task(cards), settled))
         known, near = _centroids(cards), Chain(_of_chain(NEAR, cards))
         return Chain((*_of_chain(FIRST, cards), *((Within(near, known),) if known and near.routers else ())))
     if kind not in MAKERS:
@@ -78,6 +83,15 @@ def _centroid(cards: Cards, top: int = 1) -> Router | None:
     return CentroidRouter(known, top) if known else None
 
 
+def _mahalanobis(cards: Cards, top: int = 3) -> Router | None:
+    known = {name: card for name, card in cards.items() if card.moments is not None}
+    if not known:
+        return None
+    moments = {name: card.moments for name, card in known.items() if card.moments is not None}
+    counts = {name: card.counts["mahalanobis"] for name, card in known.items() if "mahalanobis" in card.counts}
+    return MahalanobisRouter(_centroids(known), moments, counts, top=top)
+
+
 def _cluster(cards: Cards) -> Router | None:
     known = _centroids(cards)
     return ClusterRouter(known) if known else None
@@ -106,6 +120,7 @@ MAKERS: dict[str, Callable[[Cards], Router | None]] = {
     "task": _task,
     "centroid": _centroid,
     "centroid3": partial(_centroid, top=3),
+    "mahalanobis": _mahalanobis,
     "gate": _gate,
     "arrow": _arrow,
     "spectr": _spectr,

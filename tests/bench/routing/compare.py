@@ -14,9 +14,9 @@ from fedpeft.merging import make_rule, merge
 from fedpeft.routing import Request, Route, make_router
 from fedpeft.routing.policies import token_router
 
-WHOLE = ("centroid", "centroid3", "cluster", "chain")
+WHOLE = ("centroid", "centroid3", "mahalanobis", "cluster", "chain")
 TOKENS = ("gate", "arrow", "spectr")
-KINDS, ABSTAIN = (*WHOLE, *TOKENS), ("centroid", "cluster", "gate", "arrow", "chain")
+KINDS, ABSTAIN = (*WHOLE, *TOKENS), ("centroid", "mahalanobis", "cluster", "gate", "arrow", "chain")
 Routes = dict[str, list[Route]]
 """By task, one for each test row."""
 

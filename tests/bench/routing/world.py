@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,8 +14,22 @@ import numpy as np
 from fedpeft.adapters import Adapter, attach, initial, make_spec
 from fedpeft.bases import Base, BaseSpec, load_base
 from fedpeft.methods import Lora
-from fedpeft.routing import ArrowRouter, GateRouter, Request, RouterCard, counts_of, derive, histogram, make_card
+from fedpeft.routing import (
+    ArrowRouter,
+    GateRouter,
+    MahalanobisRouter,
+    Pool,
+    Request,
+    RouterCard,
+    centroid,
+    counts_of,
+    derive,
+    histogram,
+    make_card,
+)
 from fedpeft.routing.cardfile import lora_modules
+from fedpeft.routing.gaussians import Gaussians
+from fedpeft.routing.moments import halves, moments, sums
 from fedpeft.tasks import Generation, Row
 from fedpeft.training import TrainJob, TrainSettings, train
 from fedpeft.training.gates import train_gates
@@ -27,7 +41,7 @@ STRANGERS = ("seed_tasks", "t0_mix", "induction")
 METHOD = Lora(r=16, targets=("all",))
 TRAINING = TrainSettings(steps=150, batch_size=16, lr=5e-3)
 GATES = TrainSettings(steps=100, batch_size=16, lr=1e-3)
-TOKENS, CARDED, SCORED, FEW = 128, 256, 64, 16
+TOKENS, CARDED, SCORED, FEW = 128, 512, 64, 16
 """Longest text; training rows for a card, for router scores, and for few-shot weights."""
 
 
@@ -77,8 +91,10 @@ def make_world(data: Path, models: Path, tests: int, steps: float = 1.0) -> Worl
     adapters, cards = {}, {}
     for name in TASKS:
         adapters[name], gates = _specialist(base, name, trained[name], steps)
-        cards[name] = _card(base, encoder, [row["prompt"] for row in trained[name][:CARDED]], derive(adapters[name].tensors, gates=gates))
+        derived = derive(adapters[name].tensors, gates=gates)
+        cards[name] = _card(base, [row["prompt"] for row in trained[name][:SCORED]], derived)
         print(f"trained {name}", flush=True)
+    cards = embedded(cards, encoder, trained)
     return World(base, encoder, trained, {name: split[name]["test"][:tests] for name in TASKS}, strangers, adapters, cards)
 
 
@@ -98,19 +114,28 @@ def _scaled(settings: TrainSettings, scale: float) -> TrainSettings:
     return TrainSettings(max(int(settings.steps * scale), 1), settings.batch_size, settings.lr)
 
 
-def _card(base: Base, encoder: Base, texts: list[str], derived: RouterCard) -> RouterCard:
-    """The card as sites and coordinator would make it: from training rows alone."""
-    vectors = encoder.embed(texts)
-    total = vectors.sum(axis=0, dtype=np.float64)
-    direction = (total / np.linalg.norm(total)).astype(np.float32)
-    sequence = make_card(total, len(texts), histogram(vectors, direction), encoder=encoder.encoder)
+def _card(base: Base, texts: list[str], derived: RouterCard) -> RouterCard:
+    """The part of a card that hidden states of ``texts`` make: how often which router scores them how."""
     routers = (GateRouter({"own": derived.gates}), ArrowRouter({"own": derived.arrows}))
     scores: dict[str, list[float]] = {router.kind: [] for router in routers}
-    for request in requests(base, texts[:SCORED], sorted(derived.gates)):
+    for request in requests(base, texts, sorted(derived.gates)):
         for router in routers:
             scores[router.kind].append(router.route(request).score)
-    counts = {kind: counts_of(np.array(values)) for kind, values in scores.items()}
-    return RouterCard(sequence, derived.gates, derived.arrows, derived.spectra, derived.scales, counts)
+    return replace(derived, counts={kind: counts_of(np.array(values)) for kind, values in scores.items()})
+
+
+def embedded(cards: dict[str, RouterCard], encoder: Base, trained: dict[str, list[Row]]) -> dict[str, RouterCard]:
+    """``cards`` with what embeddings of training rows make of them, as one site a task and the coordinator would: from sums alone."""
+    vectors = {name: encoder.embed([row["prompt"] for row in rows[:CARDED]]) for name, rows in trained.items()}
+    known = {name: moments(sums(halves(mine)[0])) for name, mine in vectors.items()}
+    pool, found = Pool.of(known.values()), dict[str, RouterCard]()
+    for name, mine in vectors.items():
+        total = mine.sum(axis=0, dtype=np.float64)
+        sequence = make_card(total, len(mine), histogram(mine, centroid(total, len(mine))), encoder=encoder.encoder)
+        _, close = Gaussians.of([known[name]], pool).read(halves(mine)[1])
+        counts = {**cards[name].counts, MahalanobisRouter.kind: counts_of(close[:, 0])}
+        found[name] = replace(cards[name], card=sequence, counts=counts, moments=known[name])
+    return found
 
 
 def requests(base: Base, texts: Iterable[str], modules: list[str]) -> Iterable[Request]:

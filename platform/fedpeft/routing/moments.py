@@ -1,0 +1,125 @@
+"""A task's embeddings as sums: how many, their mean and their covariance. Sums add up over sites, under masks and with noise.
+
+Shape legend: N texts, D values of an embedding, P = (D + 1)(D + 2) / 2 values of a packed triangle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedpeft.errors import AdapterError
+
+WIDEST = 512
+"""Values of an embedding that are kept: a triangle of more would cost megabytes."""
+Rows = NDArray[np.floating[Any]]
+Exact = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """``count`` texts, the ``mean`` (D,) of their embeddings and the ``covariance`` (D, D) around it."""
+
+    count: float
+    mean: Exact
+    covariance: Exact
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return len(self.mean)
+
+
+def sums(embeddings: Rows) -> Exact:
+    """The upper triangle (P,), row by row, of the sum of ``(1, x)(1, x)'`` over ``embeddings`` (N, D): count, sum and second moments."""
+    rows = narrowed(embeddings)
+    whole = np.column_stack([np.ones(len(rows)), rows])
+    return packed(whole.T @ whole)
+
+
+def moments(total: ArrayLike) -> Moments:
+    """What `sums`, added up, say.
+
+    Raises:
+        AdapterError: they are no triangle, not finite, or of no text.
+    """
+    values = np.asarray(total, np.float64)
+    whole = unpacked(values)
+    count = float(values[0]) if values.size > 1 else 0.0
+    if not (np.isfinite(values).all() and count >= 1.0):
+        raise AdapterError(
+            f"moments: sums over {count:g} texts, {values.size} values, all finite: {np.isfinite(values).all()}; needs texts"
+        )
+    mean = whole[0, 1:] / count
+    return Moments(count, mean, whole[1:, 1:] / count - np.outer(mean, mean))
+
+
+def values_of(width: int) -> int:
+    """P, for embeddings of ``width`` values before they are narrowed."""
+    side = min(width, WIDEST) + 1
+    return side * (side + 1) // 2
+
+
+def packed(symmetric: Exact) -> Exact:
+    """The upper triangle of a symmetric matrix, row by row."""
+    return symmetric[np.triu_indices(len(symmetric))]
+
+
+def unpacked(triangle: ArrayLike) -> Exact:
+    """Inverse of `packed`. Raises `AdapterError` when the number of values is none of a triangle."""
+    values = np.asarray(triangle, np.float64)
+    side = (isqrt(8 * values.size + 1) - 1) // 2
+    if values.ndim != 1 or side < 1 or side * (side + 1) // 2 != values.size:
+        raise AdapterError(f"moments: {values.size} values are no triangle of a symmetric matrix; do both sides run one version?")
+    found = np.zeros((side, side))
+    found[np.triu_indices(side)] = values
+    return np.triu(found) + np.triu(found, 1).T
+
+
+def narrowed(embeddings: Rows) -> Exact:
+    """``embeddings`` (N, D) in float64, of at most `WIDEST` values: wider ones are projected on fixed random signs.
+
+    Distances are kept to within a few per cent (Achlioptas 2003, doi 10.1016/S0022-0000(03)00025-4, theorem 1.1).
+    """
+    rows = np.asarray(embeddings, np.float64)
+    return rows if rows.shape[1] <= WIDEST else rows @ _signs(rows.shape[1])
+
+
+@lru_cache(maxsize=2)
+def _signs(width: int) -> Exact:
+    """Signs over the root of their number (D, `WIDEST`), the same on every machine: PCG64's raw stream is part of its definition."""
+    words = np.random.PCG64(WIDEST).random_raw(width * WIDEST // 64).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8)).reshape(width, WIDEST)
+    signs: Exact = (2.0 * bits - 1.0) / np.sqrt(WIDEST)
+    return signs
+
+
+def halves(embeddings: Rows) -> tuple[Rows, Rows]:
+    """Rows for `sums`, and others that thresholds are found on: a covariance is always nearer to the rows that it was made of."""
+    return embeddings[::2], embeddings[1::2] if len(embeddings) > 1 else embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Of all tasks: ``center`` (D,), the mean of their means, and ``within`` (D, D), the covariance inside them; of ``count`` texts."""
+
+    count: float
+    center: Exact
+    within: Exact
+
+    @staticmethod
+    def of(tasks: Iterable[Moments]) -> Pool:
+        """The pool of ``tasks``. Raises `AdapterError` when their widths differ, or there is none."""
+        known = list(tasks)
+        widths = sorted({one.width for one in known})
+        if len(widths) != 1:
+            raise AdapterError(f"moments: {len(known)} tasks with embeddings of {widths} values; make all cards with one encoder")
+        count = sum(one.count for one in known)
+        within = sum((one.count * one.covariance for one in known), np.zeros(())) / max(count - len(known), 1.0)
+        return Pool(count, np.mean([one.mean for one in known], axis=0), np.asarray(within))
