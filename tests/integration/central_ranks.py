@@ -11,12 +11,24 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.job import run
 from fedpeft.central.progress import Report, Scores
 from fedpeft.central.world import World, joined
 from fedpeft.errors import FedpeftError
 from fedpeft.training.config import load_central
+
+RUNS: list[ZeroRun] = []
+"""The run of the job under way."""
+begin = ZeroEngine.begin
+
+
+def noted(self: ZeroEngine, *arguments: Any) -> ZeroRun:
+    """`ZeroEngine.begin`, whose run can be looked at afterwards."""
+    RUNS.append(begin(self, *arguments))
+    return RUNS[0]
 
 
 class Stopped(Exception):
@@ -28,6 +40,7 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
     losses: list[dict[str, float]] = []
     scores: list[Scores] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    RUNS.clear()
 
     def heard(report: Report) -> None:
         if stop is not None and report.step > stop:
@@ -47,7 +60,14 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
         return {"fault": str(fault), "code": fault.exit_code, "seconds": time.perf_counter() - began}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return {"losses": losses, "scores": scores, "final": final}
+    return {"losses": losses, "scores": scores, "final": final, "moments": moment_bytes(RUNS[0])}
+
+
+def moment_bytes(run: ZeroRun) -> int:
+    """What this rank's optimizer remembers."""
+    optimizer = getattr(run._zero.optimizer, "optimizer", run._zero.optimizer)
+    kept = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq") if name in state]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def waited(path: Path, seconds: float = 120.0) -> None:
@@ -116,6 +136,7 @@ def main() -> None:
     folder, world = Path(sys.argv[1]), World.of(os.environ)
     assert world is not None
     os.chdir(folder)
+    ZeroEngine.begin = noted  # type: ignore[method-assign]
     with joined(world, 60):
         found = (one if world.size == 1 else two)(folder, world)
     (folder / f"found{world.size}.{world.rank}.json").write_text(json.dumps(found))

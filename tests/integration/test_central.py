@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import attach
+from fedpeft.central.estimate import estimated, plan_of
 from fedpeft.central.job import prepare
 from fedpeft.central.joint import JointTask
 from fedpeft.central.world import World
+from fedpeft.central.zero import zero_json
 from fedpeft.processes import free_port
 from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
@@ -176,6 +178,14 @@ def test_stages_and_numbers_of_ranks_do_not_matter(folder, found, stage):
 def test_packed_sequences_train_as_padded_ones_do(folder, found, world):
     np.testing.assert_allclose(losses(found[f"{world}.0"]["padded"]), losses(found["1.0"]["stage0"]), atol=2e-6, rtol=2e-6)
     assert_close(values(folder, f"padded{world}"), values(folder, "one0"), 1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_holds_the_moments_that_were_estimated(folder, found, stage):
+    config = load_central(folder / "job.toml", {"deepspeed.stage": str(stage)})
+    for ranks, name in ((1, "1.0"), (2, "2.0"), (2, "2.1")):
+        plan = plan_of(estimated(config, ranks, "cpu"), zero_json(config.deepspeed, config.training, ranks))
+        assert plan.device["moments"] == found[name][f"stage{stage}"]["moments"]
 
 
 def test_a_shared_adapter_trains_beside_each_own(folder, found):

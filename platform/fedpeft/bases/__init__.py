@@ -27,6 +27,7 @@ __all__ = [
     "load_encoder",
     "meta_base",
     "module_roles",
+    "outline_base",
     "resolve_model",
 ]
 
@@ -74,6 +75,14 @@ def meta_base(spec: BaseSpec) -> Base:
     from fedpeft.bases.loading import blueprint
 
     return blueprint(spec)
+
+
+def outline_base(spec: BaseSpec) -> Base:
+    """As `meta_base`, from ``config.json`` alone: no tokenizer, no fingerprint, so a folder without weights will do. Raises `BaseError`."""
+    hush()
+    from fedpeft.bases.loading import outline
+
+    return outline(spec)
 
 
 def module_roles(model: nn.Module) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from fedpeft.bases.quantize import check_quantized, compute_dtype, keep_layout, 
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.roles import head_modules
-from fedpeft.bases.spec import BaseSpec, Family
+from fedpeft.bases.spec import BaseSpec, Family, Fingerprint
 from fedpeft.errors import BaseError
 
 FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, MemoryError, SafetensorError)
@@ -62,12 +62,17 @@ def load(spec: BaseSpec, device: str = "auto", whole: bool = True) -> Base:
 
 def blueprint(spec: BaseSpec) -> Base:
     """The architecture of ``spec`` without weights, on the meta device. Raises `BaseError` as `load`."""
-    prints = fingerprint(spec)
-    folder = resolve_model(spec.model, spec.revision)
-    config = _config(folder, spec)
+    base = outline(spec)
+    base.fingerprint = fingerprint(spec)
+    base.tokenizer = _tokenizer(resolve_model(spec.model, spec.revision), base.config, spec)
+    _check_length(base.tokenizer, base.config, spec)
+    return base
+
+
+def outline(spec: BaseSpec) -> Base:
+    """The architecture of ``spec`` from its ``config.json`` alone, on the meta device. Raises `BaseError` as `load`."""
+    config = _config(resolve_model(spec.model, spec.revision), spec)
     family = _family(config, spec)
-    tokenizer = _tokenizer(folder, config, spec)
-    _check_length(tokenizer, config, spec)
     try:
         with quiet_transformers(), torch.device("meta"):
             model = LOADERS[family].from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -76,7 +81,7 @@ def blueprint(spec: BaseSpec) -> Base:
             f"base {spec.model}: {type(config).__name__} cannot be built: {one_line(fault)}; use another architecture"
         ) from None
     model.requires_grad_(False).eval()
-    return Base(spec, prints, family, tokenizer, config, "meta", model, _trunk(spec, model))
+    return Base(spec, Fingerprint("", "", "", spec.quantization), family, None, config, "meta", model, _trunk(spec, model))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
 from fedpeft.central.together import require_equal
 from fedpeft.central.world import World
+from fedpeft.central.zero import sized
 from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.training.engine import Arrays, Sums, autocast, optimizer_of, rate, schedule
 from fedpeft.training.settings import TrainJob, TrainSettings
@@ -108,7 +109,9 @@ class ZeroRun:
 
             require_equal(self.world, "checkpoint", f"{self._steps} steps")
             optimizer = optimizer_of(self.groups, self.settings)
-            self._zero, *_ = deepspeed.initialize(model=self.live.model, optimizer=optimizer, config=dict(self.table))
+            self._zero, *_ = deepspeed.initialize(
+                model=self.live.model, optimizer=optimizer, config=sized(self.table, self.live.spec.layout.size)
+            )
             if self._moments:
                 set_moments(self._zero, self.live.bank, self._moments, self._steps)
                 self._moments = {}

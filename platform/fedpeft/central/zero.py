@@ -25,6 +25,9 @@ OURS = {
 }
 """Keys that the job's TOML decides, and where: a user's file may repeat them, or say ``auto``, but not contradict."""
 
+BUCKET = 50_000_000
+"""Most values of gradients that ranks add up at once; DeepSpeed's own 500 million are 2 GB on every GPU, however small the adapters."""
+
 KNOWN = frozenset(
     """
     zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown dump_state
@@ -72,7 +75,7 @@ def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict
         "train_micro_batch_size_per_gpu": settings.batch_size // ranks,
         "gradient_accumulation_steps": settings.accumulate,
         "gradient_clipping": settings.clip,
-        "zero_optimization": _stage(deepspeed),
+        "zero_optimization": stage_json(deepspeed),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
@@ -85,14 +88,22 @@ def stage_of(table: Mapping[str, Any]) -> int:
     return int(table.get("zero_optimization", {}).get("stage", 0))
 
 
-def _stage(deepspeed: DeepSpeed) -> dict[str, Any]:
-    table: dict[str, Any] = {"stage": deepspeed.stage}
+def sized(table: Mapping[str, Any], values: int) -> dict[str, Any]:
+    """``table`` with a bucket no larger than the ``values`` that train: DeepSpeed makes all of it on the GPU, though it is never fuller."""
+    zero = table["zero_optimization"]
+    return {**table, "zero_optimization": zero | {"reduce_bucket_size": max(1, min(int(zero.get("reduce_bucket_size", BUCKET)), values))}}
+
+
+def stage_json(deepspeed: DeepSpeed) -> dict[str, Any]:
+    """DeepSpeed's ``zero_optimization`` of a stage and its offloads."""
+    table: dict[str, Any] = {"stage": deepspeed.stage, "reduce_bucket_size": BUCKET}
     if deepspeed.stage == 3:
         table |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": 50_000_000}
-    if deepspeed.offload != "none":
-        table["offload_optimizer"] = {"device": deepspeed.offload, "pin_memory": True}
-        if deepspeed.offload == "nvme":
-            table["offload_optimizer"]["nvme_path"] = str(deepspeed.nvme)
+    for what, device in (("optimizer", deepspeed.offload), ("param", deepspeed.offload_params)):
+        if device != "none":
+            table[f"offload_{what}"] = {"device": device, "pin_memory": True} | (
+                {"nvme_path": str(deepspeed.nvme)} if device == "nvme" else {}
+            )
     return table
 
 
@@ -120,7 +131,8 @@ def _merged(made: dict[str, Any], own: dict[str, Any], path: Path, settings: Tra
         raise ConfigError("\n".join(faults))
     more = {key: value for key, value in own.items() if key not in OURS and key != "zero_optimization"}
     zero = {key: value for key, value in own.get("zero_optimization", {}).items() if value != "auto"}
-    return made | more | {"zero_optimization": zero if "stage" in zero else made["zero_optimization"] | zero}
+    kept = {"reduce_bucket_size": BUCKET} if "stage" in zero else made["zero_optimization"]
+    return made | more | {"zero_optimization": kept | zero}
 
 
 def _asked(settings: TrainSettings, ranks: int) -> dict[str, Any]:

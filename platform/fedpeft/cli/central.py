@@ -72,6 +72,29 @@ def export(job: Job, overrides: Overrides = None) -> None:
     _publish(config, trained(config, ready.every), best.scores if best else {}, {}, _sizes(ready))
 
 
+@app.command()
+def estimate(  # noqa: PLR0913, PLR0917 - one an option
+    job: Job,
+    ranks: Annotated[int | None, typer.Option(help="Ranks of each machine; default: one a GPU, or one.", min=1)] = None,
+    nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each GPU; default: those of the GPU here.", min=0.1)] = None,
+    cpu_memory: Annotated[float | None, typer.Option(help="GiB of host memory of each machine; default: not asked.", min=0.1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, each part in bytes.")] = False,
+    overrides: Overrides = None,
+) -> int:
+    """Say what each rank needs under every ZeRO stage and offload, from the base's config.json alone, and which to take.
+
+    Exit code 1: nothing fits.
+    """
+    from fedpeft.central.estimate import Room
+    from fedpeft.cli import estimates
+    from fedpeft.training.config import load_central
+
+    local = ranks if ranks is not None else _gpus()
+    room = Room(_bytes(gpu_memory) or _gpu_memory(), _bytes(cpu_memory), local)
+    return estimates.show(load_central(job, table(overrides)), local * nodes, room, as_json)
+
+
 @app.command(hidden=True)
 def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
     """One rank of a job; the launcher says which in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
@@ -131,6 +154,16 @@ def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
     starts(config, refs)
     for tracker in config.track:
         tracker.check()
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
+
+
+def _gpu_memory() -> int | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _gpus() -> int:

@@ -47,24 +47,30 @@ class CentralTask(Section):
 
 
 class DeepSpeed(Section):
-    """ZeRO's ``stage``, where its states are offloaded to, and the user's own DeepSpeed JSON (``config``), which wins.
+    """ZeRO's ``stage``, where optimizer states and parameters are offloaded to, and the user's own DeepSpeed JSON (``config``), which wins.
 
-    A bare path in place of the table means ``config``. Ranks that wait for another longer than ``timeout`` seconds give up.
+    ``offload_params`` takes the base along; ``fedpeft central estimate`` says what each of them takes. A bare path in place of the table
+    means ``config``. Ranks that wait for another longer than ``timeout`` seconds give up.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
     nvme: Path | None = None
     config: Path | None = None
     timeout: float = Field(default=600.0, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeed:
-        if self.offload != "none" and self.stage < 2:
-            raise ValueError(f"offload = {self.offload!r} needs stage 2 or 3, stage is {self.stage}; raise stage or set offload = 'none'")
-        if (self.offload == "nvme") != (self.nvme is not None):
+        for name, place in (("offload", self.offload), ("offload_params", self.offload_params)):
+            least = 3 if name == "offload_params" or place == "nvme" else 2
+            wanted = "3" if least == 3 else "2 or 3"
+            if place != "none" and self.stage < least:
+                raise ValueError(f"{name} = {place!r} needs stage {wanted}, stage is {self.stage}; raise stage or set {name} = 'none'")
+        if ("nvme" in (self.offload, self.offload_params)) != (self.nvme is not None):
             raise ValueError(
-                f"offload = {self.offload!r} and nvme = {self.nvme}: nvme is the folder for offload = 'nvme'; give both or none"
+                f"offload = {self.offload!r}, offload_params = {self.offload_params!r} and nvme = {self.nvme}: "
+                "nvme is the folder of what is offloaded there; give both or none"
             )
         return self
 

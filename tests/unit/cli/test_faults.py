@@ -141,6 +141,7 @@ FLAGS = {
     "adapters watch": ["--from-start", "--identity", "--json", "--registry"],
     "audit inversion": ["--json", "--per-update", "--roles", "--set", "--task"],
     "audit membership": ["--attack", "--json", "--set", "--stated", "--task"],
+    "central estimate": ["--cpu-memory", "--gpu-memory", "--json", "--nodes", "--ranks", "--set"],
     "central export": ["--set"],
     "central rank": ["--from", "--set"],
     "central resume": ["--from", "--hostfile", "--launcher", "--ranks", "--set"],

@@ -65,7 +65,7 @@ def test_overrides_of_the_command_line(tmp_path):
         ("[training]\nlr_by_role = { B = 0 }", r"training.lr_by_role.B: .*greater than 0"),
         ("[deepspeed]\nstage = 4", r"deepspeed.stage: .*\(got 4\)"),
         ('[deepspeed]\nstage = 1\noffload = "cpu"', r"offload = 'cpu' needs stage 2 or 3, stage is 1"),
-        ('[deepspeed]\noffload = "nvme"', "nvme is the folder"),
+        ('[deepspeed]\nstage = 3\noffload = "nvme"', "nvme is the folder"),
         ("[evaluate]\nevery = 0", r"evaluate.every: .*greater than or equal to 1"),
         ('[checkpoints]\nbest = "mean"', r"save_every is 10 steps, evaluate.every is None; make save_every a multiple"),
         ('[evaluate]\nevery = 4\n[checkpoints]\nbest = "spam"', r"evaluate.every is 4"),
