@@ -88,9 +88,9 @@ def start(
     from fedpeft.cli import output
     from fedpeft_client.cold_start import propose
     from fedpeft_client.config import load_site
-    from fedpeft_client.dry_run import read_plan, task_of
+    from fedpeft_client.dry_run import read_plan
 
-    found = propose(load_site(site), task_of(read_plan(plan), task), registry.open(), fit)
+    found = propose(load_site(site), read_plan(plan).task(task), registry.open(), fit)
     if json:
         return output.emit({"task": task, "rows": found.rows, "weights": dict(found.route.weights), "scores": dict(found.route.scores)})
     rows = [(name, f"{score:.3f}", f"{found.route.weights.get(name, 0.0):.3f}") for name, score in sorted(found.route.scores.items())]

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field
 
 from fedpeft import config
 from fedpeft.errors import ConfigError, DataError, PolicyError
-from fedpeft.methods import read_method
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
@@ -23,7 +22,7 @@ from fedpeft.routing.cardfile import lora_modules
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
-from fedpeft.training.settings import TrainSettings
+from fedpeft.training.outline import Outline
 from fedpeft.update import TRAIN_COUNTERS, WORD, Grid, train_counters
 from fedpeft.wire import flat
 from fedpeft.wire.codecs import CODECS, Codec, Lanes, Ring, as_ring, choose
@@ -38,32 +37,25 @@ if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
     from fedpeft.bases import Base
     from fedpeft.tasks import Task
+    from fedpeft.training.settings import TrainSettings
 
 FLOAT_BYTES, CODE_BYTES = 8, 4
 EPSILON = "none: not accounted"
 
 
-class Plain(BaseModel):
+class Plain(Outline):
     """The parts of a federation.toml that decide what a site sends; every other key is passed over."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    name: str = "federation"
-    base: dict[str, Any] = {}
-    method: Any = "lora"
     scheme: Any = "alternating"
     combine: Any = "sum"
-    training: dict[str, Any] = {}
-    cohort: dict[str, Any] = {}
-    secure_aggregation: dict[str, Any] = {}
-    wire: dict[str, Any] = {}
-    routing: dict[str, Any] = {}
+    cohort: dict[str, Any] = Field(default_factory=dict)
+    secure_aggregation: dict[str, Any] = Field(default_factory=dict)
+    wire: dict[str, Any] = Field(default_factory=dict)
+    routing: dict[str, Any] = Field(default_factory=dict)
     privacy: Any = "none"
-    rounds: int = 10
     evaluate_every: int = 0
     publish_every: int = 0
     max_examples: int = 1_000_000
-    tasks: dict[str, dict[str, Any]]
 
     @property
     def least(self) -> int:
@@ -195,35 +187,15 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     )
 
 
-def task_of(plain: Plain, name: str) -> Task:
-    """The task ``name`` of the federation. Raises `ConfigError` when it has none, or it cannot be built."""
-    from fedpeft.tasks import TASKS
-
-    if name not in plain.tasks:
-        raise ConfigError(f"task {name!r} is not the federation's; it has {sorted(plain.tasks)}")
-    table = {key: value for key, value in plain.tasks[name].items() if key not in ("training", "start", "clusters")}
-    try:
-        task: Task = config.build(TASKS, {**table, "name": name}, f"tasks.{name}")
-    except ValueError as fault:
-        raise ConfigError(str(fault)) from None
-    return task
-
-
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
     from fedpeft.adapters import make_spec
 
-    own = plain.tasks[name].get("training", {})
+    task = plain.task(name)
     try:
-        task = task_of(plain, name)
-        method = read_method(plain.method)
         scheme: Scheme = config.build(SCHEMES, plain.scheme, "scheme")
-        settings = TypeAdapter(TrainSettings).validate_python({**plain.training, **own})
-    except ValidationError as faults:
-        first = faults.errors()[0]
-        raise ConfigError(f"training.{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    return task, make_spec(name, base, method, task.head), scheme, settings
+    return task, make_spec(name, base, plain.adapter_method(), task.head), scheme, plain.settings(name)
 
 
 def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, rank: int, identity: str) -> Ask:

@@ -16,13 +16,14 @@ from fedpeft.privacy.settings import Distributed
 from fedpeft.routing import BINS
 from fedpeft.schemes.robust import Buckets
 from fedpeft.tensors import Tensors
+from fedpeft.training.outline import start_seed
 from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.control.opening import open_registry
 from fedpeft_coordinator.fitting import check_fit
 from fedpeft_coordinator.private_rules import lengths, settings_of
 from fedpeft_coordinator.release import Release
-from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup, derive
+from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
@@ -204,7 +205,7 @@ def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
 
 
 def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
-    task, seed = config.tasks[spec.task].task, derive(config.seed, 0, spec.task if config.sharing is None else "")
+    task, seed = config.tasks[spec.task].task, start_seed(config.seed, spec.task, shared=config.sharing is not None)
     return TaskSetup(
         name=spec.task,
         layout=spec.layout,

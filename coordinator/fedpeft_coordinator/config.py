@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from fedpeft import config
 from fedpeft.bases import BaseSpec, Quantization
 from fedpeft.config import Section
-from fedpeft.errors import ConfigError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
 from fedpeft.routing.settings import Routing
 from fedpeft.schemes.sharing import Sharing
+from fedpeft.training.outline import settings_of
 from fedpeft.training.settings import TrainSettings
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.listening import Tls, guarded, rooted
@@ -158,7 +158,7 @@ class FederationConfig(Section):
     server: Annotated[Any, BeforeValidator(_server)] = Field(default="sgd", validate_default=True)
     combine: Annotated[Any, BeforeValidator(_combine)] = None
     start: StartTable = None
-    training: Annotated[TrainSettings, AfterValidator(lambda value: _settings(asdict(value)))] = TrainSettings()
+    training: Annotated[TrainSettings, AfterValidator(lambda value: settings_of(asdict(value)))] = TrainSettings()
     cohort: Cohort = Cohort()
     secure_aggregation: SecureAggregation = SecureAggregation()
     sharing: Sharing | None = None
@@ -186,7 +186,7 @@ class FederationConfig(Section):
 
     def settings(self, task: str) -> TrainSettings:
         """``[training]`` with what the task changes."""
-        return _settings({**asdict(self.training), **self.tasks[task].training})
+        return settings_of({**asdict(self.training), **self.tasks[task].training})
 
     def start_of(self, task: str) -> Start | None:
         """Where the adapter of ``task`` starts."""
@@ -207,19 +207,6 @@ class FederationConfig(Section):
     def database_url(self) -> str:
         """SQLAlchemy URL of the journal."""
         return self.database or f"sqlite:///{(self.state / 'journal.sqlite').resolve()}"
-
-
-def _settings(table: dict[str, Any]) -> TrainSettings:
-    unknown = sorted(set(table) - set(TrainSettings.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"training: unknown keys {unknown}; known keys are {sorted(TrainSettings.__dataclass_fields__)}")
-    try:
-        return TypeAdapter(TrainSettings).validate_python(table)
-    except ValidationError as faults:
-        lines = [f"training.{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})" for fault in faults.errors()]
-        raise ValueError("; ".join(lines)) from None
-    except ConfigError as fault:
-        raise ValueError(str(fault)) from None
 
 
 def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None) -> FederationConfig:

@@ -12,10 +12,11 @@ from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.privacy.packing import Schema
 from fedpeft.schemes import Phase, check_start
 from fedpeft.tensors import Layout, Tensors
+from fedpeft.training.outline import derive
 from fedpeft.update import Grid, train_counters
 from fedpeft.wire.codecs import Codec, DeltaCodec, Ring, as_delta, as_ring, choose
 from fedpeft_coordinator import sharing
-from fedpeft_coordinator.setup import Limits, Setup, TaskSetup, derive
+from fedpeft_coordinator.setup import Limits, Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
 
 Load = Callable[[TaskSetup, str], Tensors]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -132,12 +131,6 @@ class Setup:
     def keeps_parts(self) -> bool:
         """Whether a round needs every site's part, not only their sum."""
         return isinstance(self.scheme, Gathers) or (self.combine is not None and not self.combine.sum_only)
-
-
-def derive(seed: int, *parts: object) -> int:
-    """A 62-bit seed for one purpose, from the federation's seed."""
-    text = "\0".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
 def same_facts(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -104,3 +104,8 @@ EXIT_CODES: dict[str, int] = {
         PrivacyError,
     )
 }
+
+
+def kind_of(code: int) -> type[FedpeftError] | None:
+    """The fault whose exit code is ``code``; None where no fault of ours has it."""
+    return next((kind for kind in FedpeftError.__subclasses__() if kind.exit_code == code), None)

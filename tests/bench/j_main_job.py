@@ -28,8 +28,9 @@ def run(repeats: int = 5) -> list[dict[str, object]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from fedpeft.demo import driver, report
+    from fedpeft.demo import driver
     from fedpeft.demo.setting import TASKS, Setting
+    from fedpeft.parity.federating import events_of, per_round
 
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder) / "run", ROUNDS)
@@ -43,7 +44,7 @@ def run(repeats: int = 5) -> list[dict[str, object]]:
         finally:
             stop.set()
             watch.join()
-        rounds = report.per_round(report.events_of(setting.folder))
+        rounds = per_round(events_of(setting.folder))
         plain = sum(_flower_bytes(setting.folder / "coordinator" / "registry", task) * len(setting.holders(task)) for task in TASKS)
     return [*_rounds(rounds, plain), *(_row(f"peak resident memory, {part}", peak, "MiB") for part, peak in sorted(peaks.items()))]
 

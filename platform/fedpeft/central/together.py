@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fedpeft.central.world import World
-from fedpeft.errors import DataError, FedpeftError, LinkError
+from fedpeft.errors import DataError, FedpeftError, LinkError, kind_of
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def together(world: World, work: Callable[[], T]) -> T:
         raise fault
     for rank, other in enumerate(said):
         if other is not None:
-            raise _kind_of(other[0])(f"rank {rank}: {other[1]}")
+            raise (kind_of(other[0]) or LinkError)(f"rank {rank}: {other[1]}")
     return result  # type: ignore[return-value]
 
 
@@ -58,7 +58,3 @@ def _gathered(world: World, value: Any) -> list[Any]:
     bodies = [torch.zeros(room, dtype=torch.uint8, device=world.device) for _ in range(world.size)]
     dist.all_gather(bodies, torch.nn.functional.pad(body, (0, room - len(body))))
     return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(bodies, sizes, strict=True)]
-
-
-def _kind_of(code: int) -> type[FedpeftError]:
-    return next((kind for kind in FedpeftError.__subclasses__() if kind.exit_code == code), LinkError)

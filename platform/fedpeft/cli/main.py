@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, audit, central, inspection, ledger, methods, schemes
+    from fedpeft.cli import adapters, answers, audit, central, inspection, ledger, methods, parity, schemes
 
     app = typer.Typer(
         name="fedpeft",
@@ -62,6 +62,7 @@ def tree() -> typer.Typer:
     )
     inspection.register(app)
     answers.register(app)
+    parity.register(app)
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(ledger.app, name="ledger")
     app.add_typer(methods.app, name="methods")

@@ -18,9 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fedpeft.demo import driver, report
-from fedpeft.demo.processes import ended, start
-from fedpeft.demo.setting import MAX_TOKENS, QUANTIZATION, SITES, Setting
+from fedpeft.demo import driver
+from fedpeft.demo.setting import SITES, Setting
+from fedpeft.parity import fitting
+from fedpeft.parity.children import finished, start
+from fedpeft.parity.federating import events_of, per_round
+from fedpeft.parity.plan import Plan
 from fedpeft.processes import hold
 
 TASKS = ("area", "error")
@@ -53,34 +56,22 @@ def drive(folder: Path, rounds: int, fresh: bool) -> None:
             began = time.monotonic()
             driver.federate(setting, bar)
             seconds[name] = time.monotonic() - began
-    scoring = start("scores", ["fedpeft.demo.private", str(folder), str(rounds)], folder / "scores.log")
-    with ended([scoring]):
-        scoring.process.wait()
-        driver.check(scoring)
+    finished(start("scores", ["fedpeft.demo.private", str(folder), str(rounds)], folder / "scores.log"))
     show(made, seconds, console)
 
 
 def score(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Macro-F1 on everybody's held-out rows of the base alone and of every federation's adapters, by task."""
-    from fedpeft.adapters import attach
-    from fedpeft.bases import BaseSpec, load_base
+    from fedpeft.bases import load_base
     from fedpeft.demo.baselines import base_alone
     from fedpeft.registry import Registry
-    from fedpeft.tasks import read_rows
-    from fedpeft.training import evaluate
 
-    base = load_base(BaseSpec("minilm", QUANTIZATION, max_tokens=MAX_TOKENS))
-    made = settings(folder, rounds)
-    found: dict[str, dict[str, float]] = {"base": base_alone(made["without"], base)}
-    for name, setting in made.items():
-        registry = Registry(setting.folder / "coordinator" / "registry")
-        found[name] = {}
-        for task_name in setting.tasks:
-            task, adapter = setting.task(task_name), registry.load(task_name)
-            data = task.encode(read_rows(setting.source(task_name), "test"), base)
-            with attach(base, adapter.spec) as live:
-                live.load(adapter.tensors)
-                found[name][task_name] = float(task.scores(evaluate(live, task, data))[task.headline])
+    plans = {name: Plan.of(setting.folder) for name, setting in settings(folder, rounds).items()}
+    base = load_base(plans["without"].base)
+    found: dict[str, dict[str, float]] = {"base": base_alone(plans["without"], base)}
+    for name, plan in plans.items():
+        registry = Registry(folder / name / "coordinator" / "registry")
+        found[name] = {task: fitting.score(plan, base, registry.load(task)) for task in plan.tasks}
     return found
 
 
@@ -100,7 +91,7 @@ def show(made: dict[str, Setting], seconds: dict[str, float], console: Console) 
     """Print the report and write it as ``private.json`` and ``private.md`` beside the runs."""
     folder = made["without"].folder.parent
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    rows = {name: report.per_round(report.events_of(setting.folder)) for name, setting in made.items()}
+    rows = {name: per_round(events_of(setting.folder)) for name, setting in made.items()}
     found = {
         "scores": scores,
         "epsilon": {name: {task: spent(setting, task) for task in TASKS} for name, setting in made.items()},

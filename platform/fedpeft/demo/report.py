@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from fedpeft.demo.setting import QUANTIZATION, TASKS, Setting
 from fedpeft.errors import StorageError
+from fedpeft.parity.federating import events_of, per_round
 
 COLUMNS = ("task", "base only", "each site alone (mean)", "federated", "pooled")
 EXAMPLE = "argument must be an integer, not a string"
@@ -55,34 +55,6 @@ def collect(setting: Setting, seconds: float) -> dict[str, Any]:
         "base_loads": base_loads(events),
         "registry": str(folder / "coordinator" / "registry"),
     }
-
-
-def events_of(folder: Path) -> list[dict[str, Any]]:
-    """The coordinator's events of a run."""
-    return [json.loads(line) for line in (folder / "coordinator" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def per_round(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per training round: seconds from plan to mean, the longest training at a site, bytes each way over all sites."""
-    times: dict[int, dict[str, float]] = defaultdict(dict)
-    answers: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event["event"] in ("plan", "combined"):
-            times[event["round"]][event["event"]] = event["time"]
-        elif event["event"] == "answer" and event["kind"] == "train":
-            answers[event["round"]].append(event)
-    return [
-        {
-            "round": number,
-            "seconds": span["combined"] - span["plan"],
-            "training": max(answer["train_seconds"] for answer in answers[number]),
-            "up": sum(answer["bytes_up"] for answer in answers[number]),
-            "down": sum(answer["bytes_down"] for answer in answers[number]),
-            "asked": sum(len(answer["outcomes"]) for answer in answers[number]),
-        }
-        for number, span in sorted(times.items())
-        if len(span) == 2 and answers[number]
-    ]
 
 
 def base_loads(events: list[dict[str, Any]]) -> dict[str, int]:

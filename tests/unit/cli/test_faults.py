@@ -163,6 +163,8 @@ FLAGS = {
     "ledger verify": ["--head", "--ledger"],
     "methods": ["--base", "--family", "--json", "--scheme"],
     "methods show": ["--base", "--scheme"],
+    "parity": ["--engine", "--fresh", "--json", "--out"],
+    "parity-arm": ["--engine"],
     "route": ["--identity", "--json", "--quantization", "--registry", "--router", "--task"],
     "schema": [],
     "schemes": ["--json"],

@@ -1,4 +1,4 @@
-"""Child processes of the demo: each with its log, all ended when the demo ends."""
+"""Child processes: each with its log, all ended when this process ends, and their faults raised here under their own exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.processes import FLAG
+from fedpeft.errors import FedpeftError, kind_of
+from fedpeft.processes import FLAG, last_words
 
 GRACE_SECONDS = 15.0
 
@@ -57,3 +58,20 @@ def ended(children: list[Child]) -> Iterator[list[Child]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for child in children:
+            assert child.process.stdin is not None
+            child.process.stdin.close()
+
+
+def check(child: Child) -> None:
+    """Raise what ``child`` says it ended with, unless it ended well. Raises `FedpeftError`."""
+    code = child.process.returncode
+    if code:
+        raise (kind_of(code) or FedpeftError)(f"{child.name} ended with exit code {code}: {last_words(child.log)} (log: {child.log})")
+
+
+def finished(child: Child) -> None:
+    """Wait until ``child`` ends. Raises `FedpeftError` as `check`."""
+    with ended([child]):
+        child.process.wait()
+    check(child)

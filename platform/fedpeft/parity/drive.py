@@ -1,0 +1,147 @@
+"""Drives a comparison: copies the files, runs the arms that are not done yet one after the other, measures, reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fedpeft.errors import ConfigError
+from fedpeft.files import write_atomic
+from fedpeft.parity import copies, figures, joint, report
+from fedpeft.parity.arms import write
+from fedpeft.parity.children import finished, start
+from fedpeft.parity.federating import events_of, federate, final_scores, travelled
+from fedpeft.parity.meter import metered
+from fedpeft.parity.plan import Plan, beside
+from fedpeft.processes import free_port
+
+ENGINES = ("auto", "deepspeed", "local")
+STAMP = "parity.stamp.json"
+"""What a folder's run is of, so that another one does not go on with it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare and where: a federation.toml, its sites' files (none: those beside it), the run's folder, the central engine."""
+
+    federation: Path
+    sites: tuple[Path, ...]
+    folder: Path
+    engine: str = "auto"
+    fresh: bool = False
+
+
+def drive(request: Request, console: Console) -> dict[str, Any]:
+    """Run what is not done yet, write the report, and return its figures.
+
+    Raises:
+        FedpeftError: what stopped it; the same call goes on.
+    """
+    plan = Plan.read(request.federation, request.sites)
+    sites = request.sites or tuple(beside(request.federation))
+    engine = chosen(plan, request.engine, console)
+    prepare(request, sites, plan.digest(), engine)
+    say = console.print
+    say(f"[bold]fedpeft parity[/bold]: {plan.outline.name}, {len(plan.sites)} sites, {plan.outline.rounds} rounds; in {request.folder}/")
+    _told(plan, console)
+    for number, (name, arm) in enumerate(RUN.items(), 1):
+        if (request.folder / f"{name}.json").exists():
+            say(f"{number}/{len(RUN)} {SAID[name]}: done before")
+            continue
+        say(f"{number}/{len(RUN)} {SAID[name]}")
+        with metered(figures.cost_path(request.folder, name)):
+            arm(plan, request.folder, engine, console)
+    found = figures.collect(plan, request.folder)
+    report.write(found, request.folder)
+    return found
+
+
+def prepare(request: Request, sites: Sequence[Path], digest: str, engine: str) -> None:
+    """Make the run's folder, or take it up again; every start listens on another free port.
+
+    Raises:
+        ConfigError: the folder is of another run, or no run's: nothing of it is touched.
+        StorageError: the folder cannot be written.
+    """
+    folder, stamp = request.folder, request.folder / STAMP
+    theirs = folder.exists() and any(folder.iterdir()) and not stamp.exists()
+    if theirs:
+        raise ConfigError(f"{folder}: holds other things than a run of fedpeft parity; name another folder with --out, nothing was touched")
+    if request.fresh and stamp.exists():
+        shutil.rmtree(folder)
+    now = {"plan": digest, "engine": engine}
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != now:
+        raise ConfigError(f"{folder}: holds a run of other files or settings; name another folder with --out, or start over with --fresh")
+    made = copies.tables(request.federation, sites, free_port())
+    write_atomic(stamp, json.dumps(now).encode())
+    for name, table in made.items():
+        copies.write_toml(folder / name, table)
+
+
+def chosen(plan: Plan, engine: str, console: Console) -> str:
+    """The central arm's engine, with a line where it is not what would be best. Raises `ConfigError`."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: choose one of {list(ENGINES)}")
+    why = joint.cannot(plan) if engine != "local" else None
+    if why is None:
+        return "local" if engine == "local" else "deepspeed"
+    if engine == "deepspeed":
+        raise ConfigError(f"--engine deepspeed: {why}; --engine local trains each task by itself")
+    console.print(f"central training without DeepSpeed, each task by itself with the local engine: {why}", highlight=False)
+    return "local"
+
+
+def _local(_plan: Plan, folder: Path, engine: str, _console: Console) -> None:
+    _child("local", folder, engine)
+
+
+def _central(_plan: Plan, folder: Path, engine: str, _console: Console) -> None:
+    _child("central", folder, engine)
+
+
+def _federated(plan: Plan, folder: Path, engine: str, console: Console) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        federate(folder, list(plan.sites), plan.outline.rounds, bar)
+    events = events_of(folder)
+    told = final_scores(events)
+    if set(told) == set(plan.tasks):
+        scores = {name: told[name][task.headline] for name, task in plan.tasks.items()}
+    else:
+        _child("published", folder, engine)
+        scores = json.loads((folder / "published.json").read_text(encoding="utf-8"))["scores"]
+    dropped = sum(len(found["drops"]) for event in events if event["event"] == "round" for found in event["tasks"].values())
+    by = "sites" if set(told) == set(plan.tasks) else "here"
+    write(folder, "federated", {"scores": scores, "scored_by": by, "dropped": dropped, "bytes": travelled(events)})
+
+
+RUN: dict[str, Callable[[Plan, Path, str, Console], None]] = {"local": _local, "federated": _federated, "central": _central}
+SAID = {
+    "local": "local only: each site trains on its own rows",
+    "federated": "federated: the same sites in rounds, over a real coordinator",
+    "central": "central: all rows pooled in one place",
+}
+
+
+def _child(arm: str, folder: Path, engine: str) -> None:
+    finished(start(arm, ["fedpeft", "parity-arm", str(folder), arm, "--engine", engine], folder / "logs" / f"{arm}.log"))
+
+
+def _told(plan: Plan, console: Console) -> None:
+    for site, held in plan.sites.items():
+        tasks = [name for name in held.data if name in plan.tasks]
+        rows = ", ".join(f"{task} ({len(plan.rows(task, 'train', site))} rows)" for task in tasks)
+        console.print(f"  {site}: {rows or 'none of the tasks'}", highlight=False)
