@@ -79,9 +79,12 @@ def waited(path: Path, seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
+STREAMED = {"training__save_every": "1", "tasks__animals__stream": "true", "tasks__colours__stream": "true"}
+
+
 def half(folder: Path, world: World, **changes: str) -> None:
-    """Leave a job after two of its steps, and say so."""
-    play(folder, world, f"half{world.size}", stop=2, training__save_every="1", **changes)
+    """Leave a job, whose rows are streamed, after two of its steps, and say so."""
+    play(folder, world, f"half{world.size}", stop=2, **STREAMED, **changes)
     (folder / f"half{world.size}" / "left").touch()
 
 
@@ -107,7 +110,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     waited(folder / "half2" / "left")
-    found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", training__save_every="1")
+    found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found
 
 
@@ -127,7 +130,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
     found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
     waited(folder / "half1" / "left")
-    found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", training__save_every="1")
+    found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
     return found
 
 

@@ -195,13 +195,14 @@ def test_a_shared_adapter_trains_beside_each_own(folder, found):
     assert losses(found["1.0"]["shared"])[-1] < losses(found["1.0"]["shared"])[0]
 
 
-def test_two_ranks_go_on_from_one_and_one_from_two(folder, found):
+def test_two_ranks_go_on_from_one_and_one_from_two_with_rows_on_disk(folder, found):
     undisturbed = losses(found["1.0"]["stage0"])
     for world, name in (("2.0", "half1"), ("1.0", "half2")):
         resumed = losses(found[world]["resumed"])
         assert len(resumed) == 2
         np.testing.assert_allclose(resumed, undisturbed[2:], atol=2e-6, rtol=2e-6)
         assert_close(values(folder, name), values(folder, "one0"), 1e-4)
+        assert len(list((folder / name / "encoded").iterdir())) == len(WORDS)
 
 
 def test_optimizer_states_in_host_memory_change_nothing(folder, found):
@@ -301,3 +302,17 @@ def test_kill_9_of_a_rank_ends_the_job_and_the_same_command_finishes_it(folder, 
     published = Registry(folder / "registry").list()
     assert {version.task for version in published} == {"animals", "colours"}
     assert all(version.manifest.scheme == "central" and version.manifest.metrics["perplexity"] > 1 for version in published)
+
+
+@pytest.mark.slow
+def test_the_command_answers_9_where_no_checkpoint_can_be_written(folder, found):
+    settings = ("output=full1", "training.save_every=1", "deepspeed.stage=0", "track=tensorboard", "evaluate.every=1")
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-W", "ignore", "-m", "fedpeft", "central", "train", "job.toml"]
+    command = [*limited, "--launcher", "torchrun", *(part for setting in settings for part in ("--set", setting))]
+    one = World(port=free_port()).environment()
+    done = subprocess.run(command, cwd=folder, env=os.environ | one, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, "free space" in done.stderr) == (9, True), done.stderr
+    assert "step 2/4" in done.stdout
+    held = checkpoint.read(folder / "full1" / "checkpoint")
+    assert held is not None
+    assert held.tally.step == 1

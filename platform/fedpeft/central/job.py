@@ -19,6 +19,7 @@ from fedpeft.central.pool import Pool
 from fedpeft.central.progress import Clock, Progress, Report, Scores, most_memory
 from fedpeft.central.sampling import shares_of
 from fedpeft.central.scoring import Scorer
+from fedpeft.central.stored import Stored, stored
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_json
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 STATE = "checkpoint"
 """Where under the job's output its half-trained state lies."""
+
+
+ENCODED = "encoded"
+"""Where under the job's output the examples of streamed tasks lie."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,20 @@ def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | Non
     table = zero_json(config.deepspeed, config.training, world.size)
     with joined(world, config.deepspeed.timeout):
         place(world)
+        together(world, lambda: encode_streams(config) if world.local_rank == 0 else None)
         ready = together(world, lambda: prepare(config, starts or {}))
         require_equal(world, "data", digest_of(ready.pool))
         together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, stage_of(table)))
         return _train(config, world, base, ready, table, progress)
+
+
+def encode_streams(config: CentralConfig) -> None:
+    """Read and encode what is streamed, once a machine; afterwards every rank opens it. Raises `DataError` and `StorageError`."""
+    names = [name for name, entry in config.tasks.items() if entry.stream]
+    base = meta_base(config.base) if names else None
+    for name in names:
+        _encoded(config, name, cast(Base, base))
 
 
 def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
@@ -126,6 +140,9 @@ def digest_of(pool: Pool) -> str:
     """SHA-256 over all sequences and labels."""
     hasher = hashlib.sha256("\n".join(pool.names).encode())
     for part in pool.data:
+        if isinstance(part, Stored):
+            hasher.update(part.digest.encode())
+            continue
         for array in (np.concatenate(part.ids), np.array([len(ids) for ids in part.ids]), part.labels, part.starts):
             hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
@@ -200,6 +217,8 @@ class Course:
 
 def _encoded(config: CentralConfig, name: str, base: Base) -> Encoded:
     entry = config.tasks[name]
+    if entry.stream:
+        return stored(config.output / ENCODED, entry.task, entry.data, base, entry.cap)
     rows = read_rows(entry.data, "train")
     return cast("Encoded", entry.task.encode(rows[: entry.cap], base))
 

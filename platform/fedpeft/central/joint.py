@@ -115,7 +115,7 @@ class Mixed:
     @property
     def tokens(self) -> int:
         """Their tokens, no padding."""
-        return int(self.pool.lengths[self.picks].sum())
+        return int(self.pool.lengths_of(self.picks).sum())
 
     def part(self, rank: int, ranks: int) -> Part:
         """What ``rank`` computes of it."""

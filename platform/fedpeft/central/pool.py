@@ -34,7 +34,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """N examples of T tasks, numbered through in the order of ``names``; all tasks need the same kind of head."""
+    """N examples of T tasks, numbered through in the order of ``names``; all tasks need the same kind of head.
+
+    What it holds beside the tasks' data does not grow with N.
+    """
 
     names: tuple[str, ...]
     heads: tuple[str, ...]
@@ -66,61 +69,56 @@ class Pool:
         """(T + 1,) the number of each task's first example, and N."""
         return np.concatenate([[0], np.cumsum([len(part) for part in self.data])]).astype(np.int64)
 
-    @cached_property
-    def owners(self) -> Places:
-        """(N,) the number of each example's task."""
-        return np.repeat(np.arange(len(self.data)), np.diff(self.firsts))
+    def owners_of(self, picks: Places) -> Places:
+        """The number of the task of each of ``picks``."""
+        return np.searchsorted(self.firsts, picks, "right") - 1
 
-    @cached_property
-    def _sequences(self) -> Places:
-        """(N,) where each example's sequence lies among all sequences: multiple choice has several of which one is learnt."""
-        before = np.concatenate([[0], np.cumsum([len(part.ids) for part in self.data])])
-        own = [part.labels if self.generative else np.arange(len(part)) for part in self.data]
-        return np.concatenate([first + places for first, places in zip(before, own, strict=False)]).astype(np.int64)
+    def lengths_of(self, picks: Places) -> Places:
+        """Tokens of each of ``picks``."""
+        return np.array([len(ids) for ids in self._chosen(picks).ids], np.int64)
 
-    @cached_property
-    def merged(self) -> Encoded:
-        """All sequences, the arrays shared with the tasks'."""
-        ids = tuple(sequence for part in self.data for sequence in part.ids)
-        labels, starts = (np.concatenate([getattr(part, name) for part in self.data]) for name in ("labels", "starts"))
-        return Encoded(ids, labels, starts, np.arange(len(ids)), self.data[0].pad)
-
-    @cached_property
-    def lengths(self) -> Places:
-        """(N,) tokens of each example."""
-        ids = self.merged.ids
-        return np.array([len(ids[place]) for place in self._sequences], np.int64)
-
-    @cached_property
-    def terms(self) -> Places:
-        """(N,) terms of the loss of each example: labelled tokens, or 1."""
+    def terms_of(self, picks: Places) -> Places:
+        """Terms of the loss of each of ``picks``: labelled tokens, or 1."""
         if not self.generative:
-            return np.ones(len(self.owners), np.int64)
-        starts = np.maximum(self.merged.starts[self._sequences], 1)
-        return np.maximum(self.lengths - starts, 0)
+            return np.ones(len(picks), np.int64)
+        chosen = self._chosen(picks)
+        lengths = np.array([len(ids) for ids in chosen.ids], np.int64)
+        return np.maximum(lengths - np.maximum(chosen.starts, 1), 0)
 
     def counts(self, picks: Places) -> Places:
         """(T,) terms of the loss of each task among ``picks``."""
-        return np.bincount(self.owners[picks], self.terms[picks], len(self.names)).astype(np.int64)
+        return np.bincount(self.owners_of(picks), self.terms_of(picks), len(self.names)).astype(np.int64)
 
     def part(self, picks: Sequence[int] | Places) -> Part:
         """The batch of ``picks``, at least one of them."""
         import torch
 
         picks = np.asarray(picks, np.int64)
-        places, owners = self._sequences[picks], torch.from_numpy(self.owners[picks])
+        chosen, owners = self._chosen(picks), torch.from_numpy(self.owners_of(picks))
         if self.generative:
             from fedpeft.tasks.likelihood import packed
 
-            lengths = torch.from_numpy(self.lengths[picks])
-            return Part(packed(self.merged, places.tolist(), len(picks)), owners.repeat_interleave(lengths)[None])
-        return Part(self._padded(places), owners)
+            lengths = torch.tensor([len(ids) for ids in chosen.ids])
+            return Part(packed(chosen, range(len(picks)), len(picks)), owners.repeat_interleave(lengths)[None])
+        return Part(_padded(chosen), owners)
 
-    def _padded(self, places: Places) -> Batch:
-        import torch
+    def _chosen(self, picks: Places) -> Encoded:
+        """The examples ``picks`` alone, of multiple choice the sequences that are learnt; nothing else is read."""
+        ids, labels, starts = [], [], []
+        for owner, pick in zip(self.owners_of(picks).tolist(), picks.tolist(), strict=True):
+            data, place = self.data[owner], pick - int(self.firsts[owner])
+            label = int(data.labels[place])
+            place = label if self.generative else place
+            ids.append(data.ids[place])
+            labels.append(label)
+            starts.append(int(data.starts[place]))
+        return Encoded(tuple(ids), np.array(labels, np.int64), np.array(starts, np.int64), np.arange(len(ids)), self.data[0].pad)
 
-        from fedpeft.tasks.likelihood import padded
 
-        inputs: dict[str, Any] = padded([torch.from_numpy(self.merged.ids[place]).long() for place in places], self.merged.pad)
-        labels = torch.from_numpy(self.merged.labels[places])
-        return Batch(inputs, labels, len(places), int(inputs["attention_mask"].sum()), self.merged.pad)
+def _padded(chosen: Encoded) -> Batch:
+    import torch
+
+    from fedpeft.tasks.likelihood import padded
+
+    inputs: dict[str, Any] = padded([torch.from_numpy(ids).long() for ids in chosen.ids], chosen.pad)
+    return Batch(inputs, torch.from_numpy(chosen.labels), len(chosen), int(inputs["attention_mask"].sum()), chosen.pad)

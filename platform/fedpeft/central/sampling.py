@@ -15,6 +15,10 @@ from fedpeft.central.pool import Places, Pool
 from fedpeft.errors import ConfigError
 from fedpeft.training.mixing import Mixing
 
+BLOCK = 1 << 16
+"""Up to so many examples are shuffled in memory; more are numbered through, so many at a time."""
+ROUNDS = 6
+
 
 def shares_of(pool: Pool, mixing: Mixing) -> dict[str, float]:
     """The share of each task. Raises `ConfigError` when it is 0 for one."""
@@ -50,7 +54,7 @@ def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int) -> It
 
 def dealt(pool: Pool, picks: Places, ranks: int) -> list[Places]:
     """``picks`` in ``ranks`` equally many, of about equally many tokens: from the longest on, to and fro."""
-    order = picks[np.argsort(-pool.lengths[picks], kind="stable")].reshape(-1, ranks)
+    order = picks[np.argsort(-pool.lengths_of(picks), kind="stable")].reshape(-1, ranks)
     order[1::2] = order[1::2, ::-1]
     return list(order.T)
 
@@ -71,5 +75,37 @@ def _examples(pool: Pool, task: int, seed: int) -> Iterator[int]:
     first, count = int(pool.firsts[task]), len(pool.data[task])
     epoch = 0
     while True:
-        yield from (first + place for place in np.random.default_rng([seed, epoch, task]).permutation(count).tolist())
+        for places in _order(count, np.random.default_rng([seed, epoch, task])):
+            yield from (first + places).tolist()
         epoch += 1
+
+
+def _order(count: int, rng: np.random.Generator) -> Iterator[Places]:
+    """0 to ``count`` - 1 in an order that ``rng`` decides, some at a time.
+
+    Many are not shuffled, which would hold all of them, but numbered through a permutation: a Feistel network (Luby & Rackoff 1988) on the
+    next larger even number of bits, walked on while it leaves the range (Black & Rogaway 2002, section 3).
+    """
+    if count <= BLOCK:
+        yield rng.permutation(count)
+        return
+    half = -(-(count - 1).bit_length() // 2)
+    keys = rng.integers(0, 1 << 63, ROUNDS, np.uint64)
+    for start in range(0, count, BLOCK):
+        places = np.arange(start, min(start + BLOCK, count), dtype=np.uint64)
+        outside = np.ones(len(places), bool)
+        while outside.any():
+            places[outside] = _feistel(places[outside], keys, half)
+            outside = places >= count
+        yield places.astype(np.int64)
+
+
+def _feistel(places: NDArray[np.uint64], keys: NDArray[np.uint64], half: int) -> NDArray[np.uint64]:
+    """A permutation of the numbers of 2 ``half`` bits; its rounds are those of SplitMix64 (Steele et al. 2014)."""
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = places >> bits, places & mask
+    for key in keys:
+        mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((mixed >> np.uint64(31)) & mask)
+    return left << bits | right

@@ -20,11 +20,13 @@ from fedpeft.central.world import World
 from fedpeft.errors import DataError
 from fedpeft.mixtures import Bank, Gates
 from fedpeft.tasks import Encoded, Generation, read_rows
+from fedpeft.tasks.arrange import subset
+from fedpeft.tasks.rows import stream_rows
 from fedpeft.training.modes import evaluating
 
 if TYPE_CHECKING:
     from fedpeft.tasks import Counters, Task
-    from fedpeft.training.config import CentralConfig
+    from fedpeft.training.config import CentralConfig, CentralTask
 
 
 class Served(nn.Module):
@@ -95,35 +97,20 @@ class Scorer:
     def __init__(self, config: CentralConfig, bank: Bank, world: World, partitioned: bool) -> None:
         self.bank, self.world, self.partitioned = bank, world, partitioned
         self.tasks = {name: entry.task for name, entry in config.tasks.items()}
-        self.tests = {name: _tests(entry.task, entry.data, bank.base) for name, entry in config.tasks.items()}
+        self.tests = {name: _tests(entry, bank.base) for name, entry in config.tasks.items()}
 
     def __call__(self) -> dict[str, dict[str, float]]:
         """Scores by task, the same on all ranks; none where a task has no test rows. Every rank calls it at once."""
         return {name: {} if data is None else self._scores(self.tasks[name], data) for name, data in self.tests.items()}
 
     def _scores(self, task: Task, data: Encoded) -> dict[str, float]:
-        own = shard(data, self.world.rank, self.world.size, generative=task.head.kind == "lm")
+        own = subset(data, np.arange(self.world.rank, len(data), self.world.size), task.head.kind == "lm")
         model = Served(self.bank, task.name, len(task.head.labels))
         meeting = self.partitioned and self.world.size > 1
         lock = Lockstep(self.bank.model, self.bank, task.name, self.world.device).held() if meeting else nullcontext()
         with evaluating(model), torch.no_grad(), lock:
             counters = _counters(task, _generated(task, len(data), self.world), own, model, self.bank.base)
         return task.scores(summed(counters, self.world))
-
-
-def shard(data: Encoded, rank: int, ranks: int, *, generative: bool) -> Encoded:
-    """Every ``ranks``-th example from ``rank`` on, with its sequences; of a language model, labels are numbers of sequences."""
-    mine = np.arange(rank, len(data), ranks)
-    kept = np.flatnonzero(np.isin(data.owners, mine))
-    labels = data.labels[mine]
-    return Encoded(
-        tuple(data.ids[place] for place in kept),
-        np.searchsorted(kept, labels) if generative else labels,
-        data.starts[kept],
-        np.searchsorted(mine, data.owners[kept]),
-        data.pad,
-        tuple(data.references[place] for place in mine) if data.references else (),
-    )
 
 
 def summed(counters: Counters, world: World) -> Counters:
@@ -136,12 +123,13 @@ def summed(counters: Counters, world: World) -> Counters:
     return {name: tuple(next(rest) for _ in counters[name]) for name in sorted(counters)}
 
 
-def _tests(task: Task, source: Any, base: Base) -> Encoded | None:
+def _tests(entry: CentralTask, base: Base) -> Encoded | None:
+    """All test examples of a task, in memory; None where there are none."""
     try:
-        rows = read_rows(source, "test")
+        rows = list(stream_rows(entry.data, "test")) if entry.stream else read_rows(entry.data, "test")
     except DataError:
         return None
-    return task.encode(rows, base)
+    return cast(Encoded, entry.task.encode(rows, base))
 
 
 def _generated(task: Task, examples: int, world: World) -> int:

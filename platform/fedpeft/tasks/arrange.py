@@ -1,11 +1,14 @@
-"""Order and grouping of examples: pure functions of sizes, seed and epoch."""
+"""Order, grouping and choice of examples: pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpeft.tasks.protocol import Encoded
 
 WINDOW = 32
 """Batches per window inside which examples are sorted by length: little padding, much shuffling."""
@@ -33,3 +36,17 @@ def by_length(lengths: Places, size: int) -> Iterator[Places]:
     """All indices from the shortest example to the longest, ``size`` at a time: the order of evaluation."""
     order = np.argsort(lengths, kind="stable")
     yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def subset(data: Encoded, places: Places, indexed: bool) -> Encoded:
+    """The examples ``places`` (in ascending order) of ``data``; ``indexed``: a label is a place among the sequences, not a class."""
+    chosen = np.flatnonzero(np.isin(data.owners, places))
+    labels = data.labels[places]
+    return replace(
+        data,
+        ids=tuple(data.ids[place] for place in chosen.tolist()),
+        labels=np.searchsorted(chosen, labels) if indexed else labels,
+        starts=data.starts[chosen],
+        owners=np.searchsorted(places, data.owners[chosen]),
+        references=tuple(data.references[place] for place in places) if data.references else (),
+    )

@@ -32,7 +32,7 @@ class Encoded:
         references: (N,) the expected text, where generated text is compared with it.
     """
 
-    ids: tuple[Ids, ...]
+    ids: Sequence[Ids]
     labels: NDArray[np.int64]
     starts: NDArray[np.int64]
     owners: NDArray[np.int64]

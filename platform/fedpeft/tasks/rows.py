@@ -1,11 +1,13 @@
-"""Rows from a file, a hub data set or the embedded data: read, renamed, filtered, split, limited."""
+"""Rows from files, a hub data set or the embedded data: read, renamed, filtered, split, limited; at once, or row by row."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from fedpeft.tasks.split import ALIASES, position, row_key, split_of
 
 
 class Source(Section):
-    """Where rows come from: exactly one of ``path``, ``hub`` and ``package``.
+    """Where rows come from: exactly one of ``path`` (a file, or a folder of files), ``hub`` and ``package``.
 
     ``columns`` renames (the file's name on the left, ours on the right); ``where`` keeps rows whose column has one of the
     values; ``limit`` keeps so many rows, chosen by hash and so spread over the file; ``config`` is the hub data set's configuration.
@@ -54,11 +56,57 @@ def read_rows(source: Source, split: str | None = None) -> list[Row]:
     Raises:
         DataError: a missing, unreadable or empty file, a wrong column, or no row left by ``where`` and ``split``.
     """
-    rows = _renamed(_load(source), source)
-    if not rows:
+    return list(_kept(_load(source), source, split, lambda make: list(make())))
+
+
+def stream_rows(source: Source, split: str | None = None) -> Iterator[Row]:
+    """The rows that `read_rows` gives, in its order, from .jsonl files of any size; they are read a few times over.
+
+    Raises:
+        DataError: as `read_rows`; also a source that is no .jsonl file or folder of them.
+    """
+    files = files_of(source)
+    other = [path for path in files if READERS.get(path.suffix.lower()) is not _read_lines]
+    if other:
+        raise DataError(f"{other[0]}: cannot be streamed; give .jsonl files, one object a line, or read it at once (stream = false)")
+    yield from _kept(Again(lambda: (row for path in files for row in _guarded(path, _lines))), source, split, Again)
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files of ``source``, those of a folder by name. Raises `DataError` when it names no file or folder, or an empty one."""
+    if source.path is None:
+        raise DataError(f"{source.label}: no file or folder; give path")
+    path = Path(source.path).expanduser()
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.name[0] not in "._")
+    if not found:
+        raise DataError(f"{path}: holds no file of rows; its names must end in one of {sorted(READERS)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Again:
+    """Rows that are made anew whenever they are asked for, so that none stays in memory."""
+
+    make: Callable[[], Iterator[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.make()
+
+
+Hold = Callable[[Callable[[], Iterator[Row]]], Iterable[Row]]
+"""Keeps rows that will be gone through a few times: all of them (a list), or how they are made (`Again`)."""
+
+
+def _kept(rows: Iterable[Row], source: Source, split: str | None, hold: Hold) -> Iterable[Row]:
+    if not _any(rows):
         raise DataError(f"{source.label}: no rows; the data is empty")
-    kept = _of_split(_matching(rows, source), source, split)
-    return _limited(kept, source.limit)
+    return _limited(_of_split(_matching(_renamed(rows, source, hold), source, hold), source, split, hold), source.limit, hold)
+
+
+def _any(rows: Iterable[Row]) -> bool:
+    return next(iter(rows), None) is not None
 
 
 def _load(source: Source) -> list[Row]:
@@ -66,14 +114,19 @@ def _load(source: Source) -> list[Row]:
         from fedpeft.tasks.stdlib import stdlib_rows
 
         return stdlib_rows()
-    return _read_hub(source) if source.hub else _read_file(Path(str(source.path)).expanduser())
+    return _read_hub(source) if source.hub else [row for path in files_of(source) for row in _read_file(path)]
 
 
 def _read_file(path: Path) -> list[Row]:
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; give one of {sorted(READERS)}")
+    return list(_guarded(path, READERS[path.suffix.lower()]))
+
+
+def _guarded(path: Path, read: Callable[[Path], Iterable[Row]]) -> Iterator[Row]:
+    """Rows of one file. Raises `DataError` when it is missing or cannot be read."""
     try:
-        return READERS[path.suffix.lower()](path)
+        yield from read(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a {', '.join(sorted(READERS))} file") from None
     except UnicodeDecodeError as fault:
@@ -82,9 +135,26 @@ def _read_file(path: Path) -> list[Row]:
         raise DataError(f"{path}: cannot be read: {fault.strerror or fault}") from None
 
 
+def _lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        before = 0
+        for number, raw in enumerate(lines, 1):
+            line = _decoded(raw, before)
+            before += len(raw)
+            if line.strip():
+                yield _object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _decoded(raw: bytes, before: int) -> str:
+    """Text of a line that begins at byte ``before`` of its file."""
+    try:
+        return raw.decode("utf-8" if before else "utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise UnicodeDecodeError("utf-8", fault.object, before + fault.start, before + fault.end, fault.reason) from None
+
+
 def _read_lines(path: Path) -> list[Row]:
-    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
-    return [_object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines if line.strip()]
+    return list(_lines(path))
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -174,54 +244,56 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _renamed(rows: list[Row], source: Source) -> list[Row]:
+def _renamed(rows: Iterable[Row], source: Source, hold: Hold) -> Iterable[Row]:
     if not source.columns:
         return rows
     _known_columns(rows, source.columns, f"{source.label}: columns")
-    return [{source.columns.get(key, key): value for key, value in row.items()} for row in rows]
+    return hold(lambda: ({source.columns.get(key, key): value for key, value in row.items()} for row in rows))
 
 
-def _matching(rows: list[Row], source: Source) -> list[Row]:
+def _matching(rows: Iterable[Row], source: Source, hold: Hold) -> Iterable[Row]:
+    if not source.where:
+        return rows
     _known_columns(rows, source.where, f"{source.label}: where")
     wanted = {key: {value} if isinstance(value, str) else set(value) for key, value in source.where.items()}
-    kept = [row for row in rows if all(str(row.get(key)) in values for key, values in wanted.items())]
-    if not kept:
+    kept = hold(lambda: (row for row in rows if all(str(row.get(key)) in values for key, values in wanted.items())))
+    if not _any(kept):
         seen = {key: sorted({str(row.get(key)) for row in rows})[:12] for key in wanted}
         raise DataError(f"{source.label}: no row matches where = {source.where}; values seen are {seen}")
     return kept
 
 
-def _known_columns(rows: list[Row], names: Iterable[str], what: str) -> None:
+def _known_columns(rows: Iterable[Row], names: Iterable[str], what: str) -> None:
     seen = {key for row in rows for key in row}
     unknown = sorted(set(names) - seen)
     if unknown:
         raise DataError(f"{what} names {unknown}, which no row has; columns seen are {sorted(seen)}")
 
 
-def _of_split(rows: list[Row], source: Source, split: str | None) -> list[Row]:
+def _of_split(rows: Iterable[Row], source: Source, split: str | None, hold: Hold) -> Iterable[Row]:
     if split is None:
         return rows
     if split not in ALIASES:
         raise DataError(f"{source.label}: unknown split {split!r}; ask for one of {sorted(ALIASES)}")
     if not any("split" in row for row in rows):
-        kept = [row for row in rows if split_of(row_key(row)) == split]
+        kept = hold(lambda: (row for row in rows if split_of(row_key(row)) == split))
     else:
         seen = {str(row.get("split")) for row in rows}
         name = next((alias for alias in ALIASES[split] if alias in seen), split)
-        kept = [row for row in rows if row.get("split") == name]
-    if not kept:
-        raise DataError(f"{source.label}: no row in split {split!r} among {len(rows)}; {_splits_seen(rows)}")
+        kept = hold(lambda: (row for row in rows if row.get("split") == name))
+    if not _any(kept):
+        raise DataError(f"{source.label}: no row in split {split!r} among {sum(1 for _ in rows)}; {_splits_seen(rows)}")
     return kept
 
 
-def _splits_seen(rows: Sequence[Row]) -> str:
+def _splits_seen(rows: Iterable[Row]) -> str:
     seen = sorted({str(row.get("split")) for row in rows})
     return f"splits seen are {seen}" if any("split" in row for row in rows) else "add rows, or a split column"
 
 
-def _limited(rows: list[Row], limit: int | None) -> list[Row]:
+def _limited(rows: Iterable[Row], limit: int | None, hold: Hold) -> Iterable[Row]:
     """``limit`` rows, the same on every machine and spread over the file, in the file's order."""
-    if limit is None or limit >= len(rows):
+    if limit is None:
         return rows
-    chosen = sorted(range(len(rows)), key=lambda number: position(row_key(rows[number])))[:limit]
-    return [rows[number] for number in sorted(chosen)]
+    chosen = {number for _, number in nsmallest(limit, ((position(row_key(row)), number) for number, row in enumerate(rows)))}
+    return hold(lambda: (row for number, row in enumerate(rows) if number in chosen))

@@ -39,11 +39,21 @@ def _record(kind: type[Any], noun: str) -> BeforeValidator:
 
 
 class CentralTask(Section):
-    """One task: what it is, where its rows lie, how many of them count at most (``cap``)."""
+    """One task: what it is, where its rows lie, how many train rows count at most (``cap``).
+
+    With ``stream`` its rows, of .jsonl files, may be more than memory holds: they are tokenised once, onto disk in the job's output.
+    """
 
     task: Annotated[Any, _reader(TASKS, "task")]
     data: Source
     cap: int | None = Field(default=None, ge=1)
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _stream_has_files(self) -> CentralTask:
+        if self.stream and self.data.path is None:
+            raise ValueError(f"stream = true needs data of .jsonl files, not {self.data.label!r}; give data.path, or leave stream out")
+        return self
 
 
 class DeepSpeed(Section):
@@ -178,5 +188,5 @@ def _beside(folder: Path, paths: Mapping[str, Path | None]) -> dict[str, Path | 
 def _entry(name: str, table: Any) -> Any:
     if not isinstance(table, Mapping) or "task" in table:
         return table
-    beside = {key: table[key] for key in ("data", "cap") if key in table}
+    beside = {key: table[key] for key in ("data", "cap", "stream") if key in table}
     return {"task": {**{key: value for key, value in table.items() if key not in beside}, "name": name}, **beside}

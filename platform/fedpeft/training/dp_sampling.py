@@ -8,12 +8,13 @@ epoch, an order or a fixed batch size do not exist here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpeft.tasks.arrange import subset
 
 if TYPE_CHECKING:
     from fedpeft.tasks import Batch, Encoded, Task
@@ -41,20 +42,6 @@ def batches_of(task: Task, data: Encoded, places: Places, size: int) -> Iterator
     parts = max(1, round(len(places) / size))
     for part in np.array_split(places, parts):
         yield from _fitting(task, data, part)
-
-
-def subset(data: Encoded, places: Places, indexed: bool) -> Encoded:
-    """The examples ``places`` (in ascending order) of ``data``; ``indexed``: a label is a place among the sequences, not a class."""
-    chosen = np.flatnonzero(np.isin(data.owners, places))
-    labels = data.labels[places]
-    return replace(
-        data,
-        ids=tuple(data.ids[place] for place in chosen),
-        labels=np.searchsorted(chosen, labels) if indexed else labels,
-        starts=data.starts[chosen],
-        owners=np.searchsorted(places, data.owners[chosen]),
-        references=tuple(data.references[place] for place in places) if data.references else (),
-    )
 
 
 def _fitting(task: Task, data: Encoded, places: Places) -> Iterator[Batch]:

@@ -58,7 +58,8 @@ def joint(base):
 
 def test_a_batch_filled_up_gives_what_the_packed_one_gives(joint):
     parameters = [p for name in joint.live.specs for p in joint.live.bank.parameters(name).values()]
-    part = joint.pool.part([7, 0, 3, 10])
+    picks = np.array([7, 0, 3, 10])
+    part = joint.pool.part(picks)
     calls: list[tuple[int, ...]] = []
     hook = joint.live.bank.model.register_forward_pre_hook(
         lambda _model, _arguments, named: calls.append(tuple(named["input_ids"].shape)), with_kwargs=True
@@ -69,7 +70,8 @@ def test_a_batch_filled_up_gives_what_the_packed_one_gives(joint):
     packed_sums = joint.live.model(part)
     packed = torch.autograd.grad(packed_sums.sum(), parameters)
     hook.remove()
-    assert calls == [(4, int(joint.pool.lengths[[7, 0, 3, 10]].max())), (1, int(joint.pool.lengths[[7, 0, 3, 10]].sum()))]
+    lengths = joint.pool.lengths_of(picks)
+    assert calls == [(4, lengths.max()), (1, lengths.sum())]
     torch.testing.assert_close(sums, packed_sums, rtol=1e-6, atol=1e-5)
     for ours, theirs in zip(packed, padded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -82,7 +84,7 @@ def test_a_mixed_batch_gives_the_sums_and_gradients_of_each_task_alone(base, joi
     joint.live.bank.detach()
     found = []
     for number, (name, task) in enumerate(joint.tasks.items()):
-        own = [int(pick - joint.pool.firsts[number]) for pick in picks if joint.pool.owners[pick] == number]
+        own = [int(pick - joint.pool.firsts[number]) for pick in picks if joint.pool.owners_of(pick) == number]
         with attach(base, joint.adapters[name].spec) as live:
             live.load(joint.adapters[name].tensors)
             from fedpeft.tasks.likelihood import packed

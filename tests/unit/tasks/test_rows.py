@@ -112,7 +112,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         read_rows(Source(path=str(tmp_path / "none.jsonl")))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    with pytest.raises(DataError, match="holds no file of rows; its names must end in one of"):
         read_rows(Source(path=str(tmp_path / "folder.jsonl")))
 
 
