@@ -77,6 +77,11 @@ def parse(files: Mapping[str, bytes], where: str) -> Adapter:
     return adapter
 
 
+def digest_in(files: Mapping[str, bytes]) -> str:
+    """The digest that the ``files`` of a folder say their adapter has; that of the adapter which `parse` made of them."""
+    return str(_table(files[SPEC], SPEC)["digest"])
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes | Path], durable: bool = True) -> None:
     """Make ``folder`` with ``files``, whole or not at all; files given as paths are moved into it.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedpeft.control import files
 from fedpeft.errors import LinkError, StorageError
+from fedpeft.registry.store import Landed
 from fedpeft.v1.registry_pb2 import Chunk
 
 STALE = 86_400.0
@@ -86,8 +87,8 @@ class Landing:
         with (self.folder / name).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def complete(self, wanted: Mapping[str, str]) -> dict[str, Path]:
-        """The files' paths, when all are here and have the SHA-256 that ``wanted`` says.
+    def complete(self, wanted: Mapping[str, str]) -> dict[str, Landed]:
+        """The files, when all are here and have the SHA-256 that ``wanted`` says.
 
         Raises:
             LinkError: the stream ended too early; it can go on.
@@ -102,7 +103,7 @@ class Landing:
         if wrong:
             self.forget()
             raise StorageError(f"stream: {wrong} do not have the SHA-256 that the manifest says; they were changed, send the version again")
-        return {name: self.folder / name for name in self.sizes}
+        return {name: Landed(self.folder / name, wanted[name]) for name in self.sizes}
 
     def forget(self) -> None:
         """Remove what is here."""

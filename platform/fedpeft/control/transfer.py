@@ -69,7 +69,7 @@ def _pull(link: Link, cache: Cache, digest: str, tries: Tries) -> dict[str, byte
             raise StorageError(f"version {digest[:12]}: the server sent {found.digest[:12]} with {sorted(sizes)}; ask again")
         with cache.staging.landing(digest, sizes) as landing:
             _land(landing, parts, head.offset, tries)
-            ready = landing.complete(found.manifest.files)
+            ready = {name: landed.path for name, landed in landing.complete(found.manifest.files).items()}
             held = {name: path.read_bytes() for name, path in ready.items()}
             cache.keep(found.manifest, ready, head.version.signature)
             landing.forget()

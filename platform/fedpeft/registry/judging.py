@@ -7,21 +7,24 @@ from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
-from fedpeft.adapters.folder import CONFIG, SPEC, TENSORS, parse
+from fedpeft.adapters.folder import CONFIG, SPEC, TENSORS, digest_in, parse
 from fedpeft.errors import AdapterError, BaseError, PolicyError, StorageError
 from fedpeft.registry.manifest import Manifest, complete, sha256
-from fedpeft.registry.store import Content
+from fedpeft.registry.store import Content, Landed
 from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
 
+Offered = Content | Landed
+"""A file of a version that is offered; one that landed is not hashed again."""
 
-def judge(manifest: Manifest, files: Mapping[str, Content], signature: bytes, keys: Keys, base: str) -> None:
+
+def judge(manifest: Manifest, files: Mapping[str, Offered], signature: bytes, keys: Keys, base: str) -> None:
     """Refuse a version that is not all that it claims to be. Raises as `Registry.accept` says."""
     check_signer(manifest, signature, keys)
     check_base(manifest, base)
     check_files(manifest, set(files))
-    held = {name: content.read_bytes() if isinstance(content, Path) else content for name, content in files.items()}
-    hashes = {name: sha256(data) for name, data in held.items()}
+    held = {name: _read(content) for name, content in files.items()}
+    hashes = {name: content.sha256 if isinstance(content, Landed) else sha256(held[name]) for name, content in files.items()}
     for name, seen in hashes.items():
         if seen != manifest.files[name]:
             raise StorageError(f"{name}: its SHA-256 is {seen[:12]}, the manifest says {manifest.files[name][:12]}; send it again")
@@ -30,10 +33,20 @@ def judge(manifest: Manifest, files: Mapping[str, Content], signature: bytes, ke
         raise AdapterError(f"adapter {manifest.task}: holds NaN or infinite values; it is not published")
     if FILE in held:
         RouterCard.from_bytes(held[FILE])
-    told = replace(complete(manifest, adapter, {}), files=hashes, fedpeft=manifest.fedpeft)
+    told = replace(complete(manifest, adapter, {}, digest_in(held)), files=hashes, fedpeft=manifest.fedpeft)
     wrong = [name for name in vars(told) if getattr(told, name) != getattr(manifest, name)]
     if wrong:
         raise AdapterError(f"manifest of {manifest.task}: {wrong} are not those of the adapter that comes with it; publish it anew")
+
+
+def taken(content: Offered) -> Content:
+    """As a store takes it."""
+    return content.path if isinstance(content, Landed) else content
+
+
+def _read(content: Offered) -> bytes:
+    content = taken(content)
+    return content.read_bytes() if isinstance(content, Path) else content
 
 
 def check_signer(manifest: Manifest, signature: bytes, keys: Keys) -> None:

@@ -107,8 +107,8 @@ class Manifest:
         return sha256(self.to_bytes())
 
 
-def complete(lineage: Manifest, adapter: Adapter, files: Mapping[str, bytes]) -> Manifest:
-    """``lineage`` with all that the adapter and its ``files`` tell."""
+def complete(lineage: Manifest, adapter: Adapter, files: Mapping[str, bytes], digest: str = "") -> Manifest:
+    """``lineage`` with all that the adapter, its ``files`` and its ``digest`` tell, which is computed where it is not known."""
     spec = adapter.spec
     return dataclasses.replace(
         lineage,
@@ -118,7 +118,7 @@ def complete(lineage: Manifest, adapter: Adapter, files: Mapping[str, bytes]) ->
         base=spec.base,
         method=describe(spec.method),
         ranks=tuple(sorted({entry.shape[0] for entry in spec.layout.entries if entry.role == "A"})),
-        adapter=adapter.digest,
+        adapter=digest or adapter.digest,
         files={name: sha256(data) for name, data in sorted(files.items())},
         fedpeft=__version__,
     )

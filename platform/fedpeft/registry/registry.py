@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.adapters import Adapter
-from fedpeft.adapters.folder import contents, parse, write_folder
+from fedpeft.adapters.folder import contents, digest_in, parse, write_folder
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.registry import aliases, log
 from fedpeft.registry.aliases import Move
 from fedpeft.registry.histories import FileHistories, Histories
-from fedpeft.registry.judging import judge
+from fedpeft.registry.judging import Offered, judge, taken
 from fedpeft.registry.log import DIGEST, Action, Entry
 from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, complete
 from fedpeft.registry.objects import Objects
 from fedpeft.registry.router_cards import derived, router_card
-from fedpeft.registry.store import Content, FolderStore, Store
+from fedpeft.registry.store import FolderStore, Store
 from fedpeft.registry.version import Source, Version, log_name, moves_name
 from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
@@ -70,7 +70,7 @@ class Registry:
         """
         files = contents(adapter)
         files[FILE] = (router or derived(adapter, manifest)).to_bytes()
-        whole = complete(manifest, adapter, files)
+        whole = complete(manifest, adapter, files, digest_in(files))
         log_name(whole.task)
         return self._record(whole.task, "publish", self.objects.put(whole, files), origin)
 
@@ -90,7 +90,7 @@ class Registry:
         self.objects.put(found.manifest, files, signature)
         return self._record(found.task, "pull", found.digest, f"pull/{found.digest}")
 
-    def accept(self, manifest: Manifest, files: Mapping[str, Content], signature: bytes, origin: str, base: str = "") -> Version:
+    def accept(self, manifest: Manifest, files: Mapping[str, Offered], signature: bytes, origin: str, base: str = "") -> Version:
         """Publish what somebody else made and signed, once everything about it holds; files given as paths are taken over.
 
         ``origin`` names the act, as in `publish`; ``base`` is the identity of the base that it must be for; empty: that of `base`.
@@ -102,7 +102,7 @@ class Registry:
         """
         log_name(manifest.task)
         judge(manifest, files, signature, self.objects.keys, base or self.base())
-        self.objects.put(manifest, files, signature)
+        self.objects.put(manifest, {name: taken(content) for name, content in files.items()}, signature)
         return self._record(manifest.task, "push", manifest.digest, origin)
 
     def base(self) -> str:
@@ -188,10 +188,10 @@ class Registry:
             StorageError: a file, the manifest or the signature is missing or was changed.
         """
         version = self.get(ref)
-        adapter = parse(self.files(version.digest), self.objects.store.where(version.digest))
-        if adapter.digest != version.manifest.adapter:
-            where = self.objects.store.where(version.digest)
-            raise StorageError(f"{where}: holds adapter {adapter.digest[:12]}, its manifest says {version.manifest.adapter[:12]}")
+        files, where = self.files(version.digest), self.objects.store.where(version.digest)
+        adapter, seen = parse(files, where), digest_in(files)
+        if seen != version.manifest.adapter:
+            raise StorageError(f"{where}: holds adapter {seen[:12]}, its manifest says {version.manifest.adapter[:12]}")
         return adapter
 
     def tasks(self) -> tuple[str, ...]:

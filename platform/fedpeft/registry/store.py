@@ -18,6 +18,14 @@ Content = bytes | Path
 """A file's bytes, or a local file that holds them (which a store may take over)."""
 
 
+@dataclass(frozen=True)
+class Landed:
+    """A local file, and the SHA-256 of what was written into it as it came."""
+
+    path: Path
+    sha256: str
+
+
 class Store(Protocol):
     """Named folders of files; a folder appears whole or not at all and is never changed."""
 

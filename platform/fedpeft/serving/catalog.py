@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedpeft import config
 from fedpeft.adapters import Adapter
-from fedpeft.adapters.folder import parse
+from fedpeft.adapters.folder import digest_in, parse
 from fedpeft.errors import AdapterError, BaseError, FedpeftError, LinkError, StorageError
 from fedpeft.registry import Version, router_card
 from fedpeft.routing import RouterCard
@@ -192,8 +192,7 @@ class Catalog:
 
 def _adapter(files: Mapping[str, bytes], version: Version) -> Adapter:
     adapter = parse(files, f"{version.task}@{version.number}")
-    if adapter.digest != version.manifest.adapter:
-        raise StorageError(
-            f"{version.task}@{version.number}: holds adapter {adapter.digest[:12]}, its manifest says {version.manifest.adapter[:12]}"
-        )
+    seen = digest_in(files)
+    if seen != version.manifest.adapter:
+        raise StorageError(f"{version.task}@{version.number}: holds adapter {seen[:12]}, its manifest says {version.manifest.adapter[:12]}")
     return adapter

@@ -101,7 +101,7 @@ def test_a_stream_that_breaks_anywhere_lands_whole(content, data, tmp_path_facto
                 with pytest.raises(LinkError, match=f"ended after {offset} of {landing.total}"):
                     landing.complete(wanted)
             elif last:
-                assert {name: path.read_bytes() for name, path in landing.complete(wanted).items()} == content
+                assert {name: landed.path.read_bytes() for name, landed in landing.complete(wanted).items()} == content
                 landing.forget()
     assert not (staging.root / "x").exists()
 
