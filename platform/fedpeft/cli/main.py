@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, audit, central, inspection, ledger, methods, parity, schemes
+    from fedpeft.cli import adapters, answers, audit, central, combine, inspection, ledger, methods, parity, schemes
 
     app = typer.Typer(
         name="fedpeft",
@@ -67,6 +67,7 @@ def tree() -> typer.Typer:
     app.add_typer(ledger.app, name="ledger")
     app.add_typer(methods.app, name="methods")
     app.add_typer(schemes.app, name="schemes")
+    app.add_typer(combine.app, name="combine")
     app.add_typer(audit.app, name="audit")
     app.add_typer(central.app, name="central")
     for entry in sorted(entry_points(group="fedpeft.commands"), key=lambda entry: entry.name):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.explaining import explain
 
 app = typer.Typer(
     help="List federated averaging schemes: what travels, what is exact, what secure aggregation allows.", invoke_without_command=True
@@ -32,21 +30,15 @@ def schemes(context: typer.Context, json: Annotated[bool, typer.Option("--json",
     columns = ("scheme", "adapter", "sent", "exact", "sums alone suffice")
     output.listing(columns, {f"of one {WIDTH} x {WIDTH} layer; sent: values a site sends per round, over those of its adapter": cells})
     print(f"{len(rows)} schemes; `fedpeft schemes show NAME` explains one. What sums suffice for can run under secure aggregation.")
+    print("`fedpeft combine` lists the rules that may stand in for the mean where some sites lie.")
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A scheme of the list.")]) -> None:
     """Explain one scheme: its paper, what each side does, its settings."""
-    from fedpeft.errors import ConfigError
     from fedpeft.schemes import SCHEMES
 
-    if name not in SCHEMES:
-        raise ConfigError(f"scheme: {name!r} is not known; choose one of {sorted(SCHEMES)}")
-    made = SCHEMES[name]
-    print(f"{name}: {(sys.modules[made.__module__].__doc__ or '').strip().splitlines()[0]}\n")
-    print(inspect.cleandoc(made.__doc__ or ""))
-    fields = [field for field in dataclasses.fields(made) if field.init]  # type: ignore[arg-type]
-    print(f"\nsettings: {', '.join(f'{field.name} = {field.default!r}' for field in fields) or 'none'}")
+    explain("scheme", name, SCHEMES)
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -151,6 +151,8 @@ FLAGS = {
     "client join": [],
     "client serve": ["--registry", "--set"],
     "client start": ["--fit", "--identity", "--json", "--plan", "--registry", "--task"],
+    "combine": ["--json"],
+    "combine show": [],
     "coordinator serve": ["--config", "--set"],
     "coordinator status": ["--identity", "--json"],
     "coordinator up": ["--set"],

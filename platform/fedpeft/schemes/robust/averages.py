@@ -33,6 +33,8 @@ class RFA:
     nu: Positive = 1e-6
     kind: ClassVar[str] = "rfa"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "liars with less than half of the weight"
+    cost: ClassVar[str] = "n^2 d"
 
     @property
     def least(self) -> int:
@@ -91,6 +93,8 @@ class NormBound:
     bound: Length = 0.0
     kind: ClassVar[str] = "norm_bound"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "the size of a lie, not its direction"
+    cost: ClassVar[str] = "n d"
 
     @property
     def least(self) -> int:
@@ -130,6 +134,8 @@ class FLTrust:
 
     kind: ClassVar[str] = "fltrust"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "any number of liars, by a root with clean rows"
+    cost: ClassVar[str] = "n d"
 
     @property
     def least(self) -> int:

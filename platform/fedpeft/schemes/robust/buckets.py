@@ -47,6 +47,8 @@ class Buckets:
     rule: Inner = field(default_factory=RFA)
     kind: ClassVar[str] = "buckets"
     sum_only: ClassVar[bool] = True
+    against: ClassVar[str] = "as many groups as its rule, each spoiled by one liar"
+    cost: ClassVar[str] = "n d, and the rule's of n / size"
 
     @property
     def least(self) -> int:

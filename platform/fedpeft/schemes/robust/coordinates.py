@@ -31,6 +31,8 @@ class Median:
 
     kind: ClassVar[str] = "median"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "fewer than half of the sites"
+    cost: ClassVar[str] = "n log^2 n d"
 
     @property
     def least(self) -> int:
@@ -55,6 +57,8 @@ class Trimmed:
     share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.2
     kind: ClassVar[str] = "trimmed"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "floor(share n) sites"
+    cost: ClassVar[str] = "n log^2 n d"
 
     @property
     def least(self) -> int:

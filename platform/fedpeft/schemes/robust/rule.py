@@ -22,10 +22,13 @@ class CombineRule(Protocol):
     """How the sites' parts become one delta where some sites may lie.
 
     ``sum_only``: the rule needs sums over groups of sites and no single part, so secure aggregation may run inside each group.
+    ``against``: the liars that it holds against. ``cost``: how its time grows with ``n`` parts of ``d`` values; the mean's is ``n d``.
     """
 
     kind: ClassVar[str]
     sum_only: ClassVar[bool]
+    against: ClassVar[str]
+    cost: ClassVar[str]
 
     @property
     def least(self) -> int:

@@ -30,6 +30,8 @@ class Krum:
     f: Liars = 1
     kind: ClassVar[str] = "krum"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "f sites"
+    cost: ClassVar[str] = "n^2 d"
 
     @property
     def least(self) -> int:
@@ -55,6 +57,8 @@ class MultiKrum:
     m: Annotated[int, Field(ge=0)] = 0
     kind: ClassVar[str] = "multikrum"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "f sites"
+    cost: ClassVar[str] = "n^2 d"
 
     @property
     def least(self) -> int:
@@ -79,6 +83,8 @@ class Bulyan:
     f: Liars = 1
     kind: ClassVar[str] = "bulyan"
     sum_only: ClassVar[bool] = False
+    against: ClassVar[str] = "f sites, also lies in few coordinates"
+    cost: ClassVar[str] = "n^2 d"
 
     @property
     def least(self) -> int:
