@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 
 # `make test` says the same of the same code every time; `make fuzz` looks for what nobody has seen.
-hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True, max_examples=200)
 hypothesis.settings.load_profile(os.environ.get("FEDPEFT_HYPOTHESIS", "repeat"))
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"

@@ -39,6 +39,8 @@ BLOCK = 1 << 17
 REACH = 2.0**80
 """The largest reach of a grid, and one over the smallest: with any cohort its step is then a normal float32."""
 
+RANGE = f"{1 / REACH:.0e} to {REACH:.0e}"
+
 
 def train_counters(blind: bool) -> dict[str, int]:
     """What travels beside trained tensors, where holdings are hidden or not."""
@@ -58,7 +60,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.sites < 1 or not 1 / REACH <= self.reach <= REACH:
-            raise UpdateError(f"grid: sites={self.sites}, reach={self.reach}; at least 1 site, reach from {1 / REACH:.3g} to {REACH:.3g}")
+            raise UpdateError(f"grid: sites={self.sites}, reach={self.reach}; sites must be at least 1 and reach positive, {RANGE}")
         if not self.sites.bit_length() + 2 <= self.bits <= WORD:
             raise UpdateError(f"grid: {self.bits} bits for {self.sites} sites; {self.sites.bit_length() + 2} to {WORD} hold their sum")
 

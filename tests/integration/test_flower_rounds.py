@@ -160,6 +160,7 @@ def test_kill_the_coordinator(stage: Stage, undisturbed: dict[str, str]) -> None
     assert stage.finish() == undisturbed
 
 
+@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_the_superlink(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: len(stage.events("answer")) >= 2)
     os.kill(int(str([row for row in stage.events("link") if "pid" in row][-1]["pid"])), signal.SIGKILL)
@@ -173,6 +174,7 @@ def test_kill_a_supernode(stage: Stage, undisturbed: dict[str, str]) -> None:
     assert stage.finish() == undisturbed
 
 
+@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
     stage.workers["west"].process.send_signal(signal.SIGKILL)
@@ -204,6 +206,7 @@ def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], 
     assert "Unregistered" not in (tmp_path / "coordinator.log").read_text()
 
 
+@pytest.mark.slow  # test_tls.py keeps a stranger outside in the default tests
 def test_a_stranger_without_a_registered_key_stays_outside(fake: ModuleType, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "deploy" / "certificates.py"
     names = sorted(fake.HOLDINGS)

@@ -263,8 +263,9 @@ def test_secret_sampling_draws_sites_and_publishes_no_count(fake: ModuleType, tm
     assert Mechanism.from_json(rounds[0].tasks["area"].privacy).noise < privacy.noise_for(alone, 6)
 
 
-def test_a_round_that_nobody_was_drawn_for_is_a_round_of_noise(fake: ModuleType, tmp_path: Path) -> None:
-    made = federation(fake, tmp_path, Central(8.0, rate=1e-6), rounds=1)
+def test_a_round_that_nobody_was_drawn_for_is_a_round_of_noise(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy.SecureNoise, "chosen", lambda _self, size, _rate: np.zeros(size, bool))
+    made = federation(fake, tmp_path, Central(8.0, rate=0.3), rounds=1)
     row = made.open().run()[0].tasks["area"]
     assert (row.cohort, row.outcome) == ((), "updated")
     assert row.after != fake.start("area").digest

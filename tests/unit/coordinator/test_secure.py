@@ -455,7 +455,7 @@ def test_liars_in_one_group_do_not_move_a_rule_over_groups(fake: ModuleType, tmp
     assert away["summed"] > 10 * away["lied"] > 0
 
 
-@pytest.mark.parametrize("point", range(1, 6))
+@pytest.mark.parametrize("point", range(1, 6, 2))
 def test_any_crash_point_gives_the_same_bits_with_groups(fake: ModuleType, tmp_path: Path, point: int) -> None:
     whole = grouped(fake, tmp_path / "whole", secure=False, rounds=1)
     whole.open().run()
