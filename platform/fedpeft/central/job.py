@@ -122,18 +122,30 @@ def keeper_of(config: CentralConfig) -> Keeper:
     return Keeper.of(config, config.output / STATE)
 
 
-def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+@dataclass(frozen=True)
+class Trained:
+    """What a job gives: its adapters by their name in a bank, after how many steps, and their scores by task where they were taken."""
+
+    adapters: Mapping[str, Adapter]
+    steps: int
+    scores: Scores
+
+
+def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
     """``adapters`` with the values of the job's last checkpoint, or of its best where the job asks for that.
 
     Raises:
         StorageError: there is none, or it is torn.
         AdapterError: it is of other adapters, or a value is not finite.
     """
-    folder, best = config.output / STATE, keeper_of(config).chosen()
+    folder, keeper = config.output / STATE, keeper_of(config)
+    best = keeper.chosen()
     found = checkpoint.read(folder, best.file) if best else checkpoint.read(folder)
     if found is None:
         raise StorageError(f"{folder}: holds no whole checkpoint; train first, or give the output folder of the job")
-    return {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
+    scores = next((kept.scores for kept in keeper.kept(found.job) if kept.step == found.tally.step), {})
+    valued = {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
+    return Trained(valued, found.tally.step, scores)
 
 
 def digest_of(pool: Pool) -> str:
@@ -152,11 +164,17 @@ def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, tab
     with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
         task = JointTask(config.name, ready.pool, shares_of(ready.pool, config.mixing), config.training.accumulate)
         engine = Watched(ZeroEngine(table, world))
-        scorer = together(world, lambda: Scorer(config, joint.bank, world, stage_of(table) == 3))
+        scorer = together(world, lambda: _scorer(config, joint, world, stage_of(table)))
         course = Course(config, world, engine, scorer, progress)
         job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, course.step, saved=course.save)
         result = train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
         return Outcome(result, course.final())
+
+
+def _scorer(config: CentralConfig, joint: Joint, world: World, stage: int) -> Scorer:
+    scorer = Scorer(config, joint.bank, world, stage == 3)
+    keeper_of(config).require([name for name, data in scorer.tests.items() if data is not None])
+    return scorer
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,12 @@ class Keeper:
         """What the job asks for."""
         headlines = {name: entry.task.headline for name, entry in config.tasks.items()}
         return Keeper(folder, config.checkpoints.keep, config.checkpoints.best, headlines)
+
+    def require(self, tested: Collection[str]) -> None:
+        """Raise `DataError` unless the ``tested`` tasks, those with test rows, can tell the best."""
+        missing = sorted(set(self._judges) - set(tested))
+        if missing:
+            raise DataError(f"checkpoints.best = {self.best!r}: tasks {missing} have no test rows; give them some, or name another task")
 
     def save(self, job: str, step: int, scores: Scores) -> None:
         """The loop wrote a checkpoint of ``job`` after ``step`` steps: keep it, and drop what is too old.
@@ -102,22 +108,20 @@ class Keeper:
                 return
 
     def _best(self, found: list[Kept]) -> Kept | None:
-        if self.best is None:
-            return None
-        scored = [(self._merit(kept.scores), kept) for kept in found if kept.scores]
+        scored = [(self._merit(kept.scores), kept) for kept in found if self._judges and all(map(kept.scores.get, self._judges))]
         return max(scored, key=lambda pair: (pair[0], -pair[1].step))[1] if scored else None
 
     def _merit(self, scores: Scores) -> float:
         """More is better."""
-        missing = [name for name in self._judges if not scores.get(name)]
-        if missing:
-            raise DataError(f"checkpoints.best = {self.best!r}: tasks {missing} have no test rows; give them some, or name another task")
         values = [_upward(self.headlines[name], scores[name]) for name in self._judges]
         return min(values) if self.best == "worst" else sum(values) / len(values)
 
     @property
     def _judges(self) -> list[str]:
-        return list(self.headlines) if self.best in ("mean", "worst") else [str(self.best)]
+        """Tasks whose scores decide."""
+        if self.best is None:
+            return []
+        return list(self.headlines) if self.best in ("mean", "worst") else [self.best]
 
     def _link(self, name: str) -> None:
         """The last checkpoint under ``name`` too; a copy where the file system has no links."""

@@ -11,6 +11,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.registry import Manifest, Registry, Version
 
 if TYPE_CHECKING:
+    from fedpeft.central.job import Trained
     from fedpeft.training.config import CentralConfig
 
 ANY = "version:"
@@ -19,8 +20,7 @@ ANY = "version:"
 
 def publish(
     config: CentralConfig,
-    every: Mapping[str, Adapter],
-    scores: Mapping[str, Mapping[str, float]],
+    trained: Trained,
     parents: Mapping[str, str],
     examples: Mapping[str, int],
 ) -> list[Version]:
@@ -34,7 +34,7 @@ def publish(
     if config.registry is None:
         raise ConfigError('registry: the job\'s file names none; add registry = "FOLDER" above its tables')
     registry, found = Registry(config.registry), []
-    for name, adapter in every.items():
+    for name, adapter in trained.adapters.items():
         held = [version for version in registry.list() if version.manifest.adapter == adapter.digest]
         if held:
             found.append(held[-1])
@@ -45,9 +45,9 @@ def publish(
             quantization=(config.base.quantization,),
             scheme="central",
             federation=config.name,
-            round=config.training.steps,
+            round=trained.steps,
             parents=(parents[adapter.spec.task],) if adapter.spec.task in parents else (),
-            metrics=scores.get(name, {}),
+            metrics=trained.scores.get(name, {}),
             examples=examples.get(name, sum(examples.values())),
         )
         found.append(registry.publish(adapter, manifest))

@@ -12,6 +12,7 @@ import typer
 from fedpeft.cli.changes import table
 
 if TYPE_CHECKING:
+    from fedpeft.central.job import Trained
     from fedpeft.central.world import World
     from fedpeft.training.config import CentralConfig
 
@@ -64,12 +65,12 @@ def resume(
 @app.command()
 def export(job: Job, overrides: Overrides = None) -> None:
     """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks."""
-    from fedpeft.central.job import keeper_of, prepare, trained
+    from fedpeft.central.job import prepare, trained
     from fedpeft.training.config import load_central
 
     config = load_central(job, table(overrides))
-    ready, best = prepare(config, {}), keeper_of(config).chosen()
-    _publish(config, trained(config, ready.every), best.scores if best else {}, {}, _sizes(ready))
+    ready = prepare(config, {})
+    _publish(config, trained(config, ready.every), {}, _sizes(ready))
 
 
 @app.command()
@@ -114,19 +115,19 @@ def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World)
     if world.rank:
         return 0
     result = outcome.result
-    print(f"{result.steps} steps, {result.tokens} tokens, {result.tokens_per_second:.0f} tokens/s, mean loss {result.loss:.4f}")
+    print(f"{result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s, mean loss {result.loss:.4f}")
     for name, found in outcome.scores.items():
         print(f"{name}: {scores_text(found)}")
     if config.registry is not None:
         ready = prepare(config, given)
-        _publish(config, trained(config, ready.every), outcome.scores, parents, _sizes(ready))
+        _publish(config, trained(config, ready.every), parents, _sizes(ready))
     return 0
 
 
-def _publish(config: CentralConfig, every: Any, scores: Any, parents: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+def _publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     from fedpeft.central.publish import publish
 
-    for version in publish(config, every, scores, parents, sizes):
+    for version in publish(config, trained, parents, sizes):
         print(f"published {version.task}@{version.number} {version.digest[:12]}")
 
 

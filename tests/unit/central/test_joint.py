@@ -11,6 +11,7 @@ import torch
 from fedpeft.adapters import Adapter, attach, make_spec
 from fedpeft.bases import BaseSpec, load_base
 from fedpeft.central.engine import ZeroRun
+from fedpeft.central.job import Trained
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.pool import Pool
 from fedpeft.central.publish import publish, starts
@@ -144,16 +145,16 @@ def test_a_rank_that_never_comes_ends_the_wait():
 def test_versions_have_their_lineage_and_the_same_values_one_version(base, tmp_path):
     task = Generation("a", metrics=("perplexity",))
     every = {"a": adapter(base, task, 0), "(shared)": adapter(base, Generation("job.shared"), 1)}
-    settings = TrainSettings(steps=7)
+    settings = TrainSettings(steps=9)
     config = SimpleNamespace(
         name="job", registry=tmp_path / "r", base=BaseSpec("m"), training=settings, tasks={"a": SimpleNamespace(task=task)}
     )
-    first = publish(config, every, {"a": {"perplexity": 2.0}}, {"a": "f" * 64}, {"a": 5, "b": 6})
+    first = publish(config, Trained(every, 7, {"a": {"perplexity": 2.0}}), {"a": "f" * 64}, {"a": 5, "b": 6})
     assert [version.task for version in first] == ["a", "job.shared"]
     own, shared = (version.manifest for version in first)
     assert (own.scheme, own.round, own.parents, own.examples, dict(own.metrics)) == ("central", 7, ("f" * 64,), 5, {"perplexity": 2.0})
     assert (shared.parents, shared.examples) == ((), 11)
-    assert [version.digest for version in publish(config, every, {}, {}, {})] == [version.digest for version in first]
+    assert [version.digest for version in publish(config, Trained(every, 7, {}), {}, {})] == [version.digest for version in first]
     given, parents = starts(config, ["version:a@1", "job.shared"])
     assert given["a"].digest == every["a"].digest
     assert parents["a"] == first[0].digest

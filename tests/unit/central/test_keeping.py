@@ -9,6 +9,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,9 +69,10 @@ def test_less_perplexity_is_better_and_a_task_without_scores_is_named(tmp_path):
         write(tmp_path, step)
         keeper.save("job", step, {"a": {"perplexity": value}})
     assert keeper.chosen().step == 2
-    write(tmp_path, 4)
-    with pytest.raises(DataError, match=r"tasks \['b'\] have no test rows"):
-        Keeper(tmp_path, 1, "mean", HEADLINES).save("job", 4, {"a": {"accuracy": 1.0}, "b": {}})
+    for best, refused in (("mean", True), ("worst", True), ("b", True), ("a", False), (None, False)):
+        keeper = Keeper(tmp_path, 1, best, HEADLINES)
+        with pytest.raises(DataError, match=r"tasks \['b'\] have no test rows") if refused else nullcontext():
+            keeper.require(["a"])
 
 
 def test_another_job_and_steps_done_again_forget_what_was_kept(tmp_path):
