@@ -190,7 +190,7 @@ def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
 
 
 def _squeeze(share: Share, host: Host, y: Tensor) -> Tensor:
-    """``sum w up(gelu(down(y)))`` in float32, of each slot over its own tokens."""
+    """``sum w up(gelu(down(y)))``, summed in float32, of each slot over its own tokens; autocast may multiply in less."""
     tensors = [host.factor(share.slab, name) for name in share.slab.parts[host.name].squeeze or ()]
     flat = y.reshape(-1, y.shape[-1]).float()
     total = torch.zeros_like(flat)
@@ -198,7 +198,7 @@ def _squeeze(share: Share, host: Host, y: Tensor) -> Tensor:
         down, down_bias, up, up_bias = (tensor[slots] for tensor in tensors)
         part = flat if tokens is None else flat.index_select(0, tokens)
         inner = F.gelu(torch.baddbmm(down_bias.unsqueeze(1), part.view(len(down), -1, part.shape[1]), down.transpose(1, 2)))
-        out = torch.baddbmm(up_bias.unsqueeze(1), inner, up.transpose(1, 2)).view(-1, flat.shape[1])
+        out = torch.baddbmm(up_bias.unsqueeze(1), inner, up.transpose(1, 2)).view(-1, flat.shape[1]).float()
         out = out if weights is None else out * weights.unsqueeze(1)
         total = total + out if tokens is None else total.index_add(0, tokens, out)
     return total.view(y.shape).to(y.dtype)

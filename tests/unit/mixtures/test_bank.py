@@ -133,6 +133,22 @@ def test_four_bit_layers_are_multiplied_with_their_adapters_and_never_kept_dense
     assert (id(base), torch.Size([32, 32])) not in kept
 
 
+def test_under_autocast_answers_and_gradients_are_nearly_the_same(crowd, batch):
+    base, head, every = crowd("causal")
+    adapters, found = {name: every[name] for name in ("wide", "gain", "bias", "bottle")}, []
+    with Bank.attach(base, head, adapters) as bank:
+        bank.use(Gates.rows([name if name in adapters else None for name in ROWS]))
+        for autocast in (False, True):
+            bank.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = bank.model(**batch).logits.float()
+            sum(losses(logits)).backward()
+            found.append((logits.detach(), torch.cat([bank.grad(name) for name in adapters])))
+    near(found[1][0], found[0][0], 3e-2)
+    near(found[1][1], found[0][1], 1e-1)
+    assert not torch.equal(found[1][0], found[0][0])
+
+
 def test_the_base_answers_rows_without_an_adapter(crowd, batch):
     base, head, adapters = crowd("causal")
     plain = base.shell(head)(**batch).logits
