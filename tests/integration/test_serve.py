@@ -170,8 +170,9 @@ def test_many_callers_of_different_models_at_once_get_what_they_get_alone(api, a
         assert said == alone[name]
 
 
-def streamed(api: Api, **body: object) -> list[dict]:
-    with api.http.stream("POST", "/v1/chat/completions", json={"messages": [PROMPT], "stream": True, **body}) as answer:
+def streamed(api: Api, path: str = "/v1/chat/completions", **body: object) -> list[dict]:
+    asked = {"stream": True, **body} if "prompt" in body else {"messages": [PROMPT], "stream": True, **body}
+    with api.http.stream("POST", path, json=asked) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
@@ -197,6 +198,21 @@ def test_auto_is_routed_and_says_where_and_how(api):
         assert found.json()["fedpeft"]["route"]["task"] == name
         assert set(found.json()["fedpeft"]["route"]["scores"]) >= set(TEXTS)
         assert found.headers["x-fedpeft-mixture"].startswith(f"{name}@1=")
+
+
+def test_auto_streams_and_completes_what_it_says_at_once(api):
+    for name, texts in TEXTS.items():
+        body = {"model": "auto", "temperature": 0, "max_tokens": 12}
+        messages = [{"role": "user", "content": texts[0]}]
+        whole = api.post("/v1/chat/completions", messages=messages, **body).json()
+        chunks = streamed(api, messages=messages, **body)
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole["choices"][0]["message"]["content"]
+        assert chunks[0]["fedpeft"] == whole["fedpeft"]
+        assert whole["fedpeft"]["route"]["task"] == name
+        done = api.post("/v1/completions", prompt=texts[0], **body).json()
+        pieces = streamed(api, "/v1/completions", prompt=texts[0], **body)
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == done["choices"][0]["text"] != ""
+        assert done["fedpeft"]["mixture"] == pieces[0]["fedpeft"]["mixture"] == whole["fedpeft"]["mixture"]
 
 
 def test_a_given_mixture_is_served_and_is_neither_of_its_parts(api):
@@ -400,29 +416,38 @@ def test_keys_are_asked_for_where_they_are_set(serving, fresh, registry, tmp_pat
 
 def test_versions_are_swapped_under_load_without_a_dropped_request(serving, fresh, base, tmp_path):
     store = Registry(tmp_path / "registry")
-    publish(store, base, Generation("cats"), 0, "swap/0")
+    publish(store, base, Generation("cats"), 0, "swap/0", texts=[PROMPT["content"]] * 8)
+    card = store.get("cats").manifest.card
     versions = 5
     adapters = {1: store.load("cats")}
     api = serving(fresh(), store.root, watch_seconds=0.05)
     answers: list[tuple[str, str]] = []
     done = threading.Event()
 
-    def ask() -> None:
+    def ask(model: str, stream: bool) -> None:
         with httpx.Client(base_url=api.url, timeout=60) as http:
+            one = Api(api.backend, http, api.url)
+            body = {"temperature": 0, "max_tokens": 24, "logit_bias": {}}
             while not done.is_set():
-                body = {"model": "task:cats", "messages": [PROMPT], "temperature": 0, "max_tokens": 24, "logit_bias": {}}
-                found = http.post("/v1/chat/completions", json=body)
-                assert found.status_code == 200, found.text
-                answers.append((next(iter(found.json()["fedpeft"]["mixture"])), found.json()["choices"][0]["message"]["content"]))
+                if stream:
+                    chunks = streamed(one, model=model, **body)
+                    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+                    answers.append((next(iter(chunks[0]["fedpeft"]["mixture"])), text))
+                else:
+                    found = one.chat(model, **body)
+                    answers.append((next(iter(found["fedpeft"]["mixture"])), found["choices"][0]["message"]["content"]))
 
-    callers = [threading.Thread(target=ask) for _ in range(4)]
+    ways = [("task:cats", False), ("task:cats", True), ("auto", False), ("auto", True)]
+    callers = [threading.Thread(target=ask, args=way) for way in ways]
     for caller in callers:
         caller.start()
     try:
         for number in range(2, versions + 1):
             seen = len(answers)
             store.publish(
-                noisy(base, Generation("cats"), number), Manifest(task_settings=describe(Generation("cats"))), origin=f"swap/{number}"
+                noisy(base, Generation("cats"), number),
+                Manifest(task_settings=describe(Generation("cats")), card=card),
+                origin=f"swap/{number}",
             )
             adapters[number] = store.load(f"cats@{number}")
             wait(lambda: api.http.get("/v1/models/task:cats").json()["fedpeft"]["version"] == f"cats@{number}")  # noqa: B023
