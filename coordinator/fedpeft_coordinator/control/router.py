@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpeft.control import files
+from fedpeft.control.faults import UnknownError
 from fedpeft.errors import AdapterError
 from fedpeft.registry import Registry, Version, router_card
 from fedpeft.registry.manifest import SIGNATURE
@@ -81,6 +82,7 @@ class RouterService(RouterServicer):
             raise AdapterError("request: holds neither text, embedding nor task; give one of them")
         if kind == "task":
             caller.permit(request.task)
+            _known(request.task, served.seen_by(caller))
         found = await self.work(self._route, served, served.seen_by(caller).cards, request)
         return _answer(found, served)
 
@@ -127,6 +129,11 @@ class RouterService(RouterServicer):
             signature=self.feed.registry.objects.store.get(found.digest, SIGNATURE),
             served=True,
         )
+
+
+def _known(task: str, served: Served) -> None:
+    if task not in served.versions:
+        raise UnknownError(f"task {task!r} has no version here; tasks are {sorted(served.versions)}")
 
 
 def _answer(found: Found, served: Served) -> pb.RouteResponse:

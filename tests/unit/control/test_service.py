@@ -179,6 +179,48 @@ def test_what_was_tampered_with_is_refused_and_forgotten(running, stub, other):
     assert "torn" in refused(running, stub, [], "DATA_LOSS")
 
 
+@pytest.mark.parametrize(
+    ("size", "code", "detail"),
+    [
+        (bounds.CHUNK + 1, "INVALID_ARGUMENT", "data has 1048577 bytes; at most 1048576"),
+        (bounds.MESSAGE + 1, "RESOURCE_EXHAUSTED", "larger than max"),
+    ],
+)
+def test_an_oversized_part_of_a_push_is_refused_and_nothing_that_came_is_lost(running, far, other, size, code, detail):
+    whole = list(parts(other))
+    huge = pb.PushPart()
+    files.fill(huge.chunk, bytes(size), sum(len(part.chunk.data) for part in whole[1:3]))
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}", [("grpc.max_send_message_length", -1)]) as channel:
+        assert detail in refused(running, RegistryStub(channel), [*whole[:3], huge], code)
+    asked = pb.StagedRequest(digest=other.resolve("area"), files=whole[0].head.files)
+    kept = far.link.unary("Registry", "Staged", asked).offset
+    assert kept == (0 if code == "INVALID_ARGUMENT" else huge.chunk.offset), "what was refused is forgotten, what broke goes on"
+    assert far.push(other, "area").number == 3
+    assert running.registry.verify() == ()
+    assert staged(running) == []
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_pull_that_is_tampered_with_on_its_way_heals_or_is_not_believed(running, far, other, monkeypatch, times):
+    running.registry.pull(other, "area")
+    real, left = service.RegistryService._chunk, [times]
+
+    def chunk(self, digest, span):
+        part = real(self, digest, span)
+        if span[3] and left[0]:
+            left[0] -= 1
+            part.chunk.data = part.chunk.data[:-1] + bytes([part.chunk.data[-1] ^ 1])
+        return part
+
+    monkeypatch.setattr(service.RegistryService, "_chunk", chunk)
+    if times == 1:
+        assert far.load("area").digest == other.load("area").digest
+        return
+    with pytest.raises(StorageError, match=r"was changed on its way \(CRC-32"):
+        far.load("area")
+    assert list(far.cache.root.glob("objects/*")) == []
+
+
 def test_strangers_other_bases_and_large_versions_are_refused_before_a_byte_is_taken(running, stub, made, other, tmp_path, monkeypatch):
     stranger = Registry(tmp_path / "stranger")
     made.fill(stranger, 7)
@@ -277,8 +319,9 @@ def test_requests_are_routed_to_mixtures(running, far, made, serve):
     assert ask(router.RouteRequest(task="area")).mixture[0].digest == running.registry.resolve("area@1"), "what is served now"
     for request, kind, fault in [
         (router.RouteRequest(), AdapterError, "neither text, embedding nor task"),
-        (router.RouteRequest(task="verb"), AdapterError, "verb"),
+        (router.RouteRequest(task="verb"), AdapterError, "has no version here; tasks are"),
         (router.RouteRequest(embedding=router.Embedding(values=[1.0])), AdapterError, "1 values"),
+        (router.RouteRequest(embedding=router.Embedding(values=[1.0] * 8, encoder="other@0"), router="centroid"), AdapterError, "other@0"),
         (router.RouteRequest(embedding=router.Embedding(values=[float("nan")] * 8)), AdapterError, "finite"),
         (router.RouteRequest(embedding=vector(1), router="oracle"), AdapterError, "not known"),
         (router.RouteRequest(text="hello"), LinkError, "reads no texts"),
