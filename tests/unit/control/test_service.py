@@ -321,7 +321,6 @@ def test_requests_are_routed_to_mixtures(running, far, made, serve):
         (router.RouteRequest(), AdapterError, "neither text, embedding nor task"),
         (router.RouteRequest(task="verb"), AdapterError, "has no version here; tasks are"),
         (router.RouteRequest(embedding=router.Embedding(values=[1.0])), AdapterError, "1 values"),
-        (router.RouteRequest(embedding=router.Embedding(values=[1.0] * 8, encoder="other@0"), router="centroid"), AdapterError, "other@0"),
         (router.RouteRequest(embedding=router.Embedding(values=[float("nan")] * 8)), AdapterError, "finite"),
         (router.RouteRequest(embedding=vector(1), router="oracle"), AdapterError, "not known"),
         (router.RouteRequest(text="hello"), LinkError, "reads no texts"),
