@@ -60,7 +60,8 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
         return {"fault": str(fault), "code": fault.exit_code, "seconds": time.perf_counter() - began}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return {"losses": losses, "scores": scores, "final": final, "moments": moment_bytes(RUNS[0])}
+    held = {"moments": moment_bytes(RUNS[0]), "base": base_bytes(RUNS[0])}
+    return {"losses": losses, "scores": scores, "final": final, "held": held}
 
 
 def moment_bytes(run: ZeroRun) -> int:
@@ -68,6 +69,12 @@ def moment_bytes(run: ZeroRun) -> int:
     optimizer = getattr(run._zero.optimizer, "optimizer", run._zero.optimizer)
     kept = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq") if name in state]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def base_bytes(run: ZeroRun) -> int:
+    """What this rank keeps of the frozen base: in stage 3 its part of each weight."""
+    weights = [getattr(weight, "ds_tensor", weight) for weight in run.live.base.model.parameters() if not weight.requires_grad]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def waited(path: Path, seconds: float = 120.0) -> None:
@@ -116,7 +123,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
 
 def two(folder: Path, world: World) -> dict[str, object]:
     """A world of two."""
-    half(folder, world, deepspeed__stage="3")
+    half(folder, world, deepspeed="own.json")
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "0123"}
     found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
@@ -125,6 +132,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     found["offloaded"] = play(folder, world, "offloaded2", deepspeed__stage="2", deepspeed__offload="cpu")
     for stage in "23":
         found[f"nf4.{stage}"] = play(folder, world, f"nf4-{stage}", deepspeed__stage=stage, base__quantization="nf4")
+    found["bf16"] = play(folder, world, "bf16", deepspeed__stage="3", base__quantization="bf16", training__steps="1")
     missing = {"tasks__animals__data__path": "nowhere.jsonl"} if world.rank else {}
     found["missing"] = play(folder, world, "missing2", deepspeed__stage="2", **missing)
     other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}

@@ -19,7 +19,7 @@ from fedpeft.central.estimate import estimated, plan_of
 from fedpeft.central.job import prepare
 from fedpeft.central.joint import JointTask
 from fedpeft.central.world import World
-from fedpeft.central.zero import zero_json
+from fedpeft.central.zero import zero_of
 from fedpeft.processes import free_port
 from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
@@ -50,6 +50,12 @@ SINGLE = {"tasks": '{ animals = { kind = "generation", metrics = ["perplexity"],
     "training.lr": "0.001",
     "training.clip": "0.5",
 }
+OWN = {
+    "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    "gradient_clipping": "auto",
+    "train_batch_size": 8,
+}
+"""A user's DeepSpeed file, under which a job of two ranks is left half done."""
 WORDS = {"animals": ("cat", "dog", "bird"), "colours": ("red", "blue", "green", "pink")}
 
 
@@ -67,6 +73,7 @@ def folder(tmp_path_factory, shared_models) -> Path:
         ]
         (place / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (place / "single.json").write_text(json.dumps(SINGLE))
+    (place / "own.json").write_text(json.dumps(OWN))
     shallow(shared_models / "stories260k", place / "model")
     (place / "job.toml").write_text(JOB.format(model=place / "model"))
     return place
@@ -181,11 +188,19 @@ def test_packed_sequences_train_as_padded_ones_do(folder, found, world):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_rank_holds_the_moments_that_were_estimated(folder, found, stage):
+def test_a_rank_holds_the_moments_and_the_part_of_the_base_that_were_estimated(folder, found, stage):
     config = load_central(folder / "job.toml", {"deepspeed.stage": str(stage)})
     for ranks, name in ((1, "1.0"), (2, "2.0"), (2, "2.1")):
-        plan = plan_of(estimated(config, ranks, "cpu"), zero_json(config.deepspeed, config.training, ranks))
-        assert plan.device["moments"] == found[name][f"stage{stage}"]["moments"]
+        estimate, held = estimated(config, ranks, "cpu"), found[name][f"stage{stage}"]["held"]
+        assert plan_of(estimate, zero_of(config, ranks)).device["moments"] == held["moments"]
+        whole = estimate.weights.part(ranks if stage == 3 else 1, 0) - estimate.weights.fixed
+        assert whole == held["base"]
+
+
+def test_a_bf16_base_stays_bf16_in_stage_3(found):
+    one, half = found["2.0"]["stage3"], found["2.0"]["bf16"]
+    assert half["held"]["base"] == one["held"]["base"] // 2
+    np.testing.assert_allclose(losses(half), losses(one)[:1], rtol=0.02)
 
 
 def test_a_shared_adapter_trains_beside_each_own(folder, found):
@@ -195,7 +210,7 @@ def test_a_shared_adapter_trains_beside_each_own(folder, found):
     assert losses(found["1.0"]["shared"])[-1] < losses(found["1.0"]["shared"])[0]
 
 
-def test_two_ranks_go_on_from_one_and_one_from_two_with_rows_on_disk(folder, found):
+def test_two_ranks_go_on_from_one_and_one_from_two_with_rows_on_disk_under_a_file_of_the_users_own(folder, found):
     undisturbed = losses(found["1.0"]["stage0"])
     for world, name in (("2.0", "half1"), ("1.0", "half2")):
         resumed = losses(found[world]["resumed"])

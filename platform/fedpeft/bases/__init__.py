@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases.base import Base
 from fedpeft.bases.fingerprint import fingerprint
@@ -34,10 +35,11 @@ __all__ = [
 LOADS = 0  # how often this process loaded weights; read it as `bases.LOADS`
 
 
-def load_base(spec: BaseSpec, device: str = "auto", *, whole: bool = True) -> Base:
+def load_base(spec: BaseSpec, device: str = "auto", *, zero: Mapping[str, Any] | None = None) -> Base:
     """Load weights once, frozen and in eval mode, on ``device`` (``auto``: CUDA where there is one).
 
-    Unless ``whole``, each rank of a process group keeps a part of every weight alone, as ZeRO-3 has it, from the moment it is read.
+    With DeepSpeed's table of stage 3 in ``zero``, each rank of a process group keeps a part of every weight alone from the moment it is
+    read, on the device or where that table offloads parameters to.
 
     Raises:
         BaseError: the folder is no model we may load, or the quantization does not work on this device or architecture.
@@ -46,7 +48,7 @@ def load_base(spec: BaseSpec, device: str = "auto", *, whole: bool = True) -> Ba
     hush()
     from fedpeft.bases.loading import load
 
-    base = load(spec, device, whole)
+    base = load(spec, device, zero)
     LOADS += 1
     return base
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,19 @@ FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeErr
 LOADERS: dict[Family, Any] = {"encoder": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
 
 
-def load(spec: BaseSpec, device: str = "auto", whole: bool = True) -> Base:
-    """Weights of ``spec`` on ``device``, ``whole`` or in ZeRO-3's parts. Raises `BaseError` when that cannot be."""
+def load(spec: BaseSpec, device: str = "auto", zero: Mapping[str, Any] | None = None) -> Base:
+    """Weights of ``spec`` on ``device``, whole or in the parts that ``zero`` asks for. Raises `BaseError` when that cannot be."""
     place = pick_device(spec, device)
     base = blueprint(spec)
     extra = settings(spec, place, base.model)
     folder = resolve_model(spec.model, spec.revision)
     try:
-        with quiet_transformers(), nullcontext() if whole else _in_parts():
+        with quiet_transformers(), nullcontext() if zero is None else _in_parts(spec, zero):
             model, report = LOADERS[base.family].from_pretrained(
                 folder,
                 config=base.config,
                 dtype=compute_dtype(spec, place),
-                device_map={"": place} if whole else None,
+                device_map={"": place} if zero is None else None,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -85,11 +85,15 @@ def outline(spec: BaseSpec) -> Base:
 
 
 @contextmanager
-def _in_parts() -> Iterator[None]:
-    """Within, transformers hands each weight to ZeRO-3 as it is read (``zero.Init``), which leaves this rank its part."""
+def _in_parts(spec: BaseSpec, zero: Mapping[str, Any]) -> Iterator[None]:
+    """Within, transformers hands each weight to ZeRO-3 as it is read (``zero.Init``), which leaves this rank its part.
+
+    That makes weights of float32 of all of them unless it is told of half precision, whatever the model was asked for in.
+    """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    table = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    half = {"bf16": {"enabled": spec.quantization == "bf16"}}
+    table = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": dict(zero), **half}
     held = HfDeepSpeedConfig(table)
     try:
         yield

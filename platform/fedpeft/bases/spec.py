@@ -9,6 +9,8 @@ from typing import Literal, get_args
 from fedpeft.errors import BaseError
 
 Quantization = Literal["none", "bf16", "int8", "nf4", "ao-int8"]
+QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4", "ao-int8")
+"""Those whose linear layers hold codes and scales."""
 Family = Literal["encoder", "causal", "seq2seq"]
 ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05}
 """Largest distance of logits, over the largest, that is rounding alone where layers round what they read; elsewhere `EXACT`."""

@@ -12,6 +12,7 @@ import numpy as np
 from fedpeft.adapters import Adapter, initial, make_spec
 from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
+from fedpeft.bases.spec import QUANTIZED
 from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.joint import Joint, JointTask
 from fedpeft.central.keeping import Keeper
@@ -22,7 +23,7 @@ from fedpeft.central.scoring import Scorer
 from fedpeft.central.stored import Stored, stored
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
-from fedpeft.central.zero import stage_of, zero_json
+from fedpeft.central.zero import stage_of, zero_of
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.mixtures.bank import SHARED
 from fedpeft.tasks import read_rows
@@ -73,14 +74,14 @@ def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | Non
     Raises:
         FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
     """
-    table = zero_json(config.deepspeed, config.training, world.size)
+    table = zero_of(config, world.size)
     with joined(world, config.deepspeed.timeout):
         place(world)
         together(world, lambda: encode_streams(config) if world.local_rank == 0 else None)
         ready = together(world, lambda: prepare(config, starts or {}))
         require_equal(world, "data", digest_of(ready.pool))
         together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
-        base = together(world, lambda: load(config, world, stage_of(table)))
+        base = together(world, lambda: load(config, world, table))
         return _train(config, world, base, ready, table, progress)
 
 
@@ -111,10 +112,10 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
     return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)))
 
 
-def load(config: CentralConfig, world: World, stage: int) -> Base:
+def load(config: CentralConfig, world: World, table: Mapping[str, Any]) -> Base:
     """The base on this rank's device; in stage 3 an unquantized one goes straight into partitions. Raises `BaseError`."""
-    whole = stage < 3 or config.base.quantization in ("nf4", "int8", "ao-int8")
-    return load_base(config.base, world.device, whole=whole)
+    parts = stage_of(table) == 3 and config.base.quantization not in QUANTIZED
+    return load_base(config.base, world.device, zero=table["zero_optimization"] if parts else None)
 
 
 def keeper_of(config: CentralConfig) -> Keeper:

@@ -44,6 +44,12 @@ class Rank:
         return ["ssh", "-o", "BatchMode=yes", "-tt", self.host, line]
 
 
+def line(rank: Rank, arguments: Sequence[str]) -> str:
+    """What a shell would be told to start ``rank``."""
+    settings = [f"{name}={value}" for name, value in rank.world.environment().items()] if rank.host is None else []
+    return " ".join([*settings, shlex.join(rank.command(arguments))])
+
+
 def here(ranks: int) -> list[Rank]:
     """``ranks`` processes on this machine. Raises `ConfigError` when it is no positive number."""
     if ranks < 1:

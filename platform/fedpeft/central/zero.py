@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.bases.spec import QUANTIZED
+from fedpeft.central.zero_keys import KNOWN, OFFLOAD, OURS, REFUSED, STAGE
 from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedpeft.training.config import DeepSpeed
+    from fedpeft.training.config import CentralConfig, DeepSpeed
     from fedpeft.training.settings import TrainSettings
-
-OURS = {
-    "train_micro_batch_size_per_gpu": "training.batch_size over the ranks",
-    "train_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.accumulate",
-    "gradient_clipping": "training.clip",
-    "optimizer": "training.optimizer, lr and weight_decay",
-    "scheduler": "training.schedule and warmup",
-    "fp16": "training.precision",
-    "bf16": "training.precision",
-}
-"""Keys that the job's TOML decides, and where: a user's file may repeat them, or say ``auto``, but not contradict."""
 
 BUCKET = 50_000_000
 """Most values of gradients that ranks add up at once; DeepSpeed's own 500 million are 2 GB on every GPU, however small the adapters."""
 
-KNOWN = frozenset(
-    """
-    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown dump_state
-    communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients activation_checkpointing aio
-    flops_profiler comms_logger tensorboard wandb csv_monitor memory_breakdown amp elasticity checkpoint data_types
-    seq_parallel_communication_data_type disable_allgather hybrid_engine compression_training data_efficiency
-    curriculum_learning autotuning sparse_attention timers torch_autocast compile
-    """.split()  # noqa: SIM905 - a list of words reads better
-)
-REFUSED = {
-    "amp": "training.precision",
-    "torch_autocast": "training.precision",
-    "checkpoint": "our own checkpoints, which any number of ranks resumes",
-    "elasticity": "resuming on another number of ranks",
-    "activation_checkpointing": "training.checkpoint_activations",
-    "hybrid_engine": "nothing: it generates text",
-    "compression_training": "base.quantization",
-    "data_efficiency": "mixing and the tasks' sources",
-    "curriculum_learning": "mixing and the tasks' sources",
-    "autotuning": "fedpeft central estimate",
-    "sparse_attention": "the base's own attention",
-}
+
+def zero_of(config: CentralConfig, ranks: int) -> dict[str, Any]:
+    """What DeepSpeed is told of a job. Raises `ConfigError` as `zero_json`, or when the base cannot lie where parameters are to be."""
+    table = zero_json(config.deepspeed, config.training, ranks)
+    kind, place = config.base.quantization, offload_of(table["zero_optimization"], "param")
+    if place != "none" and kind in QUANTIZED:
+        raise ConfigError(
+            f"base.quantization = {kind!r} and parameters offloaded to {place!r}: codes are divided only once all are on the GPU; "
+            "set base.quantization = 'bf16', or deepspeed.offload_params = 'none'"
+        )
+    if place == "nvme" and kind != "bf16":
+        raise ConfigError(
+            f"base.quantization = {kind!r} and parameters offloaded to 'nvme': DeepSpeed swaps bf16 alone; set 'bf16', or use 'cpu'"
+        )
+    return table
 
 
 def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict[str, Any]:
@@ -81,6 +64,11 @@ def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict
         "steps_per_print": 1 << 40,
     }
     return made if deepspeed.config is None else _merged(made, _read(deepspeed.config), deepspeed.config, settings, ranks)
+
+
+def offload_of(zero: Mapping[str, Any], what: str) -> str:
+    """Where ``what`` (``optimizer``, ``param``) lies: ``none``, ``cpu`` or ``nvme``."""
+    return str((zero.get(f"offload_{what}") or {}).get("device", "none"))
 
 
 def stage_of(table: Mapping[str, Any]) -> int:
@@ -118,21 +106,62 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged(made: dict[str, Any], own: dict[str, Any], path: Path, settings: TrainSettings, ranks: int) -> dict[str, Any]:
-    unknown = sorted(set(own) - KNOWN - set(OURS))
-    faults = [f"{path}: unknown key {key!r}; keys are {sorted(KNOWN | set(OURS))}" for key in unknown]
-    faults += [f"{path}: {key!r} is decided by {where}; leave it out" for key, where in REFUSED.items() if own.get(key)]
+    faults = [*_unknown(own), *_contradictions(own, settings, ranks)] or list(_misplaced(own, made))
+    if faults:
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+    more = {key: value for key, value in own.items() if key not in OURS and key != "zero_optimization"}
+    return made | more | {"zero_optimization": _stage(own, made)}
+
+
+def _stage(own: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """``zero_optimization``: the user's alone where it names a stage, else on top of what the TOML makes."""
+    zero = {key: value for key, value in own.get("zero_optimization", {}).items() if value != "auto"}
+    return ({"reduce_bucket_size": BUCKET} if "stage" in zero else made["zero_optimization"]) | zero
+
+
+def _unknown(own: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that do not exist, or are decided elsewhere."""
+    for key in sorted(set(own) - KNOWN - set(OURS)):
+        yield f"unknown key {key!r}; keys are {sorted(KNOWN | set(OURS))}"
+    for key, where in REFUSED.items():
+        if own.get(key):
+            yield f"{key!r} is decided by {where}; leave it out"
+    zero = own.get("zero_optimization", {})
+    for name, table, allowed in (("zero_optimization", zero, STAGE), *((name, _table(zero, name), keys) for name, keys in OFFLOAD.items())):
+        if not isinstance(table, Mapping):
+            yield f"{name} = {json.dumps(table)}: must be an object"
+            continue
+        for key in sorted(set(table) - allowed):
+            yield f"{name} has no key {key!r} that a job may set; keys are {sorted(allowed)}"
+
+
+def _table(zero: Any, name: str) -> Any:
+    return (zero.get(name) or {}) if isinstance(zero, Mapping) else {}
+
+
+def _contradictions(own: Mapping[str, Any], settings: TrainSettings, ranks: int) -> Iterator[str]:
+    """Keys that say another than the TOML."""
     asked = _asked(settings, ranks)
     for key, where in OURS.items():
         if key in own and own[key] != "auto" and not _agrees(own[key], asked[key]):
-            faults.append(
-                f"{path}: {key} = {json.dumps(own[key])} contradicts {where}, which makes it {json.dumps(asked[key])}; change one"
-            )
-    if faults:
-        raise ConfigError("\n".join(faults))
-    more = {key: value for key, value in own.items() if key not in OURS and key != "zero_optimization"}
-    zero = {key: value for key, value in own.get("zero_optimization", {}).items() if value != "auto"}
-    kept = {"reduce_bucket_size": BUCKET} if "stage" in zero else made["zero_optimization"]
-    return made | more | {"zero_optimization": kept | zero}
+            yield f"{key} = {json.dumps(own[key])} contradicts {where}, which makes it {json.dumps(asked[key])}; change one"
+
+
+def _misplaced(own: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[str]:
+    """A stage that there is not, or offloads that it cannot have: DeepSpeed itself ignores them, or uses the host for the disk."""
+    zero = _stage(own, made)
+    if zero.get("stage") not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage = {json.dumps(zero.get('stage'))}: must be 0, 1, 2 or 3"
+        return
+    for what in ("param", "optimizer"):
+        place = offload_of(zero, what)
+        least = 0 if place == "none" else 3 if what == "param" or place == "nvme" else 1
+        if place not in ("none", "cpu", "nvme"):
+            yield f"offload_{what}.device = {json.dumps(place)}: must be none, cpu or nvme"
+        elif zero["stage"] < least:
+            yield f"offload_{what}.device = {json.dumps(place)} needs stage {least} or more, stage is {zero['stage']}; change one"
+        elif place == "nvme" and not _table(zero, f"offload_{what}").get("nvme_path"):
+            yield f"offload_{what}: device nvme needs nvme_path, a folder on a local disk"
 
 
 def _asked(settings: TrainSettings, ranks: int) -> dict[str, Any]:

@@ -27,23 +27,37 @@ Hostfile = Annotated[Path | None, typer.Option(help="With hostfile: lines HOST s
 
 
 @app.command()
-def train(
-    job: Job, launcher: Launcher = "local", ranks: Ranks = None, hostfile: Hostfile = None, start: From = None, overrides: Overrides = None
+def train(  # noqa: PLR0913, PLR0917 - one an option
+    job: Job,
+    launcher: Launcher = "local",
+    ranks: Ranks = None,
+    hostfile: Hostfile = None,
+    start: From = None,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--print", help="With local and hostfile: print what each rank would be started with.")] = False,
 ) -> int:
     """Train, score and publish; a job that was interrupted goes on from its last checkpoint."""
     from fedpeft.central import launch
+    from fedpeft.central.zero import zero_of
     from fedpeft.errors import ConfigError
 
     if launcher not in launch.LAUNCHERS:
         raise ConfigError(f"--launcher {launcher}: choose one of {list(launch.LAUNCHERS)}")
     if (launcher == "hostfile") != (hostfile is not None):
         raise ConfigError("--hostfile FILE goes with --launcher hostfile; give both or none")
-    _checked(job, overrides, start or [])
+    config = _checked(job, overrides, start or [])
     if launcher in ("torchrun", "slurm"):
+        if show:
+            raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
         return _rank(job, overrides, start or [], _given(launcher))
     places = launch.hosts(hostfile) if hostfile else launch.here(ranks if ranks is not None else _gpus())
+    zero_of(config, len(places))
     arguments = [str(job), *(part for pair in overrides or [] for part in ("--set", pair))]
-    return launch.supervise(places, [*arguments, *(part for ref in start or [] for part in ("--from", ref))])
+    arguments += [part for ref in start or [] for part in ("--from", ref)]
+    if show:
+        print("\n".join(launch.line(place, arguments) for place in places))
+        return 0
+    return launch.supervise(places, arguments)
 
 
 @app.command()
@@ -146,7 +160,7 @@ def _given(launcher: str) -> World:
     return found
 
 
-def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
+def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> CentralConfig:
     """Refuse what can be refused before any rank starts."""
     from fedpeft.central.publish import starts
     from fedpeft.training.config import load_central
@@ -155,6 +169,7 @@ def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> None:
     starts(config, refs)
     for tracker in config.track:
         tracker.check()
+    return config
 
 
 def _bytes(gib: float | None) -> int | None:

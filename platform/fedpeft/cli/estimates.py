@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 def show(config: CentralConfig, ranks: int, room: Room, as_json: bool) -> int:
     """Print all plans of ``config`` on ``ranks`` ranks and which to take; 1 when none fits. Raises `FedpeftError` as `estimated`."""
     from fedpeft.central.estimate import advise, estimated, plan_of, plans
-    from fedpeft.central.zero import zero_json
+    from fedpeft.central.zero import zero_of
 
     estimate = estimated(config, ranks)
-    own = plan_of(estimate, zero_json(config.deepspeed, config.training, ranks))
+    own = plan_of(estimate, zero_of(config, ranks))
     advice, found = advise(estimate, room), plans(estimate)
     if as_json:
         emit({"ranks": ranks, "job": _row(own, room), "plans": [_row(plan, room) for plan in found], "advice": _said(advice)})

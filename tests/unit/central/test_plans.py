@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
+from fedpeft.bases import BaseSpec
 from fedpeft.central import launch
 from fedpeft.central.launch import Rank, first_node, here, hosts, slurm, supervise
 from fedpeft.central.world import World
-from fedpeft.central.zero import stage_of, zero_json
+from fedpeft.central.zero import sized, stage_of, zero_json, zero_of
 from fedpeft.errors import ConfigError
 from fedpeft.training.config import DeepSpeed
 from fedpeft.training.settings import TrainSettings
@@ -52,6 +54,14 @@ def test_the_users_file_wins_where_it_does_not_contradict(tmp_path):
         ({"bf16": {"enabled": True}}, "contradicts training.precision"),
         ({"scheduler": {"type": "WarmupLR"}}, "contradicts training.schedule"),
         ({"checkpoint": {"load_universal": True}}, "'checkpoint' is decided by our own checkpoints"),
+        ({"zero_optimization": {"stagee": 3}}, "zero_optimization has no key 'stagee' that a job may set"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "ratio": 0.5}}}, "offload_param has no key 'ratio'"),
+        ({"zero_optimization": 3}, "zero_optimization = 3: must be an object"),
+        ({"zero_optimization": {"stage": "three"}}, 'stage = "three": must be 0, 1, 2 or 3'),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 'offload_param.device = "cpu" needs stage 3 or more, stage is 2'),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "needs stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "needs nvme_path"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "must be none, cpu or nvme"),
         ([], "is an object"),
     ],
 )
@@ -69,6 +79,22 @@ def test_all_faults_of_the_users_file_are_named_at_once(tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ConfigError, match="8 examples cannot be divided among 3 ranks; set a multiple of 3, for example 9"):
         zero_json(DeepSpeed(), SETTINGS, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "said"), [("nf4", "cpu", "codes are divided only once"), ("none", "nvme", "DeepSpeed swaps bf16 alone")]
+)
+def test_a_base_that_cannot_lie_where_parameters_go_is_refused(kind, place, said):
+    speed = DeepSpeed(stage=3, offload_params=place, nvme="swap" if place == "nvme" else None)
+    job = SimpleNamespace(deepspeed=speed, training=SETTINGS, base=BaseSpec("model", kind))
+    with pytest.raises(ConfigError, match=said):
+        zero_of(job, 2)
+
+
+def test_a_bucket_is_no_larger_than_what_trains():
+    table = zero_json(DeepSpeed(stage=2), SETTINGS, 2)
+    assert sized(table, 1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert sized(table, 1 << 40)["zero_optimization"] == table["zero_optimization"]
 
 
 @pytest.mark.parametrize("change", [{"proximal": 0.1}, {"optimizer": "adamw8bit"}])

@@ -145,7 +145,7 @@ FLAGS = {
     "central export": ["--set"],
     "central rank": ["--from", "--set"],
     "central resume": ["--from", "--hostfile", "--launcher", "--ranks", "--set"],
-    "central train": ["--from", "--hostfile", "--launcher", "--ranks", "--set"],
+    "central train": ["--from", "--hostfile", "--launcher", "--print", "--ranks", "--set"],
     "client dry-run": ["--json", "--plan", "--round", "--set"],
     "client identity": [],
     "client join": [],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters import make_spec
 from fedpeft.bases import module_roles, outline_base
+from fedpeft.bases.spec import QUANTIZED
 from fedpeft.central.estimate.activations import Activations, Shape, activations, shape_of
 from fedpeft.central.estimate.states import (
     PARAM_BUFFER,
@@ -15,11 +16,10 @@ from fedpeft.central.estimate.states import (
     THRESHOLD,
     Groups,
     number,
-    offload_of,
     states,
 )
 from fedpeft.central.estimate.weights import Weights, weights_of
-from fedpeft.central.zero import stage_of
+from fedpeft.central.zero import offload_of, stage_of
 from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
             f"training.batch_size = {config.training.batch_size} cannot be divided among {ranks} ranks; set a multiple of {ranks}"
         )
     base, width = outline_base(config.base), width_of(config.base.quantization, device)
-    specs = [make_spec(name, base, config.method, entry.task.head) for name, entry in config.tasks.items()]
+    heads = {entry.task.head for entry in config.tasks.values()}
+    made = {head: make_spec(config.name, base, config.method, head) for head in heads}
+    specs = [made[entry.task.head] for entry in config.tasks.values()]
     specs += specs[:1] if config.shared else []
     groups = [[entry.size for entry in spec.layout.entries if entry.role == role] for spec in specs for role in sorted(spec.layout.roles)]
     count = config.training.batch_size // ranks
@@ -128,7 +130,7 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
         count * config.base.max_tokens,
         1 if base.family == "causal" and config.training.packing else count,
         ranks,
-        config.base.quantization in ("nf4", "int8", "ao-int8"),
+        config.base.quantization in QUANTIZED,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.central.zero import stage_of
+from fedpeft.central.zero import offload_of, stage_of
 from fedpeft.training.settings import TrainSettings
 
 FULL = 4
@@ -91,11 +91,6 @@ def number(zero: Mapping[str, Any], key: str) -> int:
     """A size of DeepSpeed's table in values, or DeepSpeed's own."""
     found = zero.get(key, DEFAULTS[key])
     return DEFAULTS[key] if found == "auto" else int(found)
-
-
-def offload_of(zero: Mapping[str, Any], what: str) -> str:
-    """Where ``what`` (``optimizer``, ``param``) lies: ``none``, ``cpu`` or ``nvme``."""
-    return str((zero.get(f"offload_{what}") or {}).get("device", "none"))
 
 
 def _placed(device: dict[str, int], held: dict[str, int], place: str) -> States:

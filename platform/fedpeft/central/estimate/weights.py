@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases import module_roles
-from fedpeft.bases.spec import Quantization
+from fedpeft.bases.spec import QUANTIZED, Quantization
 
 if TYPE_CHECKING:
     from fedpeft.bases.base import Base
@@ -66,7 +66,7 @@ def weights_of(base: Base, width: int) -> Weights:
 
 def quantized_names(base: Base) -> list[str]:
     """The weights that ``base.spec.quantization`` holds as codes: those of linear layers in repeated blocks."""
-    if base.spec.quantization not in ("nf4", "int8", "ao-int8"):
+    if base.spec.quantization not in QUANTIZED:
         return []
     roles = module_roles(base.model)
     return [f"{name}.weight" for role in ("attention", "mlp") for name in roles[role]]
