@@ -21,7 +21,7 @@ from rich.table import Table
 from fedpeft.demo import driver
 from fedpeft.demo.setting import SITES, Setting
 from fedpeft.parity import fitting
-from fedpeft.parity.children import finished, start
+from fedpeft.parity.children import check, ended, start
 from fedpeft.parity.federating import events_of, per_round
 from fedpeft.parity.plan import Plan
 from fedpeft.processes import hold
@@ -56,7 +56,10 @@ def drive(folder: Path, rounds: int, fresh: bool) -> None:
             began = time.monotonic()
             driver.federate(setting, bar)
             seconds[name] = time.monotonic() - began
-    finished(start("scores", ["fedpeft.demo.private", str(folder), str(rounds)], folder / "scores.log"))
+    scoring = start("scores", ["fedpeft.demo.private", str(folder), str(rounds)], folder / "scores.log")
+    with ended([scoring]):
+        scoring.process.wait()
+    check(scoring)
     show(made, seconds, console)
 
 

@@ -53,13 +53,11 @@ ARMS: dict[str, Callable[[Plan, Path, str], Answer]] = {"local": _local, "centra
 
 
 def _base(plan: Plan) -> Any:
-    import torch
-
     from fedpeft.bases import load_base
 
-    torch.set_num_threads(1)
     return load_base(plan.base)
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Indented, so that whoever follows the log knows progress from other output."""
+    print(f"  {line}", flush=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fedpeft.errors import FedpeftError, kind_of
 from fedpeft.processes import FLAG, last_words
 
 GRACE_SECONDS = 15.0
+POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Child:
     log: Path
 
 
-def start(name: str, arguments: list[str], log: Path) -> Child:
-    """Start ``python -m ...`` with one compute thread and its output in ``log``; it ends when this process does."""
+def start(name: str, arguments: list[str], log: Path, threads: int = 1) -> Child:
+    """Start ``python -m ...`` with so many compute threads and its output after what ``log`` holds; it ends when this process does."""
     log.parent.mkdir(parents=True, exist_ok=True)
     env = os.environ | {
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -65,13 +67,35 @@ def ended(children: list[Child]) -> Iterator[list[Child]]:
 
 def check(child: Child) -> None:
     """Raise what ``child`` says it ended with, unless it ended well. Raises `FedpeftError`."""
-    code = child.process.returncode
+    code, said = child.process.returncode, f"{last_words(child.log).removeprefix('fedpeft: ')} (log: {child.log})"
+    if code < 0:
+        raise FedpeftError(f"{child.name} was ended by signal {-code}, as systems do that lack memory; its last words: {said}")
     if code:
-        raise (kind_of(code) or FedpeftError)(f"{child.name} ended with exit code {code}: {last_words(child.log)} (log: {child.log})")
+        raise (kind_of(code) or FedpeftError)(f"{child.name} ended with exit code {code}: {said}")
 
 
-def finished(child: Child) -> None:
-    """Wait until ``child`` ends. Raises `FedpeftError` as `check`."""
+def lines(child: Child, done: int = 0) -> Iterator[str]:
+    """What ``child`` writes after the first ``done`` bytes of its log, line by line as it comes, until it ends; ends it on the way out.
+
+    Raises:
+        FedpeftError: it did not end well (`check`).
+    """
     with ended([child]):
-        child.process.wait()
+        alive = True
+        while alive:
+            alive = child.process.poll() is None
+            fresh = added(child.log, done)
+            yield from fresh.decode(errors="replace").splitlines()
+            done += len(fresh)
+            time.sleep(POLL_SECONDS if alive else 0.0)
     check(child)
+
+
+def added(path: Path, offset: int) -> bytes:
+    """The whole lines that were written to ``path`` after its first ``offset`` bytes."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        whole, newline, _torn = stream.read().rpartition(b"\n")
+    return whole + newline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from fedpeft.errors import ConfigError
 from fedpeft.files import write_atomic
 from fedpeft.parity import copies, figures, joint, report
 from fedpeft.parity.arms import write
-from fedpeft.parity.children import finished, start
+from fedpeft.parity.children import added, lines, start
 from fedpeft.parity.federating import events_of, federate, final_scores, travelled
 from fedpeft.parity.meter import metered
 from fedpeft.parity.plan import Plan, beside
 from fedpeft.processes import free_port
 
 ENGINES = ("auto", "deepspeed", "local")
+PROGRESS = ("  ", "step ")
+"""How lines begin by which an arm, or the central job that it started, tells how far it is."""
 STAMP = "parity.stamp.json"
 """What a folder's run is of, so that another one does not go on with it."""
 
@@ -76,11 +79,11 @@ def prepare(request: Request, sites: Sequence[Path], digest: str, engine: str) -
         raise ConfigError(f"{folder}: holds other things than a run of fedpeft parity; name another folder with --out, nothing was touched")
     if request.fresh and stamp.exists():
         shutil.rmtree(folder)
-    now = {"plan": digest, "engine": engine}
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != now:
+    now = json.dumps({"plan": digest, "engine": engine})
+    if stamp.exists() and stamp.read_text(encoding="utf-8") != now:
         raise ConfigError(f"{folder}: holds a run of other files or settings; name another folder with --out, or start over with --fresh")
     made = copies.tables(request.federation, sites, free_port())
-    write_atomic(stamp, json.dumps(now).encode())
+    write_atomic(stamp, now.encode())
     for name, table in made.items():
         copies.write_toml(folder / name, table)
 
@@ -98,12 +101,18 @@ def chosen(plan: Plan, engine: str, console: Console) -> str:
     return "local"
 
 
-def _local(_plan: Plan, folder: Path, engine: str, _console: Console) -> None:
-    _child("local", folder, engine)
+def cores() -> int:
+    """Compute threads that an arm may use: all of this machine, or what ``OMP_NUM_THREADS`` says."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else os.cpu_count() or 1
 
 
-def _central(_plan: Plan, folder: Path, engine: str, _console: Console) -> None:
-    _child("central", folder, engine)
+def _local(_plan: Plan, folder: Path, engine: str, console: Console) -> None:
+    _child("local", folder, engine, console)
+
+
+def _central(_plan: Plan, folder: Path, engine: str, console: Console) -> None:
+    _child("central", folder, engine, console)
 
 
 def _federated(plan: Plan, folder: Path, engine: str, console: Console) -> None:
@@ -115,13 +124,13 @@ def _federated(plan: Plan, folder: Path, engine: str, console: Console) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        federate(folder, list(plan.sites), plan.outline.rounds, bar)
+        federate(folder, list(plan.sites), plan.outline.rounds, bar, threads=max(1, cores() // len(plan.sites)))
     events = events_of(folder)
     told = final_scores(events)
     if set(told) == set(plan.tasks):
         scores = {name: told[name][task.headline] for name, task in plan.tasks.items()}
     else:
-        _child("published", folder, engine)
+        _child("published", folder, engine, console)
         scores = json.loads((folder / "published.json").read_text(encoding="utf-8"))["scores"]
     dropped = sum(len(found["drops"]) for event in events if event["event"] == "round" for found in event["tasks"].values())
     by = "sites" if set(told) == set(plan.tasks) else "here"
@@ -136,8 +145,14 @@ SAID = {
 }
 
 
-def _child(arm: str, folder: Path, engine: str) -> None:
-    finished(start(arm, ["fedpeft", "parity-arm", str(folder), arm, "--engine", engine], folder / "logs" / f"{arm}.log"))
+def _child(arm: str, folder: Path, engine: str, console: Console) -> None:
+    """Run one arm in a process of its own and repeat its progress. Raises what it says it ended with."""
+    log = folder / "logs" / f"{arm}.log"
+    before = len(added(log, 0))
+    child = start(arm, ["fedpeft", "parity-arm", str(folder), arm, "--engine", engine], log, cores())
+    for line in lines(child, before):
+        if line.startswith(PROGRESS):
+            console.print(f"  {line.strip()}", highlight=False, soft_wrap=True)
 
 
 def _told(plan: Plan, console: Console) -> None:

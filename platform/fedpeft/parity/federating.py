@@ -6,22 +6,24 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from fedpeft.errors import CohortError
-from fedpeft.parity.children import Child, check, ended, start
+from fedpeft.parity.children import POLL_SECONDS, Child, added, check, ended, start
 from fedpeft.parity.plan import MARK
 
-POLL_SECONDS = 0.25
 EVENTS = Path("coordinator") / "events.jsonl"
 """Where in the folder of a run the coordinator tells what happens."""
 
 
-def federate(folder: Path, sites: Sequence[str], rounds: int, bar: Progress, limit: float = float("inf")) -> None:
+def federate(folder: Path, sites: Sequence[str], rounds: int, bar: Progress, limit: float = inf, threads: int = 1) -> None:
     """Run coordinator and ``sites`` on the files in ``folder`` until the last round is published, or go on where they stopped.
+
+    A site computes with ``threads`` threads where its file does not say how many.
 
     Raises:
         FedpeftError: what a process that gave up says, under its exit code; or nothing was finished within ``limit`` seconds.
@@ -29,7 +31,7 @@ def federate(folder: Path, sites: Sequence[str], rounds: int, bar: Progress, lim
     row = bar.add_task("starting coordinator and sites", total=rounds)
     logs, seen = folder / "logs", len(added(folder / EVENTS, 0))
     coordinator = start("coordinator", ["fedpeft", "coordinator", "up", str(folder / MARK)], logs / "coordinator.log")
-    running = [start(site, ["fedpeft", "client", "join", str(folder / f"{site}.toml")], logs / f"{site}.log") for site in sites]
+    running = [start(site, ["fedpeft", "client", "join", str(folder / f"{site}.toml")], logs / f"{site}.log", threads) for site in sites]
     with ended([coordinator, *running]):
         for event in follow(folder / EVENTS, seen, coordinator, running, limit):
             tell(event, bar, row)
@@ -56,16 +58,6 @@ def follow(path: Path, done: int, coordinator: Child, sites: list[Child], limit:
         if time.monotonic() > deadline:
             raise CohortError(f"federation: not finished after {limit:.0f} s; look at {coordinator.log.parent}")
         time.sleep(POLL_SECONDS)
-
-
-def added(path: Path, offset: int) -> bytes:
-    """The whole lines that were written to ``path`` after its first ``offset`` bytes."""
-    if not path.exists():
-        return b""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        whole, newline, _torn = stream.read().rpartition(b"\n")
-    return whole + newline
 
 
 def tell(event: dict[str, Any], bar: Progress, row: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def train(plan: Plan, folder: Path) -> dict[str, float]:
     if code:
         raise (kind_of(code) or FedpeftError)(f"the central job ended with exit code {code}, see above; --engine local trains without it")
     registry = Registry(folder / "central" / "registry")
-    return {name: registry.get(name).manifest.metrics[task.headline] for name, task in plan.tasks.items()}
+    return {name: registry.get(name).manifest.metrics.get(task.headline, nan) for name, task in plan.tasks.items()}
 
 
 def starts(plan: Plan, place: Path) -> dict[str, str]:

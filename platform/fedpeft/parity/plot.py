@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-from fedpeft.parity.said import ARMS, COLUMNS, count, size
+from fedpeft.parity.said import ARMS, COLUMNS, LESS, count, size
 
 COLOURS = {"local": "#999999", "federated": "#0072b2", "central": "#e69f00"}
 HEIGHT, TOP, BOTTOM = 420, 92, 368
@@ -73,7 +73,7 @@ def _head(found: Mapping[str, Any], width: int) -> Iterator[str]:
 
 def _quality(groups: Sequence[Group], right: int) -> Iterator[str]:
     fractions = all(group.top == 1.0 for group in groups)
-    for step in range(5):
+    for step in range(5 if fractions else 1):
         y = _height(step / 4)
         yield f'<line x1="{LEFT}" x2="{right - GAP}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>'
         if fractions:
@@ -89,7 +89,9 @@ def _group(group: Group, x: int) -> Iterator[str]:
         yield _text(x + (place + 0.5) * BAR, y - 5, _short(group.scores[arm]), anchor="middle", size=11)
     middle = x + len(ARMS) * BAR / 2
     yield _text(middle, BOTTOM + 20, _cut(group.label), anchor="middle", weight="bold")
-    yield _text(middle, BOTTOM + 36, group.metric, anchor="middle", colour="#666666", size=11)
+    yield _text(
+        middle, BOTTOM + 36, f"{group.metric} \u2193" if group.metric in LESS else group.metric, anchor="middle", colour="#666666", size=11
+    )
 
 
 def _costs(found: Mapping[str, Any], x: int) -> Iterator[str]:
@@ -109,7 +111,7 @@ def _height(share: float) -> float:
 
 
 def _short(score: float) -> str:
-    return f"{score:.2f}".removeprefix("0") if 0 <= score <= 1 else f"{score:.3g}"
+    return f"{score:.2f}".removeprefix("0") if abs(score) < 100 else f"{score:.0f}"
 
 
 def _cut(label: str) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedpeft.files import write_atomic
 from fedpeft.parity.plot import svg
-from fedpeft.parity.said import ARMS, COLUMNS, count, size
+from fedpeft.parity.said import ARMS, COLUMNS, LESS, count, size
 
 PLOT = "parity.svg"
 
@@ -48,13 +48,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     """What the figures mean, a line each."""
     engine = "one DeepSpeed job for all tasks" if found["engine"] == "deepspeed" else "each task by itself with the local engine"
     dropped = f"; {found['dropped']} contribution(s) dropped out, so the federation saw fewer" if found["dropped"] else ""
-    scored = (
-        ""
-        if found["scored_by"] == "sites"
-        else "; what the federation published was scored here, since its sites tell no scores of all rows"
-    )
+    less = "; of perplexity less is better" if set(found["metrics"].values()) & set(LESS) else ""
+    here = "; what the federation published was scored here, since its sites tell no scores of all rows"
+    scored = here if found["scored_by"] == "here" else ""
     return [
-        f"scores: on the held-out rows of all sites; local only: mean over the sites, each trained alone; central: {engine}{scored}",
+        f"scores: on the held-out rows of all sites; local only: mean over the sites, each trained alone; central: {engine}{scored}{less}",
         f"examples seen: rounds x local steps x batch x sites, summed over tasks{dropped}",
         "bytes up: all that left the sites, which is nothing, updates, or their training rows (JSON Lines); bytes down: what reached them",
         "seconds: wall clock on this machine, all sites sharing it, from starting to the last score; peak memory: of the largest process",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.parity.federating import added
+from fedpeft.parity.children import added
 from fedpeft.processes import last_words
 
 

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from fedpeft.cli.main import run
-from fedpeft.errors import ConfigError, DataError, StorageError, UpdateError, kind_of
+from fedpeft.errors import ConfigError, DataError, FedpeftError, StorageError, UpdateError, kind_of
 from fedpeft.parity import drive, figures, fitting
-from fedpeft.parity.children import finished, start
+from fedpeft.parity.children import lines, start
 from fedpeft.parity.plan import Plan
 
 
@@ -95,9 +95,15 @@ def test_without_deepspeed_the_local_engine_trains_and_says_so(files, monkeypatc
 
 
 def test_a_child_ends_its_parent_with_its_own_code(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("of an earlier start\n")
     child = start("local", ["fedpeft", "parity-arm", str(tmp_path), "local"], tmp_path / "log")
     with pytest.raises(ConfigError, match=r"local ended with exit code 3: .*federation.toml: no such file"):
-        finished(child)
+        list(lines(child, 20))
+    child = start("local", ["timeit", "-n1", "-r1", "import os; print('  one', flush=True); os.kill(os.getpid(), 9)"], tmp_path / "log")
+    told = lines(child, (tmp_path / "log").stat().st_size)
+    assert next(told) == "  one"
+    with pytest.raises(FedpeftError, match=r"local was ended by signal 9.*last words:   one"):
+        list(told)
     assert kind_of(UpdateError.exit_code) is UpdateError
     assert kind_of(70) is None
 

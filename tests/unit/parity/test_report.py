@@ -56,6 +56,8 @@ def test_metrics_of_different_kinds_have_no_mean() -> None:
     shown = found(scores, {"kind": "accuracy", "story": "perplexity"})
     assert shown["mean"] is None
     assert "mean" not in [name for name, *_ in report.rows(shown)]
+    assert "of perplexity less is better" in report.markdown(shown)
+    assert "perplexity \u2193" in plot.svg(shown)
     assert [group.top for group in plot.groups_of(shown)] == [1.0, 40.0]
 
 
