@@ -45,7 +45,7 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
     def heard(report: Report) -> None:
         if stop is not None and report.step > stop:
             raise Stopped
-        losses.append({"all": report.loss, **report.losses})
+        losses.append({"all": report.loss, **report.losses, **report.told})
         scores.append(report.scores)
         if full is not None and report.step == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
@@ -87,6 +87,44 @@ def waited(path: Path, seconds: float = 120.0) -> None:
 
 
 STREAMED = {"training__save_every": "1", "tasks__animals__stream": "true", "tasks__colours__stream": "true"}
+BALANCED = {
+    "uncertainty": {"balance": '{kind = "uncertainty", lr = 0.2}'},
+    "coba": {"balance": '{kind = "coba", warmup = 2}', "validation__every": "1", "validation__examples": "6"},
+    "pcgrad": {
+        "shared": "true",
+        "conflicts": "pcgrad",
+        "training__steps": "6",
+        "training__lr": "0.02",
+        "training__warmup": "0",
+        "tasks__animals__data__path": "yes.jsonl",
+        "tasks__colours__data__path": "no.jsonl",
+    },
+    "ending": {
+        "validation__every": "1",
+        "validation__examples": "8",
+        "validation__patience": "2",
+        "validation__min_delta": "0.3",
+        "training__steps": "30",
+        "training__lr": "0.02",
+        "tasks__colours__data__path": "noise.jsonl",
+    },
+}
+"""Jobs whose tasks weigh against each other in other ways than by default."""
+
+
+def balanced(folder: Path, world: World, stage: str) -> dict[str, object]:
+    """Each of ``BALANCED`` from end to end, and on one rank once cut short after three steps and gone on with."""
+    found: dict[str, object] = {}
+    for kind, changes in BALANCED.items():
+        found[kind] = play(folder, world, f"{kind}{world.size}", deepspeed__stage=stage, **changes)
+    for kind in ("uncertainty", "coba", "pcgrad") if world.size == 1 else ():
+        every = {"deepspeed__stage": stage, "training__save_every": "1", **BALANCED[kind]}
+        play(folder, world, f"{kind}-cut{world.size}", stop=3, **every)
+        found[f"{kind}-resumed"] = play(folder, world, f"{kind}-cut{world.size}", **every)
+    steps = found["ending"]["losses"]  # type: ignore[index]
+    ended = next(number for number, step in enumerate(steps) if "animals" not in step)
+    play(folder, world, f"ending-cut{world.size}", stop=ended, deepspeed__stage=stage, training__save_every="1", **BALANCED["ending"])
+    return found
 
 
 def half(folder: Path, world: World, **changes: str) -> None:
@@ -116,6 +154,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["again"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
+    found |= balanced(folder, world, "0")
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found
@@ -137,6 +176,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     found["missing"] = play(folder, world, "missing2", deepspeed__stage="2", **missing)
     other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
     found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
+    found |= balanced(folder, world, "2")
     waited(folder / "half1" / "left")
     found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
     return found

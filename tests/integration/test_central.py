@@ -72,6 +72,11 @@ def folder(tmp_path_factory, shared_models) -> Path:
             for i in range(40)
         ]
         (place / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for word in ("yes", "no"):
+        rows = [{"prompt": "Once upon a time " * (1 + i % 3) + str(i), "completion": word} for i in range(40)]
+        (place / f"{word}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    noise = [{"prompt": f"Once {i} ", "completion": "".join(dice.choices("abcdefghij ", k=12))} for i in range(40)]
+    (place / "noise.jsonl").write_text("\n".join(json.dumps(row) for row in noise))
     (place / "single.json").write_text(json.dumps(SINGLE))
     (place / "own.json").write_text(json.dumps(OWN))
     shallow(shared_models / "stories260k", place / "model")
@@ -134,6 +139,11 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], toler
     assert one.keys() == other.keys()
     for name, array in one.items():
         assert float(np.linalg.norm(array - other[name])) <= tolerance * float(np.linalg.norm(other[name])), name
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert all((array == other[name]).all() for name, array in one.items())
 
 
 def test_one_rank_is_the_local_engine_step_for_step(folder, found):
@@ -267,6 +277,34 @@ def test_a_full_disk_ends_the_job_with_its_exit_code_and_leaves_the_last_checkpo
     assert held is not None
     assert held.tally.step == 1
     assert [path.name for path in (folder / "full1" / "checkpoint").iterdir() if path.name.startswith(".new")] == []
+
+
+@pytest.mark.parametrize("kind", ["uncertainty", "coba", "pcgrad"])
+def test_balancing_is_the_same_on_any_number_of_ranks_and_after_a_resumption(folder, found, kind):
+    one = found["1.0"][kind]
+    for world in ("2.0", "2.1"):
+        for key in one["losses"][-1]:
+            np.testing.assert_allclose(losses(found[world][kind], key), losses(one, key), rtol=5e-4, atol=1e-4, err_msg=key)
+    assert_close(values(folder, f"{kind}2"), values(folder, f"{kind}1"), 1e-3)
+    assert found["1.0"][f"{kind}-resumed"]["losses"] == one["losses"][3:]
+    assert_same(values(folder, f"{kind}-cut1"), values(folder, f"{kind}1"))
+    told = {"uncertainty": "weight/animals", "coba": "held/colours", "pcgrad": "cosine/animals|colours"}[kind]
+    assert len(set(losses(one, told))) > 2
+    assert kind != "pcgrad" or losses(one, told).min() < 0
+
+
+def test_a_task_that_ended_early_rests_and_the_others_take_its_share(folder, found):
+    for world, size in (("1.0", 1), ("2.0", 2)):
+        steps = found[world]["ending"]["losses"]
+        ended = next(number for number, step in enumerate(steps) if "animals" not in step)
+        assert all("animals" not in step and "colours" in step for step in steps[ended:])
+        assert ended < len(steps) < 30, "the job is over when all tasks have ended"
+        whole, cut = values(folder, f"ending{size}"), values(folder, f"ending-cut{size}")
+        assert (whole["animals|value"] == cut["animals|value"]).all()
+        assert (whole["colours|value"] != cut["colours|value"]).any()
+        state = checkpoint.read(folder / f"ending{size}" / "checkpoint")
+        assert state.arrays["(stops)|ended"].tolist() == [ended, len(steps)]
+        assert state.tally.examples == 8 * len(steps)
 
 
 def test_a_four_bit_base_trains_in_stages_2_and_3(folder, found):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpeft.central.balancing import Balancing
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
 from fedpeft.central.together import require_equal
@@ -27,15 +28,17 @@ class ZeroEngine:
     """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over the ranks of ``world``; ``table`` is DeepSpeed's JSON.
 
     A step equals `LocalEngine`'s on the whole batch but for the order of sums: losses are divided by the number of their task's
-    terms on all ranks and micro-batches, each task weighs the same.
+    terms on all ranks and micro-batches, and each task weighs what ``balancing`` says: the same, unless the job's file says otherwise.
     """
 
     table: Mapping[str, Any]
     world: World
+    balancing: Balancing
     kind: ClassVar[str] = "deepspeed"
 
     def __repr__(self) -> str:
-        return "ZeroEngine()"  # a job is the same on any number of ranks and in any stage
+        """A job is the same on any number of ranks and in any stage."""
+        return f"ZeroEngine({'' if self.balancing.plain else self.balancing.plan})"
 
     def begin(self, live: Joint, task: JointTask, settings: TrainSettings, job: TrainJob) -> ZeroRun:
         """See `Engine.begin`."""
@@ -47,6 +50,7 @@ class ZeroRun:
 
     def __init__(self, engine: ZeroEngine, live: Joint, task: JointTask, settings: TrainSettings) -> None:
         self.world, self.table, self.live, self.task, self.settings = engine.world, engine.table, live, task, settings
+        self.balancing = engine.balancing
         self.groups = _groups(live, settings)
         self.base_lr = [group["lr"] for group in self.groups]
         self.losses: dict[str, float] = {}
@@ -56,12 +60,14 @@ class ZeroRun:
         self._zero: Any = None
 
     def step(self, number: int, window: Sequence[Mixed]) -> Sums:
-        """See `Run.step`; afterwards ``losses`` is the mean loss of each task, ``tokens`` how many the step had on all ranks."""
+        """See `Run.step`; afterwards ``losses`` are of the tasks that were in it, ``tokens`` how many it had on all ranks."""
         zero = self.started()
         self.tokens = sum(mixed.tokens for mixed in window)
+        self.balancing.begin(zero, number, self.settings.batch_size)
         counts = sum((self.task.pool.counts(mixed.picks) for mixed in window), np.zeros(len(self.task.pool.names), np.int64))
         device = self.live.bank.store.device
-        scale = torch.tensor(self._weights(counts) / np.maximum(counts, 1) * self.world.size * len(window), device=device)
+        weights = self.balancing.weights(counts > 0).astype(np.float32)
+        scale = torch.tensor(weights / np.maximum(counts, 1) * self.world.size * len(window), device=device)
         sums = torch.zeros(len(counts), device=device)
         for place, mixed in enumerate(window):
             with autocast(self.settings, torch.device(device)):
@@ -70,37 +76,46 @@ class ZeroRun:
             sums += found.detach()
             if place == len(window) - 1:
                 self._check(number, sums, counts)
+                self.balancing.settle(zero, number)
                 self._rate(number)
             zero.step()
         self._steps += 1
         self._require_present()
+        losses = np.array([self.losses.get(name, np.nan) for name in self.task.pool.names])
+        self.balancing.learn(zero, number, losses, self.settings.batch_size)
         return Sums(float(sums.sum()), int(counts.sum()))
 
     def state(self) -> Arrays | None:
         """See `Run.state`: all ranks gather, rank 0 has it."""
         if self._zero is None:
             arrays: Arrays = {f"{name}|value": self.live.bank.flat(name).cpu().numpy().copy() for name in self.live.specs}
-            return arrays | self._moments if self.world.rank == 0 else None
+            return arrays | self._moments | self.balancing.arrays() if self.world.rank == 0 else None
         arrays = get_values(self.live.bank)
         for name in self.live.specs:
             arrays |= gather_moments(self._zero, self.live.bank, name)
-        arrays["steps"] = np.array(self._steps)
+        arrays |= self.balancing.arrays() | {"steps": np.array(self._steps)}
         return arrays if self.world.rank == 0 else None
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See `Run.restore`; comes before the first step."""
         for name in self.live.specs:
             self.live.bank.flat(name).copy_(torch.from_numpy(np.array(arrays[f"{name}|value"])))
+        self.balancing.restore(arrays)
         self._moments = {key: value for key, value in arrays.items() if key.rpartition("|")[2] in MOMENTS}
         self._steps = int(arrays["steps"]) if "steps" in arrays else 0
 
+    @property
+    def ended(self) -> bool:
+        """See `Ending.ended`: every task stopped early."""
+        return not self.balancing.going(self._steps).any()
+
+    @property
+    def told(self) -> Mapping[str, float]:
+        """What `Balancing.told` says of the last step."""
+        return self.balancing.told
+
     def gradient(self, steps: int) -> None:
         """A joint job keeps no mean gradient."""
-
-    def _weights(self, counts: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(T,) each task that is there weighs the same; they sum to 1."""
-        present = (counts > 0).astype(np.float32)
-        return present / max(float(present.sum()), 1.0)
 
     def started(self) -> Any:
         """DeepSpeed's engine, which starts at the first call; all ranks call at once."""
@@ -122,7 +137,7 @@ class ZeroRun:
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         means = sums.cpu().numpy() / np.maximum(counts, 1)
-        self.losses = {name: float(mean) for name, mean in zip(self.task.pool.names, means, strict=True)}
+        self.losses = {name: float(mean) for name, mean, terms in zip(self.task.pool.names, means, counts, strict=True) if terms}
         wrong = {name: loss for name, loss in self.losses.items() if not isfinite(loss)}
         if wrong:
             raise UpdateError(
@@ -131,9 +146,11 @@ class ZeroRun:
             )
 
     def _rate(self, number: int) -> None:
-        factor = schedule(self.settings, number)
-        for group, base in zip(self._zero.optimizer.param_groups, self.base_lr, strict=True):
-            group["lr"] = base * factor
+        """A task that has ended rests at rate 0, where neither momentum nor decay moves it."""
+        factor, names = schedule(self.settings, number), self.task.pool.names
+        ended = {name for name, going in zip(names, self.balancing.going(number), strict=True) if not going}
+        for group, base, own in zip(self._zero.optimizer.param_groups, self.base_lr, self.groups, strict=True):
+            group["lr"] = 0.0 if own["name"].partition("/")[0] in ended else base * factor
 
     def _require_present(self) -> None:
         """Nobody may have switched an adapter off: its gradient would be stale, or another's. Raises `AdapterError`."""

@@ -13,7 +13,9 @@ from fedpeft.adapters import Adapter, initial, make_spec
 from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import QUANTIZED
+from fedpeft.central.balancing import Balancing, Plan
 from fedpeft.central.engine import ZeroEngine, ZeroRun
+from fedpeft.central.held import divided
 from fedpeft.central.joint import Joint, JointTask
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.pool import Pool
@@ -51,6 +53,7 @@ class Prepared:
     pool: Pool
     adapters: Mapping[str, Adapter]
     shared: Adapter | None
+    held: Pool | None = None
 
     @property
     def every(self) -> dict[str, Adapter]:
@@ -102,14 +105,16 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
     """
     base = meta_base(config.base)
     tasks = {name: entry.task for name, entry in config.tasks.items()}
-    pool = Pool.of(tasks, {name: _encoded(config, name, base) for name in tasks})
+    data = {name: _encoded(config, name, base) for name in tasks}
+    pool = Pool.of(tasks, {name: kept for name, (kept, _) in data.items()})
+    held = Pool.of(tasks, {name: cast("Encoded", own) for name, (_, own) in data.items()}) if config.looks else None
     specs = {name: make_spec(name, base, config.method, task.head) for name, task in tasks.items()}
     adapters = {name: _start(initial(base, spec, config.seed), starts.get(name)) for name, spec in specs.items()}
     if not config.shared:
-        return Prepared(pool, adapters, None)
+        return Prepared(pool, adapters, None, held)
     name = f"{config.name}.shared"
     spec = make_spec(name, base, config.method, next(iter(tasks.values())).head)
-    return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)))
+    return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)), held)
 
 
 def load(config: CentralConfig, world: World, table: Mapping[str, Any]) -> Base:
@@ -163,8 +168,11 @@ def digest_of(pool: Pool) -> str:
 
 def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None) -> Outcome:
     with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
-        task = JointTask(config.name, ready.pool, shares_of(ready.pool, config.mixing), config.training.accumulate)
-        engine = Watched(ZeroEngine(table, world))
+        plan = Plan(config.balance, config.conflicts, config.validation if config.looks else None, ready.held, config.seed)
+        balancing = Balancing(plan, joint, world)
+        shares = shares_of(ready.pool, config.mixing)
+        task = JointTask(config.name, ready.pool, shares, config.training.accumulate, balancing.going)
+        engine = Watched(ZeroEngine(table, world, balancing))
         scorer = together(world, lambda: _scorer(config, joint, world, stage_of(table)))
         course = Course(config, world, engine, scorer, progress)
         job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, course.step, saved=course.save)
@@ -213,7 +221,7 @@ class Course:
         with self.clock.paused():
             self.scores = self.scorer() if step == steps or (every and step % every == 0) else {}
             if self.progress is not None:
-                self.progress(Report(step, steps, loss, run.losses, self.clock.seconds, speed, most_memory(), self.scores))
+                self.progress(Report(step, steps, loss, run.losses, self.clock.seconds, speed, most_memory(), self.scores, run.told))
 
     def save(self, step: int, job: str) -> None:
         """The loop wrote a checkpoint."""
@@ -234,12 +242,16 @@ class Course:
         return self.engine.run
 
 
-def _encoded(config: CentralConfig, name: str, base: Base) -> Encoded:
+def _encoded(config: CentralConfig, name: str, base: Base) -> tuple[Encoded, Encoded | None]:
+    """A task's examples to train on, and those held out."""
     entry = config.tasks[name]
     if entry.stream:
-        return stored(config.output / ENCODED, entry.task, entry.data, base, entry.cap)
-    rows = read_rows(entry.data, "train")
-    return cast("Encoded", entry.task.encode(rows[: entry.cap], base))
+        return stored(config.output / ENCODED, entry.task, entry.data, base, entry.cap), None
+    rows = read_rows(entry.data, "train")[: entry.cap]
+    if not config.looks:
+        return cast("Encoded", entry.task.encode(rows, base)), None
+    kept, held = (entry.task.encode(part, base) for part in divided(name, rows, config.validation.examples))
+    return kept, held
 
 
 def _start(fresh: Adapter, given: Adapter | None) -> Adapter:

@@ -19,7 +19,7 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.central.pool import Part, Places, Pool
-from fedpeft.central.sampling import dealt, windows
+from fedpeft.central.sampling import Going, dealt, windows
 from fedpeft.errors import AdapterError
 from fedpeft.mixtures import Bank, Gates
 from fedpeft.tasks.likelihood import packs, single_forward
@@ -46,7 +46,7 @@ class Joint:
         entries = [Entry(e.role, f"{adapter}/{e.name}", e.shape) for adapter, spec in self.specs.items() for e in spec.layout.entries]
         schema = hashlib.sha256("\n".join(f"{adapter} {spec.schema}" for adapter, spec in self.specs.items()).encode()).hexdigest()
         self.spec = JointSpec(name, Layout.of(entries), schema, next(iter(self.specs.values())).method)
-        self.model: nn.Module = JointModel(bank, pool)
+        self.model = JointModel(bank, pool)
 
     @staticmethod
     def attach(name: str, base: Base, pool: Pool, adapters: Mapping[str, Adapter], shared: Adapter | None = None) -> Joint:
@@ -64,6 +64,11 @@ class Joint:
         if set(roles) != self.spec.layout.roles:
             raise AdapterError(f"{self.spec.task}: a joint job trains all roles {sorted(self.spec.layout.roles)}, not {sorted(roles)}")
 
+    def split(self) -> torch.Tensor:
+        """From now on the shared adapter's gradients lie apart by task, (T, P). Raises `AdapterError` when none is shared."""
+        self.model.split = True
+        return self.bank.split(len(self.pool.names))
+
     def __enter__(self) -> Joint:
         return self
 
@@ -78,26 +83,30 @@ class JointModel(nn.Module):
         super().__init__()
         self.inner = bank.model
         self.bank, self.pool = bank, pool
+        self.split = False
 
     def forward(self, part: Part) -> torch.Tensor:
         """Sums (T,) in nats; the gates stay set until the next part, so that recomputed layers see them."""
         device = self.bank.store.device
         owners = part.owners.to(device)
+        self._use(part)
         if self.pool.generative:
-            self.bank.use(self._gates(part))
             losses, owners = single_forward(self.inner, part.batch), owners[part.batch.labels.to(device) != -100]
         else:
-            self.bank.use(Gates.rows([self.pool.names[owner] for owner in part.owners.tolist()]))
             inputs = {name: value.to(device) for name, value in part.batch.inputs.items()}
             logits = self.inner(**inputs).logits.float()
             losses = nn.functional.cross_entropy(logits, part.batch.labels.to(device), reduction="none")
         return losses.new_zeros(len(self.pool.names)).index_add(0, owners, losses)
 
-    def _gates(self, part: Part) -> Gates:
+    def _use(self, part: Part) -> None:
         """One adapter a token of a packed row, or a row of padded sequences."""
-        if packs(self.inner):
-            return Gates.tokens(self.pool.names, nn.functional.one_hot(part.owners, len(self.pool.names)).float())
-        return Gates.rows([self.pool.names[owner] for owner in part.owners[part.batch.inputs["position_ids"] == 0].tolist()])
+        names, owners = self.pool.names, part.owners
+        if self.pool.generative and packs(self.inner):
+            gates = Gates.tokens(names, nn.functional.one_hot(owners, len(names)).float())
+        else:
+            owners = owners[part.batch.inputs["position_ids"] == 0] if self.pool.generative else owners
+            gates = Gates.rows([names[owner] for owner in owners.tolist()])
+        self.bank.use(gates, lanes=owners.flatten().tolist() if self.split else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +133,18 @@ class Mixed:
 
 @dataclass(frozen=True)
 class JointTask:
-    """The tasks of a pool as one: ``batches`` are mixed, by ``shares``; ``accumulate`` of them make a step."""
+    """The tasks of a pool as one: ``batches`` are mixed, by ``shares``; ``accumulate`` of them make a step.
+
+    ``going`` says which tasks take part in a step (None: all); it is asked when the step's first batch is.
+    """
 
     name: str
     pool: Pool
     shares: Mapping[str, float]
     accumulate: int
+    going: Going | None = None
 
     def batches(self, data: Encoded, size: int, seed: int, epoch: int) -> Iterator[Mixed]:
         """Endless, so there is one epoch; micro-batches of ``size`` examples."""
-        for picks in windows(self.pool, self.shares, size * self.accumulate, seed):
+        for picks in windows(self.pool, self.shares, size * self.accumulate, seed, self.going):
             yield from (Mixed(self.pool, picks[start : start + size]) for start in range(0, len(picks), size))

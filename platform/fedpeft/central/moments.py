@@ -63,6 +63,18 @@ def set_moments(zero: Any, bank: Bank, arrays: Mapping[str, NDArray[Any]], steps
                 _set(zero, parameter, flat[spans[key]], moment)
 
 
+def set_gradient(zero: Any, parameter: Any, value: Tensor) -> None:
+    """Replace a parameter's gradient, after the last backward of a step and before the engine steps."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_local_grad
+
+        safe_set_local_grad(parameter, _own_part(parameter, value.reshape(-1)))
+    elif parameter.grad is not None:
+        parameter.grad.copy_(value)
+    else:
+        parameter.set_full_hp_grad(value)
+
+
 def _flat(bank: Bank, name: str, parts: Mapping[str, Any]) -> NDArray[np.float32]:
     layout = bank.spec(name).layout
     return np.concatenate([parts[key].float().cpu().numpy().ravel() for key in layout.names])

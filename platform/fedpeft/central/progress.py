@@ -27,6 +27,7 @@ SPAN = 20
 class Report:
     """One step: ``loss`` is the mean over all terms, ``losses`` that of each task, in nats; ``scores`` by task where they were taken.
 
+    ``told`` is what balancing says (`Balancing.told`).
     ``speed`` is real tokens (no padding) per second of all ranks, ``memory`` the most bytes that this rank has held at once: of its GPU,
     or of the process. Equal but for ``memory`` on all ranks.
     """
@@ -39,13 +40,16 @@ class Report:
     speed: float
     memory: int
     scores: Scores = field(default_factory=dict)
+    told: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
         """What is drawn, by name."""
         named = {"loss": self.loss, "tokens_per_second": self.speed, "memory_bytes": float(self.memory)}
         named |= {f"loss/{task}": loss for task, loss in self.losses.items()}
-        return named | {f"{metric}/{task}": value for task, found in self.scores.items() for metric, value in found.items()}
+        return (
+            named | dict(self.told) | {f"{metric}/{task}": value for task, found in self.scores.items() for metric, value in found.items()}
+        )
 
 
 Progress = Callable[[Report], None]
@@ -123,8 +127,16 @@ class Lines:
 def line_of(report: Report) -> str:
     """One step in one line."""
     tasks = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+    tasks = "  ".join([tasks, *(f"{name} {value:.3f}" for name, value in told_of(report).items())])
     rest = f"{report.speed:.0f} tokens/s  {report.memory / 2**30:.2f} GiB  {report.seconds:.0f} s"
     return f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {tasks}  {rest}"
+
+
+def told_of(report: Report) -> dict[str, float]:
+    """What balancing says, and of all cosines the smallest: pairs are many."""
+    cosines = {name: value for name, value in report.told.items() if name.startswith("cosine/")}
+    rest = {name: value for name, value in report.told.items() if name not in cosines}
+    return rest | (dict([min(cosines.items(), key=lambda pair: pair[1])]) if cosines else {})
 
 
 def scores_text(found: Mapping[str, float]) -> str:

@@ -6,7 +6,8 @@ are exact. A task's examples come in an order of their own, each once before any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from fedpeft.central.pool import Places, Pool
 from fedpeft.errors import ConfigError
 from fedpeft.training.mixing import Mixing
+
+Going = Callable[[int], NDArray[np.bool_]]
+"""Which tasks (T,) take part in a step, by its number."""
 
 BLOCK = 1 << 16
 """Up to so many examples are shuffled in memory; more are numbered through, so many at a time."""
@@ -30,8 +34,8 @@ def shares_of(pool: Pool, mixing: Mixing) -> dict[str, float]:
     return shares
 
 
-def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int) -> Iterator[Places]:
-    """The ``size`` examples of each optimizer step, endless.
+def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int, going: Going | None = None) -> Iterator[Places]:
+    """The ``size`` examples of each optimizer step; they end when no task is ``going`` any more, whose shares the others take.
 
     Raises:
         ConfigError: a step has fewer examples than there are tasks.
@@ -44,11 +48,14 @@ def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int) -> It
     rng = np.random.default_rng([seed, len(pool.names)])
     queues = [_examples(pool, task, seed) for task in range(len(pool.names))]
     wanted, owed = np.array([shares[name] for name in pool.names]) * size, np.zeros(len(pool.names))
-    while True:
-        owed += wanted
-        counts = _whole(owed, size)
+    for number in count():
+        left = np.ones(len(owed), np.bool_) if going is None else going(number)
+        if not left.any():
+            return
+        owed = np.where(left, owed + wanted * (1.0 if left.all() else size / wanted[left].sum()), 0.0)
+        counts = _whole(owed, size, left)
         owed -= counts
-        picks = np.array([next(queue) for queue, count in zip(queues, counts, strict=True) for _ in range(count)], np.int64)
+        picks = np.array([next(queue) for queue, several in zip(queues, counts, strict=True) for _ in range(several)], np.int64)
         yield rng.permutation(picks)
 
 
@@ -59,11 +66,11 @@ def dealt(pool: Pool, picks: Places, ranks: int) -> list[Places]:
     return list(order.T)
 
 
-def _whole(owed: NDArray[np.float64], size: int) -> Places:
-    """Whole numbers near ``owed`` that sum to ``size``, each at least 1: the largest remainders are rounded up."""
-    counts = np.maximum(np.floor(owed), 1).astype(np.int64)
+def _whole(owed: NDArray[np.float64], size: int, left: NDArray[np.bool_]) -> Places:
+    """Whole numbers near ``owed`` that sum to ``size``, each at least 1 where ``left``, else 0: the largest remainders are rounded up."""
+    counts = np.where(left, np.maximum(np.floor(owed), 1), 0).astype(np.int64)
     while counts.sum() != size:
-        gap = owed - counts
+        gap = np.where(left, owed - counts, -np.inf)
         if counts.sum() < size:
             counts[int(gap.argmax())] += 1
         else:
@@ -72,31 +79,29 @@ def _whole(owed: NDArray[np.float64], size: int) -> Places:
 
 
 def _examples(pool: Pool, task: int, seed: int) -> Iterator[int]:
-    first, count = int(pool.firsts[task]), len(pool.data[task])
-    epoch = 0
-    while True:
-        for places in _order(count, np.random.default_rng([seed, epoch, task])):
+    first, size = int(pool.firsts[task]), len(pool.data[task])
+    for epoch in count():
+        for places in _order(size, np.random.default_rng([seed, epoch, task])):
             yield from (first + places).tolist()
-        epoch += 1
 
 
-def _order(count: int, rng: np.random.Generator) -> Iterator[Places]:
-    """0 to ``count`` - 1 in an order that ``rng`` decides, some at a time.
+def _order(size: int, rng: np.random.Generator) -> Iterator[Places]:
+    """0 to ``size`` - 1 in an order that ``rng`` decides, some at a time.
 
     Many are not shuffled, which would hold all of them, but numbered through a permutation: a Feistel network (Luby & Rackoff 1988) on the
     next larger even number of bits, walked on while it leaves the range (Black & Rogaway 2002, section 3).
     """
-    if count <= BLOCK:
-        yield rng.permutation(count)
+    if size <= BLOCK:
+        yield rng.permutation(size)
         return
-    half = -(-(count - 1).bit_length() // 2)
+    half = -(-(size - 1).bit_length() // 2)
     keys = rng.integers(0, 1 << 63, ROUNDS, np.uint64)
-    for start in range(0, count, BLOCK):
-        places = np.arange(start, min(start + BLOCK, count), dtype=np.uint64)
+    for start in range(0, size, BLOCK):
+        places = np.arange(start, min(start + BLOCK, size), dtype=np.uint64)
         outside = np.ones(len(places), bool)
         while outside.any():
             places[outside] = _feistel(places[outside], keys, half)
-            outside = places >= count
+            outside = places >= size
         yield places.astype(np.int64)
 
 

@@ -13,14 +13,15 @@ from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import AdapterError
-from fedpeft.methods.targets import families, is_linear, linear_roles
 from fedpeft.mixtures.choice import check_way
-from fedpeft.mixtures.compile import compiled, heads_of
+from fedpeft.mixtures.compile import compiled, everyone, heads_of
 from fedpeft.mixtures.dense import Own
 from fedpeft.mixtures.gates import Gates
 from fedpeft.mixtures.heads import HeadHost, head_entries
-from fedpeft.mixtures.hosts import Family, Host
+from fedpeft.mixtures.hosts import Family, Host, families_of
+from fedpeft.mixtures.lanes import Lanes
 from fedpeft.mixtures.parts import parts_of
+from fedpeft.mixtures.plans import Share
 from fedpeft.mixtures.slabs import Slab, Store
 from fedpeft.mixtures.soft import NAME, SoftHost, kind_of
 from fedpeft.mixtures.state import State
@@ -46,9 +47,10 @@ class Bank:
         self._own: dict[str, Own] = {}
         self._soft: SoftHost | None = None
         self._attached = False
+        self._lanes: Lanes | None = None
         self._hosts: dict[str, Host] = {}
         self._heads: dict[str, HeadHost] = {}
-        self._families = self._family_of() if base.device != "meta" else {}
+        self._families = families_of(self.model) if base.device != "meta" else {}
 
     @staticmethod
     def attach(
@@ -96,23 +98,36 @@ class Bank:
         assert found is not None
         return found
 
-    def use(self, gates: Gates, heads: Sequence[str | None] | None = None) -> None:
+    def use(self, gates: Gates, heads: Sequence[str | None] | None = None, lanes: Sequence[int] | None = None) -> None:
         """Let ``gates`` decide from now on, and each row answer through the head of the adapter that ``heads`` names for it.
 
         Without ``heads`` a row's head is that of its own adapter (`Gates.rows`), or of the one with the largest weight
         (`Gates.weights`); for tokens and routers it must be said where the base classifies. None: the shared adapter's, or the shell's own.
+        ``lanes`` says through which lane of the shared adapter each row or token goes, after `split`.
 
         Raises:
-            AdapterError: an adapter is unknown, or terms differ in their number of rows.
+            AdapterError: an adapter is unknown, terms differ in their number of rows, or there are no lanes.
         """
         for name in gates.names | frozenset(name for name in heads or () if name is not None):
             self._find(name)
         shared = SHARED if SHARED in self.store.place else None
-        self.state.fixed, self.state.routed = compiled(gates, self.store, shared)
+        self.state.fixed, self.state.routed = compiled(gates, self.store, self._everywhere(shared, lanes))
         found = heads_of(gates) if heads is None else tuple(heads)
         self.state.heads = None if found is None else tuple(shared if name is None else name for name in found)
         self.state.version += 1
         self.gates = gates
+
+    def split(self, lanes: int) -> Tensor:
+        """The gradients of the shared adapter by lane (lanes, P), to which every backward pass adds; its own stays their sum.
+
+        Raises:
+            AdapterError: there is no shared adapter, or the bank is not dense.
+        """
+        slab, row = self._find(SHARED)
+        if not self.state.dense:
+            raise AdapterError("mixture: gradients lie apart by lane in a dense bank only; attach with dense=True")
+        self._lanes = Lanes.of(slab, row, lanes)
+        return self._lanes.grads
 
     def put(self, name: str, adapter: Adapter) -> None:
         """Add an adapter, or replace the one of that name; nothing else is touched. Raises `AdapterError` as `attach`."""
@@ -198,6 +213,14 @@ class Bank:
             raise AdapterError(f"mixture: no adapter {name!r} is attached; attached are {known[:12]}{'...' if len(known) > 12 else ''}")
         return self.store.place[name]
 
+    def _everywhere(self, shared: str | None, lanes: Sequence[int] | None) -> Share | None:
+        """What acts on every row."""
+        if lanes is None:
+            return None if shared is None else everyone(self.store, shared)
+        if self._lanes is None:
+            raise AdapterError("mixture: the shared adapter has no lanes; call split first")
+        return self._lanes.share(lanes)
+
     def _check(self, spec: AdapterSpec) -> None:
         check_base(self.base, spec)
         if spec.head.kind != self.head.kind:
@@ -236,14 +259,6 @@ class Bank:
             if name not in self._hosts:
                 family = self._families.setdefault(name, Family())
                 self._hosts[name] = Host(name, self._module(name), self.state, family)
-
-    def _family_of(self) -> dict[str, Family]:
-        names = [name for name in linear_roles(self.model) if is_linear(self.model.get_submodule(name))]
-        found: dict[str, Family] = {}
-        for group in families(self.model, names):
-            family = Family()
-            found |= dict.fromkeys(group, family)
-        return found
 
     def _module(self, name: str) -> Any:
         try:

@@ -16,19 +16,13 @@ SPARSE = 0.5
 """Weights with at most this share of entries other than 0 are multiplied pair by pair."""
 
 
-def compiled(gates: Gates, store: Store, shared: str | None) -> tuple[tuple[Share, ...], tuple[Routed, ...]]:
+def compiled(gates: Gates, store: Store, shared: Share | None) -> tuple[tuple[Share, ...], tuple[Routed, ...]]:
     """The shares that are known now, and the terms that a router decides. Raises `AdapterError` when terms differ in rows."""
     rows = {_rows(term) for term in gates.terms if term.kind != "routed"}
     if len(rows) > 1:
         raise AdapterError(f"gates: terms are for {sorted(rows)} rows; all terms of a mixture must be for the same batch")
-    fixed: list[Share] = []
+    fixed: list[Share] = [] if shared is None else [shared]
     routed: list[Routed] = []
-    if shared is not None:
-        slab, row = store.place[shared]
-        everyone = torch.ones(1, 1, device=slab.values.device)
-        found = pairs_of_weights(everyone, [row], slab.capacity)
-        assert found is not None
-        fixed.append(Share(slab, found))
     for term in gates.terms:
         if term.kind == "routed":
             routed.append(_routed(term, store))
@@ -37,6 +31,14 @@ def compiled(gates: Gates, store: Store, shared: str | None) -> tuple[tuple[Shar
     for share in fixed:
         check_soft(share, len(rows) == 0 or share.plan.units in (1, *rows))
     return tuple(fixed), tuple(routed)
+
+
+def everyone(store: Store, name: str) -> Share:
+    """The share by which ``name`` acts on whatever there is."""
+    slab, row = store.place[name]
+    found = pairs_of_weights(torch.ones(1, 1, device=slab.values.device), [row], slab.capacity)
+    assert found is not None
+    return Share(slab, found)
 
 
 def heads_of(gates: Gates) -> tuple[str | None, ...] | None:

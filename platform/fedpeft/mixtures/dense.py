@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedpeft.mixtures.lanes import Lanes
 from fedpeft.mixtures.slabs import Slab
 
 CHILD = "mixture"
@@ -48,6 +49,8 @@ class Holder(nn.Module):
 
     def forward(self, slab: Slab, name: str) -> Tensor:
         """The tensor ``name`` of all rows of a slab, (T, ...)."""
+        if isinstance(slab, Lanes):
+            return slab.split(name, self.rows[id(slab.source), name][slab.row])
         held = self.rows[id(slab), name]
         return cast(Tensor, Gather.apply(slab.view(name), list(held), *held.values()))  # type: ignore[no-untyped-call]
 

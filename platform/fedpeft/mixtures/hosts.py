@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
 from fedpeft.methods.frozen import Frozen
+from fedpeft.methods.targets import families, is_linear, linear_roles
 from fedpeft.mixtures.choice import Shape, way_for
 from fedpeft.mixtures.dense import CHILD, Holder
 from fedpeft.mixtures.mixing import Addend, Factors, mix
@@ -76,6 +77,15 @@ class Family:
             addends = tuple(addend for share in shares for addend in _addends(x, members, share)) if fused else ()
             self._work = (key, Work(members, shares, addends, fused))
         return self._work[1]
+
+
+def families_of(model: nn.Module) -> dict[str, Family]:
+    """The family of every linear layer that reads the same input as others, by the layer's name."""
+    names = [name for name in linear_roles(model) if is_linear(model.get_submodule(name))]
+    found: dict[str, Family] = {}
+    for group in families(model, names):
+        found |= dict.fromkeys(group, Family())
+    return found
 
 
 class Host:

@@ -14,6 +14,7 @@ from fedpeft.config import Section
 from fedpeft.errors import FedpeftError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.tasks import TASKS, Source
+from fedpeft.training.balancing import BALANCES
 from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
 from fedpeft.training.settings import TrainSettings
 from fedpeft.training.trackers import TRACKERS
@@ -102,9 +103,23 @@ class Checkpoints(Section):
     best: str | None = None
 
 
+class Validation(Section):
+    """Looks at rows held out of training: one before the first step, then one after every ``every`` steps.
+
+    At most ``examples`` rows a task are held out, and at most a fifth of its training rows. With ``patience`` a task ends early: at its so
+    many-th look in a row without a loss that is below the best one by more than ``min_delta`` nats.
+    """
+
+    every: int = Field(default=10, ge=1)
+    examples: int = Field(default=64, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+
 class CentralConfig(Section):
     """One central job: one adapter per task, and with ``shared`` another that acts on every task's rows beside it.
 
+    ``balance`` weighs the tasks' losses; ``conflicts`` says what becomes of gradients by which tasks disagree over the shared adapter.
     Paths are relative to the file once it came through `load_central`.
     """
 
@@ -115,6 +130,9 @@ class CentralConfig(Section):
     training: Annotated[Any, _record(TrainSettings, "training")] = TrainSettings()
     deepspeed: DeepSpeed = DeepSpeed()
     mixing: Annotated[Any, _reader(MIXINGS, "mixing")] = Proportional()
+    balance: Annotated[Any, _reader(BALANCES, "balance")] = BALANCES["equal"]()
+    conflicts: Literal["ignore", "report", "pcgrad"] = "ignore"
+    validation: Validation = Validation()
     tasks: dict[Name, CentralTask] = Field(min_length=1)
     shared: bool = False
     evaluate: Evaluate = Evaluate()
@@ -122,6 +140,11 @@ class CentralConfig(Section):
     track: tuple[Annotated[Any, _reader(TRACKERS, "track")], ...] = ()
     output: Path
     registry: Path | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether rows are held out of training."""
+        return bool(self.balance.looks) or self.validation.patience is not None
 
     @field_validator("deepspeed", mode="before")
     @classmethod
@@ -164,6 +187,24 @@ class CentralConfig(Section):
             raise ValueError(
                 f"checkpoints.best = {best!r}: less is better of the first metric of {sorted(lower)}, perplexity, but not of the others'; "
                 "give one task's name, or all tasks a first metric of one kind"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _looks_at_something(self) -> CentralConfig:
+        streamed = sorted(name for name, entry in self.tasks.items() if entry.stream)
+        if self.looks and streamed:
+            raise ValueError(
+                f"tasks {streamed} are streamed, of which no rows are held out as coba and validation.patience need; "
+                "set stream = false, another balance, or no patience"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conflicts_are_over_something(self) -> CentralConfig:
+        if self.conflicts != "ignore" and not self.shared:
+            raise ValueError(
+                f"conflicts = {self.conflicts!r}: tasks with adapters of their own alone cannot conflict; set shared = true, or 'ignore'"
             )
         return self
 

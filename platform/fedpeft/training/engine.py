@@ -59,6 +59,15 @@ class Private(Protocol):
         """What ``steps`` steps cost each example."""
 
 
+@runtime_checkable
+class Ending(Protocol):
+    """A run that may have learnt all that it will before its last step."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further step is to be done."""
+
+
 class Engine(Protocol):
     """Local, differentially private, or DeepSpeed."""
 

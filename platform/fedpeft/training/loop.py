@@ -17,7 +17,7 @@ from fedpeft.errors import DataError
 from fedpeft.training import checkpoint
 from fedpeft.training.checkpoint import Checkpoint, Tally
 from fedpeft.training.dp import DpEngine
-from fedpeft.training.engine import Engine, LocalEngine, Private, Run
+from fedpeft.training.engine import Ending, Engine, LocalEngine, Private, Run
 from fedpeft.training.modes import evaluating, training
 from fedpeft.training.settings import TrainJob, TrainResult, TrainSettings
 
@@ -30,7 +30,7 @@ ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "dp": DpEngine}
 
 
 def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: TrainJob, engine: Engine | None = None) -> TrainResult:
-    """Train ``job.roles`` of ``live`` for ``settings.steps`` optimizer steps, in place.
+    """Train ``job.roles`` of ``live`` for ``settings.steps`` optimizer steps, in place; fewer where the run says that it ended.
 
     The outcome is the same bits whether or not the job was killed and resumed from ``job.checkpoint`` on the way (but for an
     engine whose sampling and noise are secret, and so fresh), and the global random state is left as it was found. The
@@ -49,9 +49,10 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
         run = engine.begin(live, task, settings, job)
         start = tally = _resume(run, job, identity)
         clock = time.perf_counter() - start.seconds
-        for window in islice(_source(run, task, data, settings, job.seed), start.step, settings.steps):
+        source = islice(_source(run, task, data, settings, job.seed), start.step, settings.steps)
+        while not _ended(run) and (window := next(source, None)) is not None:
             tally = replace(_step(run, window, tally, job), seconds=time.perf_counter() - clock)
-            if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps):
+            if job.checkpoint and (tally.step % settings.save_every == 0 or tally.step == settings.steps or _ended(run)):
                 _save(job.checkpoint, identity, tally, run)
                 if job.saved:
                     job.saved(tally.step, identity)
@@ -111,6 +112,10 @@ def _step(run: Run, window: Sequence[Batch], tally: Tally, job: TrainJob) -> Tal
         examples=tally.examples + sum(batch.examples for batch in window),
         tokens=tally.tokens + sum(batch.tokens for batch in window),
     )
+
+
+def _ended(run: Run) -> bool:
+    return isinstance(run, Ending) and run.ended
 
 
 def _save(folder: Path, identity: str, tally: Tally, run: Run) -> None:

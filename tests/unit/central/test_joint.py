@@ -99,11 +99,33 @@ def test_a_mixed_batch_gives_the_sums_and_gradients_of_each_task_alone(base, joi
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_lanes_of_a_shared_adapter_hold_what_each_task_asks_of_it(base):
+    tasks = {name: Generation(name, metrics=("perplexity",)) for name in ROWS}
+    pool = Pool.of(tasks, {name: task.encode(ROWS[name], base) for name, task in tasks.items()})
+    adapters = {name: adapter(base, task, seed) for seed, (name, task) in enumerate(tasks.items())}
+    mixed = Mixed(pool, np.array([7, 0, 3, 10, 2]))
+    with Joint.attach("job", base, pool, adapters, adapter(base, Generation("s"), 9)) as live:
+        shared = live.bank.parameters("(shared)")
+        plain = live.model(mixed.part(0, 1))
+        alone = [torch.autograd.grad(loss, list(shared.values()), retain_graph=True) for loss in plain]
+        lanes, layout = live.split(), live.specs["(shared)"].layout
+        sums = live.model(mixed.part(0, 1))
+        torch.testing.assert_close(sums, plain)
+        whole = torch.autograd.grad(sums.sum(), list(shared.values()))
+    assert lanes.is_contiguous()
+    for name, own, *each in zip(shared, whole, *alone, strict=True):
+        torch.testing.assert_close(own, sum(each), rtol=1e-4, atol=1e-5)
+        for lane, wanted in zip(lanes, each, strict=True):
+            torch.testing.assert_close(lane[layout.spans[name]].view(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_that_was_switched_off_is_refused(base):
     task = Generation("a", metrics=("perplexity",))
     pool = Pool.of({"a": task, "b": task}, dict.fromkeys("ab", task.encode(ROWS["a"], base)))
     with Joint.attach("job", base, pool, {name: adapter(base, Generation(name), 0) for name in "ab"}) as live:
-        run = ZeroRun(SimpleNamespace(world=World(), table={}), live, JointTask("job", pool, {"a": 0.5, "b": 0.5}, 1), TrainSettings())
+        run = ZeroRun(
+            SimpleNamespace(world=World(), table={}, balancing=None), live, JointTask("job", pool, {"a": 0.5, "b": 0.5}, 1), TrainSettings()
+        )
         run._require_present()
         live.bank.train(["a"])
         with pytest.raises(AdapterError, match=r"\['b'\] were switched off"):

@@ -13,7 +13,7 @@ from fedpeft.adapters import Adapter, AdapterSpec
 from fedpeft.bases import HeadSpec
 from fedpeft.methods import Lora
 from fedpeft.mixtures import Gates
-from fedpeft.mixtures.compile import compiled
+from fedpeft.mixtures.compile import compiled, everyone
 from fedpeft.mixtures.hosts import Family, Host
 from fedpeft.mixtures.slabs import Store
 from fedpeft.mixtures.state import State
@@ -55,7 +55,7 @@ def forward(adapters, gates, x, way, *, dense=False, router=None):
     for slab, row in store.place.values():
         for name, part in slab.parts.items() if dense else ():
             hosts[name].holder.put(slab, row, part.names)
-    state.fixed, state.routed = compiled(gates, store, "(shared)" if "(shared)" in adapters else None)
+    state.fixed, state.routed = compiled(gates, store, everyone(store, "(shared)") if "(shared)" in adapters else None)
     outs = {name: getattr(model, name)(x) for name in OUT}
     sum((out * weights_of(out)).sum() for out in outs.values()).backward()
     for host in hosts.values():

@@ -1,0 +1,61 @@
+"""Rows held out of training, and the losses on them that balancing by convergence and early stops look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpeft.central.pool import Places, Pool
+from fedpeft.central.world import World
+from fedpeft.errors import DataError
+from fedpeft.tasks.protocol import Row
+from fedpeft.tasks.split import position, row_key
+from fedpeft.training.modes import evaluating
+
+SHARE = 5
+"""At most one training row in so many is held out."""
+
+
+def divided(name: str, rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and ``count`` held-out ones at most, chosen by hash: the same on every machine, spread over the file.
+
+    Raises:
+        DataError: there are too few to hold one out.
+    """
+    most = min(count, len(rows) // SHARE)
+    if not most:
+        raise DataError(
+            f"task {name}: {len(rows)} training rows, of which [validation] holds out a fifth; give {SHARE} or more, or leave it out"
+        )
+    keys = [(position(row_key(row)), place) for place, row in enumerate(rows)]
+    held = {place for _, place in sorted(keys)[:most]}
+    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in sorted(held)]
+
+
+def held_losses(zero: Any, model: nn.Module, pool: Pool, size: int, world: World) -> NDArray[np.float64]:
+    """Mean loss (T,) of each task of ``pool``; a collective of all ranks, which call the model equally often, ``size`` rows at a time."""
+    sums = torch.zeros(len(pool.names), dtype=torch.float64, device=world.device)
+    with evaluating(model), torch.no_grad():
+        for picks in _chunks(pool, size):
+            own = picks[world.rank :: world.size]
+            found = zero(pool.part(own if len(own) else picks[:1]))
+            sums += found.double() * bool(len(own))
+    if world.size > 1:
+        torch.distributed.all_reduce(sums)
+    return sums.cpu().numpy() / np.maximum(pool.counts(_every(pool)), 1)
+
+
+def _chunks(pool: Pool, size: int) -> list[Places]:
+    """All examples, from the longest on."""
+    every = _every(pool)
+    order = every[np.argsort(-pool.lengths_of(every), kind="stable")]
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _every(pool: Pool) -> Places:
+    return np.arange(pool.firsts[-1])
