@@ -21,6 +21,8 @@ from fedpeft.tensors import Flat, Layout, Tensors
 from fedpeft_client.store import Store
 
 PRIVATE, CONTROL, RESIDUAL = "private/", "control/", "residual/"
+NEWEST = ("", "newest")
+"""Stands where a run is named; no federation has an empty name."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class Own:
         """With what a codec kept back of the roles that travelled."""
         return Own({**self.values, **_named(residual, RESIDUAL)})
 
+    def private(self, layout: Layout) -> Tensors | None:
+        """The kept private tensors of ``layout``; None where a role is missing or of another size."""
+        spans = layout.role_spans
+        if any(PRIVATE + role not in self.values or self.values[PRIVATE + role].size != s.stop - s.start for role, s in spans.items()):
+            return None
+        return self._tensors(layout, PRIVATE)
+
     def after(self, private: Tensors, control: Tensors | None) -> Own:
         """With what a round left behind: ``private`` of the private roles, ``control`` of the roles that moved."""
         return Own({**self.values, **_named(private, PRIVATE), **({} if control is None else _named(control, CONTROL))})
@@ -65,7 +74,7 @@ class Own:
 
 @dataclass(frozen=True)
 class Personal:
-    """What is kept of every task of a run, in ``store``: two rounds. A run is named by federation and run id."""
+    """What is kept of every task of a run, in ``store``: two rounds, and the newest of all. A run is named by federation and run id."""
 
     store: Store
 
@@ -83,6 +92,14 @@ class Personal:
         kept = {**{done: before[done] for done in sorted(before)[-1:]}, number: own}
         blob = save({f"{done}/{name}": values for done, one in kept.items() for name, values in one.values.items()})
         self.store.put(_key(run, task), blob)
+        private = {name: values for name, values in own.values.items() if name.startswith(PRIVATE)}
+        if private:
+            self.store.put(_key(NEWEST, task), save(private))
+
+    def newest(self, task: str) -> Own:
+        """The private tensors that the last round of any run left of ``task``: the site answers with them. Raises `StorageError`."""
+        blob = self.store.get(_key(NEWEST, task))
+        return Own(load(blob) if blob else {})
 
     def _read(self, run: tuple[str, str], task: str) -> dict[int, Own]:
         blob, rounds = self.store.get(_key(run, task)), defaultdict[int, dict[str, Flat]](dict)

@@ -16,7 +16,7 @@ from fedpeft.errors import StorageError
 from fedpeft.registry import Registry
 from fedpeft.service import base_of
 from fedpeft.serving import Source
-from fedpeft_client.config import SiteBase, load_site
+from fedpeft_client.config import SiteBase, SiteConfig, load_site
 from fedpeft_client.serve.settings import Serve
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fedpeft.bases import Base
     from fedpeft.serving.backend import Backend
+    from fedpeft.serving.beside import Beside
 
 HERE = "registry"
 
@@ -37,14 +38,15 @@ def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str])
         BaseError: the base cannot be loaded, or cannot be served in batches.
         StorageError: the address is taken.
     """
-    settings, spec, device = _settings(site, registry, overrides)
+    config = None if site is None else load_site(site, overrides)
+    settings, spec, device = _settings((site, config), registry, overrides)
     settings.key_digests()
     listener = _listen(settings)
     with listener:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
         for noisy in ("httpx", "uvicorn.access"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        _answer(settings, spec, device, listener)
+        _answer((settings, spec, device), listener, config)
 
 
 class Alone(Section):
@@ -55,10 +57,12 @@ class Alone(Section):
     device: str = "auto"
 
 
-def _settings(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> tuple[Serve, BaseSpec, str]:
-    if site is not None:
-        config = load_site(site, overrides)
-        chosen = _at(config.serve, registry or config.serve.registry or str(site.resolve().parent / HERE))
+def _settings(
+    site: tuple[Path | None, SiteConfig | None], registry: str | None, overrides: Mapping[str, str]
+) -> tuple[Serve, BaseSpec, str]:
+    path, config = site
+    if path is not None and config is not None:
+        chosen = _at(config.serve, registry or config.serve.registry or str(path.resolve().parent / HERE))
         return chosen, config.base.spec(), config.device
     alone = _alone(overrides)
     chosen = _at(alone.serve, registry or alone.serve.registry or HERE)
@@ -102,10 +106,12 @@ def _listen(settings: Serve) -> socket.socket:
     return listener
 
 
-def _answer(settings: Serve, spec: BaseSpec, device: str, listener: socket.socket) -> None:
+def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> None:
     from fedpeft.bases import load_base
+    from fedpeft_client.serve.own import Own
 
-    with opened(settings, load_base(spec, device)) as backend:
+    settings, spec, device = what
+    with opened(settings, load_base(spec, device), Own(site) if site else None) as backend:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         name = f"http{'s' if settings.certificate else ''}://{host}:{listener.getsockname()[1]}"
         tasks = sorted(backend.catalog.served())
@@ -115,13 +121,13 @@ def _answer(settings: Serve, spec: BaseSpec, device: str, listener: socket.socke
         backend.close(settings.patience_seconds)
 
 
-def opened(settings: Serve, base: Base) -> Backend:
-    """A backend with everything that can be served now; what cannot is named in the log."""
+def opened(settings: Serve, base: Base, own: Beside | None = None) -> Backend:
+    """A backend with everything that can be served now, beside it what the site keeps for itself; what cannot be is named in the log."""
     from fedpeft.serving import Limits
     from fedpeft.serving.backend import Backend
 
     limits = Limits(settings.rows, settings.queue, settings.bite)
-    backend = Backend(base, source(settings), limits, settings.router)
+    backend = Backend(base, source(settings), limits, settings.router, own)
     try:
         backend.catalog.refresh()
     except BaseException:

@@ -21,7 +21,9 @@ class Serve(Section):
     every ``watch_seconds``. ``router`` decides for ``model = "auto"``. Loopback needs nothing; beyond it keys and TLS must be on
     (``behind_proxy`` says that a proxy before us ends TLS). ``keys`` is a file of one API key a line. ``rows`` requests run at once and
     ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of the others. ``patience_seconds`` is how long running
-    requests may go on when the server stops, ``stall_seconds`` how long one write to, or the body of, a caller may take.
+    requests may go on when the server stops, ``stall_seconds`` how long one write to, or the body of, a caller may take. Where training
+    left the site a private pair (FedDPA), a text's nearness to ``own_rows`` of the site's rows, times ``own_scale``, weighs it; with 0
+    rows it stays out.
     """
 
     registry: str | None = None
@@ -37,6 +39,8 @@ class Serve(Section):
     rows: int = Field(default=32, ge=1, le=4096)
     queue: int = Field(default=256, ge=0, le=100_000)
     bite: int = Field(default=512, ge=1)
+    own_rows: int = Field(default=16, ge=0, le=1024)
+    own_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_tokens: int = Field(default=4096, ge=1)
     max_inputs: int = Field(default=256, ge=1)
     max_body_kb: int = Field(default=1024, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpeft.errors import AdapterError, BaseError, FedpeftError
@@ -19,11 +19,15 @@ BASE, AUTO, TASK = "base", "auto", "task:"
 
 @dataclass(frozen=True)
 class Target:
-    """What answers: ``shares`` of tasks (none is the base alone), how that was decided, and the only task, where it is one."""
+    """What answers: ``shares`` of tasks (none is the base alone), how that was decided, and the only task, where it is one.
+
+    ``own`` is what the site's private pair counts beside the only task's version.
+    """
 
     shares: Mapping[str, float]
     route: Mapping[str, Any]
     served: Served | None = None
+    own: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -49,7 +53,18 @@ class Held:
 
 
 async def choose(backend: Backend, model: str, ours: Ours | None, text: str) -> Target:
-    """The target that ``model`` names. Raises `ApiError` (404) when there is no such model or task."""
+    """The target that ``model`` names, the site's private pair weighed by ``text``; to a mixture that is given nothing is added.
+
+    Raises:
+        ApiError: (404) there is no such model or task.
+    """
+    target = await _named(backend, model, ours, text)
+    if target.served is None or ours is not None or not text:
+        return target
+    return replace(target, own=await backend.own(target.served, text))
+
+
+async def _named(backend: Backend, model: str, ours: Ours | None, text: str) -> Target:
     if ours is not None:
         return _target(backend, ours.mixture, {"kind": "given"})
     if model == BASE:
@@ -66,7 +81,8 @@ async def choose(backend: Backend, model: str, ours: Ours | None, text: str) -> 
 def hold(backend: Backend, target: Target) -> Iterator[Held]:
     """The versions that serve ``target`` now; requests made inside share them. Raises `ApiError` (404) when a task is gone."""
     try:
-        held = Held(target, backend.catalog.take(target.shares))
+        mixture = backend.catalog.take(target.shares)
+        held = Held(target, backend.with_own(mixture, target.own) if target.served else mixture)
     except AdapterError as fault:
         raise ApiError(404, str(fault), "model_not_found", "model") from None
     try:

@@ -1,4 +1,4 @@
-"""A private pair beside the shared one (FedDPA, Yang et al. 2024, arXiv 2403.19211, with the two pairs at fixed weight)."""
+"""A private pair beside the shared one (FedDPA, Yang et al. 2024, arXiv 2403.19211)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PRIVATE = frozenset({"A2", "B2"})
 class FedDPA:
     """``y = W x + B A x + B2 A2 x``: every site trains both pairs together and keeps B2, A2; the rest moves as ``factors`` says.
 
-    The paper weighs the two by how near a request is to the site's rows; here both have weight 1, in training and after it.
+    Both have weight 1 in training and in its evaluations. A site that serves weighs its pair text by text (`routing.nearness`), adding
+    ``lambda_x B2 A2 x`` where the paper, whose pairs are trained apart, takes ``(1 - lambda_x)`` of the shared one as well.
     The private pair starts at zero, so a site that never trained answers with the shared one.
     """
 

@@ -5,6 +5,7 @@ Prompts are read with a tokenizer of their own on a thread of their own, because
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import threading
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedpeft.adapters import Adapter
 from fedpeft.errors import AdapterError
 from fedpeft.routing import Route
-from fedpeft.serving.catalog import Catalog, Source
+from fedpeft.serving.beside import OWN, Beside
+from fedpeft.serving.catalog import Catalog, Served, Source
 from fedpeft.serving.decoder import Decoder
 from fedpeft.serving.engine import Engine
 from fedpeft.serving.heads import Heads, bare
@@ -36,10 +38,11 @@ VIRTUAL = ("prompt", "prefix")
 class Backend:
     """Generation, embeddings and labels over a base and the versions of a registry; leave the ``with`` block to take it all down."""
 
-    def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain") -> None:
+    def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain", beside: Beside | None = None) -> None:
         from fedpeft.mixtures import Bank as Mixtures
 
-        self.base, self._router = base, router
+        self.base, self._router, self._beside = base, router, beside
+        self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None
         self._lock = threading.Lock()
         self._front = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
@@ -120,7 +123,24 @@ class Backend:
 
     def answer(self, text: str, mixture: Mixture, task: Any) -> Future[Any]:
         """What ``task`` itself says to ``text``; released as by `embed`."""
-        return self._asked(self._oneshots.answer, Question(text, next(iter(mixture)), task), mixture)
+        return self._asked(self._oneshots.answer, Question(text, mixture, task), mixture)
+
+    async def own(self, served: Served, text: str) -> float:
+        """What the server's own adapter beside a version counts for ``text``; 0 where it has none."""
+        if self._beside is None or served.name not in self._own:
+            return 0.0
+        return await self._beside.weight(served, text, self._embedded)
+
+    async def _embedded(self, text: str) -> Any:
+        ids = await asyncio.wrap_future(self.read(self.ids, text))
+        return await asyncio.wrap_future(self.embed(ids, {}))
+
+    def with_own(self, mixture: Mixture, weight: float) -> Mixture:
+        """``mixture``, held, of one version, with the server's own adapter beside it, held as well; the version stays the first."""
+        name = next(iter(mixture))
+        if weight == 0.0 or name not in self._own:
+            return mixture
+        return {**mixture, **self.catalog.share({name + OWN: weight})}
 
     def route(self, text: str) -> Future[Route]:
         """Where a text goes by the router that was named, over the cards of what is served now."""
@@ -184,6 +204,13 @@ class Backend:
         self.catalog.release(request.mixture)
 
     def _put(self, name: str, adapter: Adapter) -> None:
+        self._put_version(name, adapter)
+        own = None if self._beside is None else self._beside.adapter(adapter)
+        if own is not None:
+            self._bank.put(name + OWN, bare(own, self._head))
+            self._own |= {name}
+
+    def _put_version(self, name: str, adapter: Adapter) -> None:
         if adapter.spec.head.kind != "classification":
             return self._bank.put(name, adapter)
         self._bank.put(name, bare(adapter, self._head))
@@ -197,6 +224,9 @@ class Backend:
     def _remove(self, name: str) -> None:
         self._heads.remove(name)
         self._bank.remove(name)
+        if name in self._own:
+            self._own -= {name}
+            self._bank.remove(name + OWN)
 
 
 def _head(base: Base) -> HeadSpec:

@@ -34,7 +34,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids under a mixture; ``labels`` where the row is to be classified by the head of the mixture's only adapter."""
+    """Token ids under a mixture; ``labels`` where the row is to be classified by the head of the mixture's first adapter."""
 
     ids: tuple[int, ...]
     mixture: Mixture
@@ -43,10 +43,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Question:
-    """A text for a task that answers for itself, under the adapter ``name``."""
+    """A text for a task that answers for itself, under a mixture."""
 
     text: str
-    name: str
+    mixture: Mixture
     task: Task
 
 
@@ -100,7 +100,7 @@ class Oneshots:
         return [self._answer(question) for question in questions]
 
     def _answer(self, question: Question) -> str | FedpeftError:
-        self._bank.use(gates([{question.name: 1.0}]))
+        self._bank.use(gates([question.mixture]))
         try:
             return question.task.answer(self._bank.model, self._base, question.text)
         except DataError as fault:
