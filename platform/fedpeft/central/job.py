@@ -217,11 +217,11 @@ class Course:
     def step(self, step: int, loss: float) -> None:
         """The loop did ``step`` steps."""
         run, steps, every = self._run, self.config.training.steps, self.config.evaluate.every
-        speed = self.clock.step(run.tokens)
+        speed, seconds = self.clock.step(run.tokens), self.clock.seconds
         with self.clock.paused():
             self.scores = self.scorer() if step == steps or (every and step % every == 0) else {}
             if self.progress is not None:
-                self.progress(Report(step, steps, loss, run.losses, self.clock.seconds, speed, most_memory(), self.scores, run.told))
+                self.progress(Report(step, steps, loss, run.losses, seconds, speed, most_memory(), self.scores, run.told))
 
     def save(self, step: int, job: str) -> None:
         """The loop wrote a checkpoint."""

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,10 @@ class Keeper:
         return max(scored, key=lambda pair: (pair[0], -pair[1].step))[1] if scored else None
 
     def _merit(self, scores: Scores) -> float:
-        """More is better."""
+        """More is better; what is not a number is worst."""
         values = [_upward(self.headlines[name], scores[name]) for name in self._judges]
-        return min(values) if self.best == "worst" else sum(values) / len(values)
+        merit = min(values) if self.best == "worst" else sum(values) / len(values)
+        return -inf if isnan(sum(values)) else merit
 
     @property
     def _judges(self) -> list[str]:

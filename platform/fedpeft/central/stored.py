@@ -141,7 +141,7 @@ def _encoded(task: Task, rows: Sequence[Row], first: int, base: Base) -> Encoded
     try:
         return task.encode(rows, base)
     except DataError as fault:
-        raise DataError(f"{fault} (rows are counted from the {first}th on)" if first > 1 else str(fault)) from None
+        raise DataError(f"{fault} (counted from row {first} of the source on)" if first > 1 else str(fault)) from None
 
 
 def _arrays(data: Encoded, before: dict[str, int], *, generative: bool) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import nullcontext
+from math import nan
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,10 +66,10 @@ def test_the_latest_and_the_best_of_all_stay(tmp_path_factory, merits, keep, bes
 
 def test_less_perplexity_is_better_and_a_task_without_scores_is_named(tmp_path):
     keeper = Keeper(tmp_path, 1, "mean", {"a": "perplexity"})
-    for step, value in enumerate((3.0, 2.0, 2.5), 1):
+    for step, value in enumerate((nan, 3.0, 2.0, 2.5), 1):
         write(tmp_path, step)
         keeper.save("job", step, {"a": {"perplexity": value}})
-    assert keeper.chosen().step == 2
+    assert keeper.chosen().step == 3
     for best, refused in (("mean", True), ("worst", True), ("b", True), ("a", False), (None, False)):
         keeper = Keeper(tmp_path, 1, best, HEADLINES)
         with pytest.raises(DataError, match=r"tasks \['b'\] have no test rows") if refused else nullcontext():

@@ -23,7 +23,7 @@ from fedpeft.errors import DataError, StorageError
 from fedpeft.tasks import Choice, Classification, Encoded, Generation, Source, read_rows
 from fedpeft.tasks.rows import stream_rows
 from fedpeft.training.config import CentralTask
-from fedpeft.training.mixing import Equal, Proportional, Temperature
+from fedpeft.training.mixing import Equal, Explicit, Proportional, Temperature
 
 STORY = [{"prompt": f"Once {'upon a time ' * (i % 5)}", "completion": f"it slept {i}", "kind": "ab"[i % 2]} for i in range(90)]
 ASKED = [{"prompt": f"Is {i} big?", "choices": ["yes", "no", "maybe"][: 2 + i % 2], "answer": i % 2} for i in range(40)]
@@ -79,7 +79,7 @@ def test_a_pool_on_disk_is_the_pool_in_memory(base, tmp_path):
             assert all(np.array_equal(one, other) for one, other in zip(held[name].ids, kept[name].ids, strict=True))
             assert np.array_equal(kept[name].ids[-1], held[name].ids[-1])
         one, other = Pool.of(tasks, held), Pool.of(tasks, kept)
-        for mixing in (Proportional(), Temperature(3.0), Equal()):
+        for mixing in (Proportional(), Temperature(3.0), Equal(), Explicit({name: 1.0 + place for place, name in enumerate(tasks)})):
             drawn = [islice(windows(pool, shares_of(pool, mixing), 6, 1), 12) for pool in (one, other)]
             for ours, theirs in zip(*drawn, strict=True):
                 assert np.array_equal(ours, theirs)
