@@ -6,12 +6,14 @@ hold the task is a counter in the sum. What is not hidden: how long a site works
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import DataError
 from fedpeft.routing import BINS
+from fedpeft.routing.gaussians import CLOSENESS
+from fedpeft.routing.moments import MOMENTS, values_of
 from fedpeft.update import Counters, Update
 from fedpeft.wire.v1.federation_pb2 import Hello, Holding
 from fedpeft_client import answers
@@ -20,7 +22,7 @@ from fedpeft_client.plan import Work
 from fedpeft_client.shelf import Shelf, Split
 
 if TYPE_CHECKING:
-    from fedpeft.bases import Base
+    from fedpeft.bases import Encoder
 
 
 def holdings(hello: Hello) -> list[Holding]:
@@ -35,17 +37,21 @@ def holds(shelf: Shelf, task: str, splits: Iterable[Split]) -> bool:
     return False
 
 
-def blank(work: Work, base: Base) -> Answer:
+def blank(work: Work, encoder: Callable[[str], Encoder]) -> Answer:
     """The answer of a site that holds nothing of the task: zeros of weight 0, and all the counters that it would have, as zeros."""
     if not work.scores:
         return answers.of_update(work.plan.task, Update.zero(work.up, work.grid), 0.0, work.plan.adapter_digest)
-    return answers.of_counters(work.plan.task, _zeros(work, base), 0.0, work.plan.adapter_digest)
+    return answers.of_counters(work.plan.task, _zeros(work, encoder), 0.0, work.plan.adapter_digest)
 
 
-def _zeros(work: Work, base: Base) -> Counters:
+def _zeros(work: Work, encoder: Callable[[str], Encoder]) -> Counters:
     """Counters of an evaluation (see `fedpeft_client.rounds.evaluate`)."""
     lengths = {f"{whose}.{name}": length for whose in ("adapter", "base") for name, length in work.task.counted.items()}
-    if work.plan.want_embedding:
-        lengths |= {"embedding.sum": int(base.config.hidden_size), "embedding.count": 1}
+    if work.plan.want_embedding or work.plan.want_moments:
+        width = encoder(work.plan.encoder).width
+        lengths |= {"embedding.sum": width, "embedding.count": 1} if work.plan.want_embedding else {}
+        lengths |= {MOMENTS: values_of(width)} if work.plan.want_moments else {}
+    if work.plan.HasField("own"):
+        lengths[CLOSENESS] = BINS
     lengths |= {f"cosine.{centroid.task}": BINS for centroid in work.plan.centroids}
     return {name: (0.0,) * length for name, length in lengths.items()}

@@ -65,13 +65,15 @@ class Auth(Section):
 class Policy(Section):
     """What a plan may ask; an empty list or an absent number allows everything that key speaks about.
 
-    ``tasks`` empty means the tasks of ``[data]``. ``bases`` are fingerprint identities or model names. ``modules`` are patterns of the
+    ``tasks`` empty means the tasks of ``[data]``. ``bases`` are fingerprint identities or model names. ``encoders`` are what may embed rows
+    for routing beside the site's own base, by name; none where it is empty. ``modules`` are patterns of the
     tensors that may leave, as in ``*.attention.*``. ``max_epsilon`` at ``delta`` is what a task may spend at this site, over all runs.
     ``clip`` is the norm to which the site scales down what it trained before anything else is done to it, and ``noise`` the deviation,
     in multiples of ``clip``, of Gaussian noise that it adds by itself, whatever the plan says.
     """
 
     bases: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("minilm",)
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     max_rank: int = Field(default=256, ge=1)

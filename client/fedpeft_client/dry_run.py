@@ -14,11 +14,16 @@ import numpy as np
 from pydantic import Field
 
 from fedpeft import config
+from fedpeft.bases import meta_encoder
+from fedpeft.bases.base import OWN
 from fedpeft.errors import ConfigError, DataError, PolicyError
 from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
 from fedpeft.routing.cardfile import lora_modules
+from fedpeft.routing.gaussians import CLOSENESS
+from fedpeft.routing.moments import MOMENTS, values_of
+from fedpeft.routing.settings import Routing
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
 from fedpeft.tensors import Layout
@@ -156,7 +161,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     if examples == 0:
         raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
     shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
-    counters = {**TRAIN_COUNTERS, **_router(base), **(_gates(spec) if plain.routing.get("gates") else {})}
+    counters = {**TRAIN_COUNTERS, **_router(plain, base), **(_gates(spec) if plain.routing.get("gates") else {})}
     rank = rank_of(scheme, spec.method, site.policy.max_rank)
     upload, each = _upload(plain, up, phase.roles)
     ring = as_ring(_codec(plain, up.size))
@@ -209,6 +214,7 @@ def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, 
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,
         task_blind=plain.task_blind,
+        encoders=tuple(model for model in config.parse(plain.routing, Routing, "routing").encoder if model != OWN),
     )
 
 
@@ -233,10 +239,13 @@ def _codec(plain: Plain, size: int) -> Codec:
     return (as_ring(codec) or codec) if plain.masked else codec
 
 
-def _router(base: Base) -> dict[str, int]:
-    """Counters of an evaluation message: sums of scores, of embeddings, and a histogram of cosines."""
-    width = int(getattr(base.config, "hidden_size", 0))
-    return {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
+def _router(plain: Plain, base: Base) -> dict[str, int]:
+    """Counters of evaluation messages: sums of embeddings and of their products, and histograms of how near they are to the task."""
+    settings = config.parse(plain.routing, Routing, "routing")
+    width = meta_encoder(settings.encoder, base).width
+    found = {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
+    moments = settings.moments and plain.privacy in ("none", {"kind": "none"})
+    return found | ({MOMENTS: values_of(width), CLOSENESS: BINS} if moments else {})
 
 
 def _gates(spec: AdapterSpec) -> dict[str, int]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedpeft import config
+from fedpeft.bases.base import OWN
+from fedpeft.bases.encoders import models_of
 from fedpeft.errors import PrivacyError, UpdateError
 from fedpeft.privacy import promise
 from fedpeft.privacy.mechanism import Mechanism
@@ -224,6 +226,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         accounted=work.promise is not None or bool(site.policy.noise),
         modules=tuple(entry.name for entry in work.answer.entries),
         task_blind=plan.task_blind,
+        encoders=tuple(model for model in (models_of(plan.encoder) if plan.encoder else ()) if model != OWN),
     )
 
 

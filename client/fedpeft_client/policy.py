@@ -14,6 +14,7 @@ from fedpeft_client.config import SiteConfig
 class Ask:
     """What one task of a plan asks: ``base`` are identity and model name, ``modules`` the tensors that would leave.
 
+    ``encoders`` are models beside the base that would embed rows.
     ``accounted``: something protects the answer and is charged; ``epsilon`` is what the task has then spent, None before that is known.
     ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened. With
     ``task_blind`` a task that the site may not train is one that it holds nothing of.
@@ -31,6 +32,7 @@ class Ask:
     task_blind: bool = False
     epsilon: float | None = None
     modules: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
 
 
 Rule = Callable[[Ask, SiteConfig], str | None]
@@ -58,6 +60,12 @@ def _tasks(ask: Ask, site: SiteConfig) -> str | None:
 def _bases(ask: Ask, site: SiteConfig) -> str | None:
     allowed = site.policy.bases
     return None if not allowed or set(ask.base) & set(allowed) else f"asked {' '.join(ask.base)}, allowed {list(allowed)}"
+
+
+def _encoders(ask: Ask, site: SiteConfig) -> str | None:
+    allowed = site.policy.encoders
+    beyond = sorted(set(ask.encoders) - set(allowed))
+    return f"asked to embed rows with {beyond}, allowed {list(allowed)} beside the site's own base" if beyond else None
 
 
 def _methods(ask: Ask, site: SiteConfig) -> str | None:
@@ -120,6 +128,7 @@ def _at_most(asked: int, limit: int) -> str | None:
 RULES: dict[str, Rule] = {
     "tasks": _tasks,
     "bases": _bases,
+    "encoders": _encoders,
     "methods": _methods,
     "modules": _modules,
     "max_rank": _rank,

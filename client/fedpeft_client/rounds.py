@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,14 @@ from fedpeft.privacy.mechanism import protect
 from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.selftest import check_moved
-from fedpeft.routing import histogram
+from fedpeft.routing import counts_of, histogram
+from fedpeft.routing.gaussians import CLOSENESS, Gaussians
+from fedpeft.routing.moments import MOMENTS, halves, sums
 from fedpeft.schemes import Masks, SiteContext, ifca
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
 from fedpeft.update import Counters, Update, snap_counters
+from fedpeft.wire.spreads import spread_of
 from fedpeft.wire.v1.federation_pb2 import Centroid
 from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
@@ -30,7 +33,7 @@ from fedpeft_client.sending import Sent, contribution
 from fedpeft_client.shelf import Shelf
 
 if TYPE_CHECKING:
-    from fedpeft.bases import Base
+    from fedpeft.bases import Base, Encoder
 
 
 class WrongBase(BaseError):  # noqa: N818 - it says what happened, as its base does
@@ -39,12 +42,21 @@ class WrongBase(BaseError):  # noqa: N818 - it says what happened, as its base d
 
 @dataclass(frozen=True)
 class Bench:
-    """What a task works with: the warm base, the rows, who guards them, and who hears of progress (task, step)."""
+    """What a task works with: the warm base, the rows, who guards them, and who hears of progress (task, step); warm ``encoders``."""
 
     base: Base
     shelf: Shelf
     guard: Guard
     progress: Callable[[str, int], None] = lambda _task, _step: None
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+
+    def encoder(self, named: str) -> Encoder:
+        """What a plan says embeds rows: the base, or another model, loaded once. Raises `BaseError` when it is not here or another one."""
+        from fedpeft.bases import load_encoder
+
+        if named not in self.encoders:
+            self.encoders[named] = load_encoder(named, self.base)
+        return self.encoders[named]
 
 
 def check_base(work: Work, base: Base) -> None:
@@ -177,15 +189,21 @@ def score_base(work: Work, bench: Bench) -> Counters:
 
 
 def router_counters(work: Work, bench: Bench) -> dict[str, tuple[float, ...]]:
-    """The sum of the train rows' embeddings, and histograms of their cosines to each centroid of the plan."""
-    if not (work.plan.want_embedding or work.plan.centroids):
+    """Sums of the train rows' embeddings and of their products, and histograms of how near they are to what the plan knows of the task."""
+    plan = work.plan
+    if not (plan.want_embedding or plan.want_moments or plan.centroids or plan.HasField("own")):
         return {}
-    vectors = bench.shelf.vectors(work.task, bench.base)
+    vectors = bench.shelf.vectors(work.task, bench.encoder(plan.encoder))
     counters: dict[str, tuple[float, ...]] = {}
-    if work.plan.want_embedding:
+    if plan.want_embedding:
         counters["embedding.sum"] = tuple(vectors.sum(axis=0, dtype=np.float64).tolist())
         counters["embedding.count"] = (float(len(vectors)),)
-    return counters | _histograms(work.plan.centroids, vectors)
+    if plan.want_moments:
+        counters[MOMENTS] = tuple(sums(halves(vectors)[0]).tolist())
+    if plan.HasField("own"):
+        _, close = Gaussians.of([spread_of(plan.own)], spread_of(plan.pool)).read(halves(vectors)[1])
+        counters[CLOSENESS] = counts_of(close[:, 0])
+    return counters | _histograms(plan.centroids, vectors)
 
 
 def _histograms(centroids: Iterable[Centroid], vectors: NDArray[np.float32]) -> dict[str, tuple[float, ...]]:

@@ -15,11 +15,12 @@ from fedpeft.tasks import read_rows
 from fedpeft_client.config import SiteConfig
 
 if TYPE_CHECKING:
-    from fedpeft.bases import Base
+    from fedpeft.bases import Base, Encoder
     from fedpeft.tasks import Encoded, Row, Task
 
 Split = Literal["train", "test"]
-EMBEDDED = 256
+EMBEDDED = 1024
+"""Most rows of a task that are embedded."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Shelf:
             self._encoded[task.name, split] = known
         return known[1]
 
-    def vectors(self, task: Task, base: Base) -> NDArray[np.float32]:
-        """Embeddings (N, D) of train rows' texts, each of length 1; at most `EMBEDDED` rows, evenly spread, since a mean needs no more."""
-        if task.name not in self._vectors:
+    def vectors(self, task: Task, encoder: Encoder) -> NDArray[np.float32]:
+        """Embeddings (N, D) of train rows' texts by ``encoder``, each of length 1; at most `EMBEDDED` rows, evenly spread."""
+        key = f"{task.name} {encoder.encoder}"
+        if key not in self._vectors:
             rows = self.rows(task.name, "train")
-            self._vectors[task.name] = base.embed([task.text_of(row) for row in rows[:: -(-len(rows) // EMBEDDED)]])
-        return self._vectors[task.name]
+            self._vectors[key] = encoder.embed([task.text_of(row) for row in rows[:: -(-len(rows) // EMBEDDED)]])
+        return self._vectors[key]

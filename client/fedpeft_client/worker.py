@@ -34,7 +34,7 @@ from fedpeft_client.shelf import Shelf, Split
 from fedpeft_client.store import Held, Store, scratch, sweep
 
 if TYPE_CHECKING:
-    from fedpeft.bases import Base
+    from fedpeft.bases import Base, Encoder
     from fedpeft.privacy.secagg import Instance
 
 KEPT_PER_TASK = 8
@@ -78,6 +78,7 @@ class Worker:
     progress: Callable[[str, int], None] = lambda _what, _step: None
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
     _scores: dict[tuple[str, str, int], Counters] = field(default_factory=dict)
+    _encoders: dict[str, Encoder] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.site)
@@ -220,7 +221,7 @@ class Worker:
         rounds.check_base(work, self.base)
         beginning.start(work, envelope, self.adapters)
         self.held.put(task.task, task.adapter_digest)
-        answer = blind.blank(work, self.base)
+        answer = blind.blank(work, self._bench.encoder)
         keys = task.masking.step == Masking.STEP_KEYS
         sent = self.secure.keyed(asked, task, answer) if keys else self.secure.masked(asked, task, answer, vector_of(work, instance))
         return Done(sent, work)
@@ -276,7 +277,7 @@ class Worker:
 
     @property
     def _bench(self) -> Bench:
-        return Bench(self.base, self.shelf, self.guard, self.progress)
+        return Bench(self.base, self.shelf, self.guard, self.progress, self._encoders)
 
     def _record(self, kind: str, asked: RoundPlan, task: TaskPlan, done: Done) -> None:
         result = done.answer.result

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.bases import meta_encoder
+from fedpeft.bases.base import OWN
 from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
 from fedpeft.errors import BaseError, ConfigError, DataError
@@ -72,6 +74,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         AdapterError: the method finds nothing to attach to.
     """
     base = _base(config)
+    encoder = meta_encoder(config.routing.encoder, base)
     specs = {name: _spec(config, base, name) for name in config.tasks}
     for spec in specs.values():
         check_fit(config, spec.layout)
@@ -80,7 +83,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         name=config.name,
         seed=config.seed,
         rounds=config.rounds,
-        tasks={name: _task(config, base, specs[name]) for name in config.tasks},
+        tasks={name: _task(config, base, specs[name], encoder.width) for name in config.tasks},
         scheme=config.scheme,
         scheme_json=json.dumps(describe(config.scheme)),
         server=config.server,
@@ -95,6 +98,7 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         routing=config.routing,
         sharing=config.sharing,
         privacy=settings_of(config),
+        encoder=encoder.encoder,
     )
     return setup, RegistryPublisher(open_registry(config.registry_folder, config.control), specs, tables, type(config.scheme).kind)
 
@@ -154,6 +158,8 @@ def facts(config: FederationConfig, identity: str, tasks: Mapping[str, Any]) -> 
     starts = {name: describe(entry.start.how) for name, entry in config.tasks.items() if entry.start is not None}
     if starts:
         found["starts"] = starts
+    if config.routing.encoder != (OWN,):
+        found["encoder"] = list(config.routing.encoder)
     privacy = settings_of(config)
     if privacy is not None:  # the budget may be raised later: the noise stays what it was calibrated to
         found["privacy"] = describe(replace(privacy, epsilon=1.0))
@@ -204,7 +210,7 @@ def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
     return make_spec(name, base, config.method, task.head)
 
 
-def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
+def _task(config: FederationConfig, base: Base, spec: AdapterSpec, width: int) -> TaskSetup:
     task, seed = config.tasks[spec.task].task, start_seed(config.seed, spec.task, shared=config.sharing is not None)
     return TaskSetup(
         name=spec.task,
@@ -217,7 +223,7 @@ def _task(config: FederationConfig, base: Base, spec: AdapterSpec) -> TaskSetup:
         scores=task.scores,
         rows=task.name if task.name != spec.task else "",
         travel=lambda role: config.settings(spec.task).travel(role) * spec.method.lr_scale(role),
-        counters=lengths(len(task.head.labels), int(getattr(base.config, "hidden_size", 0)), spec.task, BINS),
+        counters=lengths(len(task.head.labels), width, spec.task, BINS),
     )
 
 

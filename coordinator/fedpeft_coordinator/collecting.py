@@ -18,7 +18,7 @@ from fedpeft.wire.v1.federation_pb2 import RoundReply, TaskResult
 from fedpeft_coordinator.state import Round
 from fedpeft_coordinator.transport import Answer, Failure
 
-MAX_COUNTERS, MAX_VALUES = 1024, 1 << 16
+MAX_COUNTERS, MAX_VALUES = 1024, 1 << 18
 """Names of counters, and values of one, that a site may send."""
 MAX_REASON = 300
 NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}

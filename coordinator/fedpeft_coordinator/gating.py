@@ -20,7 +20,7 @@ from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters
 from fedpeft.wire.masking import MAX_COUNTERS, MAX_VALUES
 from fedpeft.wire.v1.federation_pb2 import Gates
-from fedpeft_coordinator import gathering
+from fedpeft_coordinator import gathering, spreads
 from fedpeft_coordinator.exchange import Around
 from fedpeft_coordinator.requests import Writer
 from fedpeft_coordinator.scoring import part
@@ -81,13 +81,14 @@ def mean(counters: Counters, layout: Layout) -> Arrays:
 
 
 def router_card(row: TaskRound, tensors: Tensors, store: Store) -> RouterCard | None:
-    """The router card of a task with gates; None leaves it to what follows from the adapter alone."""
-    if not row.gates:
+    """The router card of a task with gates or second moments; None leaves it to what follows from the adapter alone."""
+    if not (row.gates or row.moments):
         return None
-    arrays = store.arrays(row.gates)
+    arrays = store.arrays(row.gates) if row.gates else {}
     gates = {name.removeprefix(GATE): values for name, values in arrays.items() if _is_gate(name)}
     counts = {name.removeprefix(SCORE): tuple(values.tolist()) for name, values in arrays.items() if name.startswith(SCORE)}
-    return derive(tensors, None if row.card is None else Card.from_json(row.card), gates, counts)
+    card = derive(tensors, None if row.card is None else Card.from_json(row.card), gates, counts)
+    return spreads.added(card, store.arrays(row.moments)) if row.moments else card
 
 
 def _is_gate(name: str) -> bool:

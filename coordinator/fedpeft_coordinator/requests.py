@@ -17,7 +17,7 @@ from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.envelope import control_key
 from fedpeft.wire.masking import purpose
-from fedpeft.wire.v1.federation_pb2 import Centroid, Gates, Masking, RoundPlan, TaskPlan
+from fedpeft.wire.v1.federation_pb2 import Centroid, Gates, Masking, RoundPlan, Spread, TaskPlan
 from fedpeft_coordinator.planning import Load, changed_since, codec_of, counted, expected, grid_of, mechanism_of, phase_of
 from fedpeft_coordinator.setup import Setup, TaskSetup
 from fedpeft_coordinator.state import Round, Site, TaskRound
@@ -32,7 +32,7 @@ class Writer:
     """Writes the requests of one exchange; each distinct array is packed once, however many sites get it.
 
     ``masking`` is what a site (first) is told of a task's masked sum, where the answers go into one. With ``gates`` an evaluation trains
-    gates instead of scoring.
+    gates instead of scoring; ``spreads`` are what closeness is measured by, where it is asked.
     """
 
     setup: Setup
@@ -45,6 +45,7 @@ class Writer:
     centroids: Centroids = field(default_factory=dict)
     masking: Callable[[str, str], Masking | None] = lambda _site, _task: None
     gates: Gates | None = None
+    spreads: Mapping[str, tuple[Spread, Spread]] = field(default_factory=dict)
     _packed: dict[tuple[str, str, tuple[str, ...]], bytes] = field(default_factory=dict)
     _controls: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
@@ -139,9 +140,15 @@ class Writer:
         return {control_key(plan.task): packed}
 
     def _want_card(self, message: TaskPlan) -> None:
-        """Ask for embeddings until the task's centroid is known; then for the cosines to it."""
+        """Ask for sums of embeddings until the task's centroid is known; then for the cosines to it, and for closeness."""
         centroid = self.centroids.get(message.task)
+        message.encoder = "" if self.setup.own_encoder else self.setup.encoder
         message.want_embedding = centroid is None
+        message.want_moments = centroid is None and self.setup.moments
+        if message.task in self.spreads:
+            own, pool = self.spreads[message.task]
+            message.own.CopyFrom(own)
+            message.pool.CopyFrom(pool)
         if centroid is not None:
             message.centroids.append(Centroid(task=message.task, values=centroid))
 

@@ -64,7 +64,7 @@ class Coordinator:
         self._scaling = Scaling(self.setup, self.store)
         self._secure = self._masks()
         self._private = private_of(self.setup, self.run_id, self.journal, self.store.root.parent)
-        self._rater = Rater(self.setup, self.journal, self._around, self._writer, self._secure, self._private)
+        self._rater = Rater(self.setup, self.journal, self._around, self._writer, self._secure, self._private, self.store)
         self._cache: dict[str, Tensors] = {}
         self._advance = Advance(self.setup, self.store, self._load, self._remember)
 
@@ -252,7 +252,7 @@ class Coordinator:
     def _publish(self, done: Round) -> Round:
         if self.publisher is not None and self._due(done.number):
             done = self._versions(done)
-        self.store.prune(done.blobs)
+        self.store.prune(done.blobs | self._rater.spreads.blobs)
         if self._private is not None:
             self._private.prune(done)
         self.events("round", round=done.number, rounds=self.setup.rounds, tasks=summary(done))

@@ -33,12 +33,12 @@ def direction(counters: Counters) -> tuple[float, ...] | None:
         return None
 
 
-def card(task: str, counters: Counters, centre: tuple[float, ...] | None, base: str = "") -> Mapping[str, Any] | None:
-    """The router card, for embeddings by ``base`` (its identity); None when sites sent none, or other histograms than asked for."""
+def card(task: str, counters: Counters, centre: tuple[float, ...] | None, encoder: str = "") -> Mapping[str, Any] | None:
+    """The router card, for embeddings by ``encoder``; None when sites sent none, or other histograms than asked for."""
     cosines = counters.get(f"cosine.{task}", ())
     if centre is None or not cosines:
         return None
     try:
-        return Card(centre, calibrate(cosines), int(sum(cosines)), f"base@{base}" if base else "", tuple(cosines)).to_json()
+        return Card(centre, calibrate(cosines), int(sum(cosines)), encoder, tuple(cosines)).to_json()
     except AdapterError:
         return None

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
+from fedpeft.bases.base import OWN
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.secagg import Instance
 from fedpeft.privacy.settings import Client, Example
@@ -92,9 +93,9 @@ class SecureAggregation:
 class Setup:
     """Everything that rounds need and that does not change while they run.
 
-    ``identity`` is the base that a site must hold (empty accepts any); ``combine`` None is the sum, ``secure`` None lets sites send
-    their parts of it in the clear, ``privacy`` None adds no noise. ``facts`` is what may not change between two starts on one state
-    folder; the journal remembers it, and ``renew`` brings what it remembers up to date.
+    ``identity`` is the base that a site must hold (empty accepts any), ``encoder`` what embeds rows, as router cards name it; ``combine``
+    None is the sum, ``secure`` None lets sites send their parts of it in the clear, ``privacy`` None adds no noise. ``facts`` is what may
+    not change between two starts on one state folder; the journal remembers it, and ``renew`` brings what it remembers up to date.
     """
 
     name: str
@@ -115,6 +116,17 @@ class Setup:
     routing: Routing = field(default_factory=Routing)
     sharing: Sharing | None = None
     privacy: Client | Example | None = None
+    encoder: str = ""
+
+    @property
+    def moments(self) -> bool:
+        """Whether second moments of embeddings are asked for; never under privacy, since nothing pays for their release."""
+        return self.routing.moments and self.privacy is None
+
+    @property
+    def own_encoder(self) -> bool:
+        """Whether every site's base embeds its rows."""
+        return self.routing.encoder == (OWN,)
 
     @property
     def task_blind(self) -> bool:

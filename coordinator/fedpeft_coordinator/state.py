@@ -52,6 +52,7 @@ class TaskRound:
     drift: Mapping[str, float] = field(default_factory=dict)
     sealed: str = ""
     gates: str = ""
+    moments: str = ""
     group: str = ""
     alone: str = ""
     gain: Mapping[str, float] = field(default_factory=dict)
@@ -109,7 +110,7 @@ class Round:
     def blobs(self) -> set[str]:
         """Digests in the store that the next round may need."""
         rows = self.tasks.values()
-        named = ((row.before, row.after, row.state, row.state_after, row.told, row.gates, *row.means.values()) for row in rows)
+        named = ((row.before, row.after, row.state, row.state_after, row.told, row.gates, row.moments, *row.means.values()) for row in rows)
         return {blob for blobs in named for blob in blobs if blob}
 
     def at(self, step: Step, **tasks: TaskRound) -> Round:

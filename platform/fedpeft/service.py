@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedpeft.adapters import Adapter
-    from fedpeft.bases import Base, BaseSpec
+    from fedpeft.bases import Base, BaseSpec, Encoder
     from fedpeft.mixtures import Bank
     from fedpeft.tasks import Row, Task
 
@@ -100,8 +100,8 @@ class Service:
         return common_encoder({name: card.card for name, card in self.cards.items() if card.card is not None})
 
     @cached_property
-    def encoder(self) -> Base:
-        """The model that embeds requests: the base, or the small encoder that the cards name. Raises `BaseError` when it is not here."""
+    def encoder(self) -> Encoder:
+        """What embeds requests, as the cards name it: the base, a small encoder, or both. Raises `BaseError` when it is not here."""
         from fedpeft.bases import load_encoder
 
         return load_encoder(self.named_encoder, self.base)

@@ -101,7 +101,9 @@ def test_gates_under_masks_are_those_in_the_clear_and_a_restart_changes_nothing(
     assert all(np.abs(gate).max() > 0 for gate in card.gates.values())
     assert all(card.gates[module].tobytes() == other.gates[module].tobytes() for module in modules)
     assert card.counts == other.counts
-    assert set(card.counts) == {"gate", "arrow"}
+    assert set(card.counts) == {"gate", "arrow", "mahalanobis"}
+    assert card.moments.count == sum(card.counts["mahalanobis"]) == training_rows(clear) / 2
+    assert card.moments.covariance.tobytes() == other.moments.covariance.tobytes()
     assert sum(card.counts["gate"]) == training_rows(clear)
     assert card.card is not None
     assert card.card.encoder == base.encoder
@@ -130,4 +132,5 @@ def test_a_dry_run_tells_the_site_of_gates(tmp_path: Path, base: Base) -> None:
     )
     (told,) = forecast(load_site(ours.folder / "north.toml"), read_plan(tmp_path / "f.toml"))
     assert told.counters["gate.bert.encoder.layer.0.attention.self.query"] == 384
-    assert told.counters["score.arrow"] == 64
+    assert told.counters["score.arrow"] == told.counters["closeness"] == 64
+    assert told.counters["embedding.moments"] == 385 * 386 // 2

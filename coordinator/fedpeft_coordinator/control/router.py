@@ -16,6 +16,7 @@ from fedpeft.registry import Registry, Version, router_card
 from fedpeft.registry.manifest import SIGNATURE
 from fedpeft.routing import FILE, Request, RouterCard, make_router
 from fedpeft.routing import Route as Found
+from fedpeft.routing.policies import by_embedding
 from fedpeft.v1 import router_pb2 as pb
 from fedpeft.v1.registry_pb2 import Version as Row
 from fedpeft.v1.router_pb2_grpc import RouterServicer
@@ -112,7 +113,7 @@ class RouterService(RouterServicer):
             return make_router("task", cards).route(Request(request.task))
         if kind == "embedding":
             vector = np.asarray(request.embedding.values, np.float32)
-            return make_router(request.router or "centroid", cards).route(Request.of(vector, request.embedding.encoder))
+            return make_router(request.router or by_embedding(cards), cards).route(Request.of(vector, request.embedding.encoder))
         if self.texts is None:
             raise AbsentError("router: this server reads no texts (control.embed = false); send an embedding, or route by the Cards")
         return make_router(request.router or "chain", cards).route(self.texts(served, request.text))

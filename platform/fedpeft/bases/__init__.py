@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases.base import Base
+from fedpeft.bases.encoders import Encoder, make_encoder, named_encoder
 from fedpeft.bases.fingerprint import fingerprint
 from fedpeft.bases.quiet import hush
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.spec import BaseSpec, Family, Fingerprint, HeadSpec, Quantization
-from fedpeft.errors import BaseError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     "LOADS",
     "Base",
     "BaseSpec",
+    "Encoder",
     "Family",
     "Fingerprint",
     "HeadSpec",
@@ -27,6 +28,7 @@ __all__ = [
     "load_base",
     "load_encoder",
     "meta_base",
+    "meta_encoder",
     "module_roles",
     "outline_base",
     "resolve_model",
@@ -53,22 +55,18 @@ def load_base(spec: BaseSpec, device: str = "auto", *, zero: Mapping[str, Any] |
     return base
 
 
-def load_encoder(named: str, base: Base) -> Base:
-    """The model that ``named`` (``model@identity``, as router cards say it) embeds with: ``base`` itself where it is that or empty.
+def load_encoder(named: str, own: Encoder) -> Encoder:
+    """What ``named`` (``model@identity``, as router cards say it, several with ``+`` between them) embeds with; ``own`` where it is empty.
 
     Raises:
         BaseError: that encoder cannot be found, or is another one here.
     """
-    if named in ("", base.encoder):
-        return base
-    model, _, identity = named.partition("@")
-    found = load_base(BaseSpec(model=model))
-    if found.fingerprint.identity != identity:
-        raise BaseError(
-            f"the router cards were made with {model} {identity[:12]}, {model} here is {found.fingerprint.identity[:12]}; "
-            "get the same weights and tokenizer"
-        )
-    return found
+    return named_encoder(named, own, lambda model: load_base(BaseSpec(model=model)))
+
+
+def meta_encoder(models: Sequence[str], base: Base) -> Encoder:
+    """The encoders ``models`` side by side without weights: enough for their name and width. Raises `BaseError` as `load_base`."""
+    return make_encoder(models, base, lambda model: meta_base(BaseSpec(model=model)))
 
 
 def meta_base(spec: BaseSpec) -> Base:

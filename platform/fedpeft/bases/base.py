@@ -77,6 +77,11 @@ class Base:
         """What router cards call this base where it embeds its own texts."""
         return f"{OWN}@{self.fingerprint.identity}"
 
+    @property
+    def width(self) -> int:
+        """Values of an embedding."""
+        return int(self.config.get_text_config().hidden_size)
+
     def require_free(self, what: str) -> None:
         """Raise `BaseError` when an adapter is attached."""
         if self.holder is not None:

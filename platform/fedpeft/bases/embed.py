@@ -21,7 +21,7 @@ def embed(base: Base, texts: Sequence[str]) -> NDArray[np.float32]:
     if base.device == "meta":
         raise BaseError(f"embed: base {base.spec.model} was built without weights; use load_base")
     rows = [tokens(base, text) for text in texts]
-    out = np.zeros((len(rows), int(base.config.get_text_config().hidden_size)), np.float32)
+    out = np.zeros((len(rows), base.width), np.float32)
     with torch.no_grad(), evaluating(base.trunk):
         for batch in _batches(rows):
             out[batch] = _forward(base, [rows[index] for index in batch])

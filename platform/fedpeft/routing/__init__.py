@@ -6,7 +6,7 @@ from fedpeft.routing.cardfile import FILE, RouterCard, derive
 from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, histogram, make_card
 from fedpeft.routing.chain import Calibrated, Chain, Within, thresholds
 from fedpeft.routing.fewshot import FewShot
-from fedpeft.routing.moments import Moments, Pool
+from fedpeft.routing.moments import Moments, pooled
 from fedpeft.routing.policies import make_router
 from fedpeft.routing.requests import Request, Route, Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, FixedRouter, MahalanobisRouter, MeanRouter, TaskRouter
@@ -43,7 +43,6 @@ __all__ = [
     "MahalanobisRouter",
     "MeanRouter",
     "Moments",
-    "Pool",
     "Request",
     "Route",
     "Router",
@@ -59,5 +58,6 @@ __all__ = [
     "histogram",
     "make_card",
     "make_router",
+    "pooled",
     "thresholds",
 ]

@@ -13,8 +13,10 @@ from functools import lru_cache
 import numpy as np
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing.moments import Exact, Moments, Pool, Rows, narrowed
+from fedpeft.routing.moments import Exact, Moments, Rows, narrowed, pooled
 
+CLOSENESS = "closeness"
+"""The counter of histograms of own texts' closeness."""
 PRIOR = 6.0
 """The pool's covariance counts as much as this many texts of the task for each value of an embedding."""
 RELATIVE = 0.75
@@ -52,18 +54,18 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """``tasks``, and the ``background``: the pool's covariance around the centre of all tasks."""
+    """``tasks``, and the ``background``: the covariance inside tasks around the centre of all of them."""
 
     tasks: tuple[Gaussian, ...]
     background: Gaussian
 
     @staticmethod
-    def of(tasks: Sequence[Moments], pool: Pool) -> Gaussians:
-        """Densities of ``tasks`` beside ``pool``. Raises `AdapterError` when their widths differ."""
-        if any(task.width != len(pool.center) for task in tasks):
-            raise AdapterError(f"moments: tasks of {[task.width for task in tasks]} values beside a pool of {len(pool.center)}")
+    def of(tasks: Sequence[Moments], pool: Moments) -> Gaussians:
+        """Densities of ``tasks`` beside what `pooled` makes of all. Raises `AdapterError` when their widths differ."""
+        if any(task.width != pool.width for task in tasks):
+            raise AdapterError(f"moments: tasks of {[task.width for task in tasks]} values beside a pool of {pool.width}")
         fitted = tuple(Gaussian.of(task.mean, shrunk(_blended(task, pool), pool.count)) for task in tasks)
-        return Gaussians(fitted, Gaussian.of(pool.center, shrunk(pool.within, pool.count)))
+        return Gaussians(fitted, Gaussian.of(pool.mean, shrunk(pool.covariance, pool.count)))
 
     def read(self, embeddings: Rows) -> tuple[Exact, Exact]:
         """Of each text (N, D) and task the log-density, up to a constant, and the closeness, both (N, E).
@@ -86,7 +88,7 @@ class Gaussians:
 @lru_cache(maxsize=8)
 def gaussians(tasks: tuple[Moments, ...]) -> Gaussians:
     """Densities of ``tasks`` in a pool of their own; kept, since routers are made anew for every request."""
-    return Gaussians.of(tasks, Pool.of(tasks))
+    return Gaussians.of(tasks, pooled(tasks))
 
 
 def shrunk(covariance: Exact, count: float) -> Exact:
@@ -97,6 +99,6 @@ def shrunk(covariance: Exact, count: float) -> Exact:
     return (1.0 - share) * covariance + share * trace / width * np.eye(width)
 
 
-def _blended(task: Moments, pool: Pool) -> Exact:
+def _blended(task: Moments, pool: Moments) -> Exact:
     own = task.count / (task.count + PRIOR * task.width)
-    return own * task.covariance + (1.0 - own) * pool.within
+    return own * task.covariance + (1.0 - own) * pool.covariance

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedpeft.errors import AdapterError
 
+MOMENTS = "embedding.moments"
+"""The counter of `sums`."""
 WIDEST = 512
 """Values of an embedding that are kept: a triangle of more would cost megabytes."""
 Rows = NDArray[np.floating[Any]]
@@ -105,21 +107,16 @@ def halves(embeddings: Rows) -> tuple[Rows, Rows]:
     return embeddings[::2], embeddings[1::2] if len(embeddings) > 1 else embeddings
 
 
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """Of all tasks: ``center`` (D,), the mean of their means, and ``within`` (D, D), the covariance inside them; of ``count`` texts."""
+def pooled(tasks: Iterable[Moments]) -> Moments:
+    """What ``tasks`` share: the mean of their means, and the covariance inside them, over all their texts.
 
-    count: float
-    center: Exact
-    within: Exact
-
-    @staticmethod
-    def of(tasks: Iterable[Moments]) -> Pool:
-        """The pool of ``tasks``. Raises `AdapterError` when their widths differ, or there is none."""
-        known = list(tasks)
-        widths = sorted({one.width for one in known})
-        if len(widths) != 1:
-            raise AdapterError(f"moments: {len(known)} tasks with embeddings of {widths} values; make all cards with one encoder")
-        count = sum(one.count for one in known)
-        within = sum((one.count * one.covariance for one in known), np.zeros(())) / max(count - len(known), 1.0)
-        return Pool(count, np.mean([one.mean for one in known], axis=0), np.asarray(within))
+    Raises:
+        AdapterError: their widths differ, or there is none.
+    """
+    known = list(tasks)
+    widths = sorted({one.width for one in known})
+    if len(widths) != 1:
+        raise AdapterError(f"moments: {len(known)} tasks with embeddings of {widths} values; make all cards with one encoder")
+    count = sum(one.count for one in known)
+    within = sum((one.count * one.covariance for one in known), np.zeros(())) / max(count - len(known), 1.0)
+    return Moments(count, np.mean([one.mean for one in known], axis=0), np.asarray(within))

@@ -37,9 +37,8 @@ def make_router(kind: str, cards: Cards) -> Router:
         AdapterError: no such router, or none of the adapters has what it needs.
     """
     if kind == "chain":
-        settled = _mahalanobis(cards)
-        if settled is not None and all(card.moments and settled.kind in card.counts for card in cards.values()):
-            return Chain((_task(cards), settled))
+        if by_embedding(cards) == MahalanobisRouter.kind:
+            return Chain((_task(cards), make_router(MahalanobisRouter.kind, cards)))
         known, near = _centroids(cards), Chain(_of_chain(NEAR, cards))
         return Chain((*_of_chain(FIRST, cards), *((Within(near, known),) if known and near.routers else ())))
     if kind not in MAKERS:
@@ -48,6 +47,12 @@ def make_router(kind: str, cards: Cards) -> Router:
     if made is None:
         raise AdapterError(f"router {kind}: none of {sorted(cards)} has {NEEDS[kind]}")
     return made
+
+
+def by_embedding(cards: Cards) -> str:
+    """The router for requests known by their embedding: by second moments where all cards have them, else by centroid."""
+    known = bool(cards) and all(card.moments is not None and MahalanobisRouter.kind in card.counts for card in cards.values())
+    return MahalanobisRouter.kind if known else CentroidRouter.kind
 
 
 def token_router(kind: str, cards: Cards) -> TokenRouter:
@@ -83,13 +88,10 @@ def _centroid(cards: Cards, top: int = 1) -> Router | None:
     return CentroidRouter(known, top) if known else None
 
 
-def _mahalanobis(cards: Cards, top: int = 3) -> Router | None:
-    known = {name: card for name, card in cards.items() if card.moments is not None}
-    if not known:
-        return None
-    moments = {name: card.moments for name, card in known.items() if card.moments is not None}
-    counts = {name: card.counts["mahalanobis"] for name, card in known.items() if "mahalanobis" in card.counts}
-    return MahalanobisRouter(_centroids(known), moments, counts, top=top)
+def _mahalanobis(cards: Cards) -> Router | None:
+    moments = {name: card.moments for name, card in cards.items() if card.moments is not None}
+    counts = {name: cards[name].counts[kind] for name in moments if (kind := MahalanobisRouter.kind) in cards[name].counts}
+    return MahalanobisRouter(_centroids({name: cards[name] for name in moments}), moments, counts) if moments else None
 
 
 def _cluster(cards: Cards) -> Router | None:

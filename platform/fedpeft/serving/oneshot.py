@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fedpeft.bases.embed import embed
+from fedpeft.bases.encoders import Bare, Encoder
 from fedpeft.bases.watch import states
 from fedpeft.errors import AdapterError, DataError, FedpeftError
 from fedpeft.routing import Request, Route, Router, RouterCard, make_router
@@ -55,7 +55,7 @@ class Routing:
     """A router over cards, the encoder that embeds for it, and the modules whose inputs it may look at."""
 
     router: Router
-    encoder: Base
+    encoder: Encoder
     named: str
     modules: tuple[str, ...]
 
@@ -66,7 +66,7 @@ class Routing:
 
         named = common_encoder({name: card.card for name, card in cards.items() if card.card is not None})
         modules = tuple(sorted({module for card in cards.values() for module in (*card.arrows, *card.gates)}))
-        return Routing(make_router(kind, cards), load_encoder(named, base), named, modules)
+        return Routing(make_router(kind, cards), load_encoder(named, Bare(base)), named, modules)
 
 
 class Oneshots:
@@ -89,7 +89,7 @@ class Oneshots:
         return [self._route(text, routing) for text, routing in asked]
 
     def _route(self, text: str, routing: Routing) -> Route | FedpeftError:
-        request = Request(None, lambda: embed(routing.encoder, [text])[0], lambda: states(self._base, text, routing.modules), routing.named)
+        request = Request(None, lambda: routing.encoder.embed([text])[0], lambda: states(self._base, text, routing.modules), routing.named)
         try:
             return routing.router.route(request)
         except AdapterError as fault:

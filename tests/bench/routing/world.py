@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from fedpeft.adapters import Adapter, attach, initial, make_spec
-from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.bases import Base, BaseSpec, Encoder, load_base
+from fedpeft.bases.encoders import make_encoder
 from fedpeft.methods import Lora
 from fedpeft.routing import (
     ArrowRouter,
     GateRouter,
     MahalanobisRouter,
-    Pool,
     Request,
     RouterCard,
     centroid,
@@ -26,6 +26,7 @@ from fedpeft.routing import (
     derive,
     histogram,
     make_card,
+    pooled,
 )
 from fedpeft.routing.cardfile import lora_modules
 from fedpeft.routing.gaussians import Gaussians
@@ -41,7 +42,9 @@ STRANGERS = ("seed_tasks", "t0_mix", "induction")
 METHOD = Lora(r=16, targets=("all",))
 TRAINING = TrainSettings(steps=150, batch_size=16, lr=5e-3)
 GATES = TrainSettings(steps=100, batch_size=16, lr=1e-3)
-TOKENS, CARDED, SCORED, FEW = 128, 512, 64, 16
+ENCODERS = ("minilm", "base")
+"""What embeds rows and requests, side by side."""
+TOKENS, CARDED, SCORED, FEW = 128, 1000, 64, 16
 """Longest text; training rows for a card, for router scores, and for few-shot weights."""
 
 
@@ -50,7 +53,7 @@ class World:
     """The base, the encoder of requests, and by task its training and test rows, its adapter and its router card."""
 
     base: Base
-    encoder: Base
+    encoder: Encoder
     train: dict[str, list[Row]]
     test: dict[str, list[Row]]
     strangers: dict[str, list[str]]
@@ -81,10 +84,10 @@ def _pair(row: dict[str, Any]) -> Row | None:
     return {"prompt": " ".join(words[: len(words) // 2]), "answer": " ".join(words[len(words) // 2 :])} if len(words) > 5 else None
 
 
-def make_world(data: Path, models: Path, tests: int, steps: float = 1.0) -> World:
+def make_world(data: Path, models: Path, tests: int, steps: float = 1.0, encoders: Sequence[str] = ENCODERS) -> World:
     """Train all adapters, then their gates; ``tests`` rows a task are kept for measuring, ``steps`` scales the training."""
     base = load_base(BaseSpec(str(models / "stories260k"), max_tokens=TOKENS))
-    encoder = load_base(BaseSpec("minilm"))
+    encoder = make_encoder(encoders, base, lambda model: load_base(BaseSpec(model)))
     split = {name: rows_of(data / f"{name}.jsonl") for name in TASKS}
     trained = {name: split[name]["train"][:1000] for name in TASKS}
     strangers = {name: [row["prompt"] for rows in rows_of(data / f"{name}.jsonl").values() for row in rows][:tests] for name in STRANGERS}
@@ -124,11 +127,11 @@ def _card(base: Base, texts: list[str], derived: RouterCard) -> RouterCard:
     return replace(derived, counts={kind: counts_of(np.array(values)) for kind, values in scores.items()})
 
 
-def embedded(cards: dict[str, RouterCard], encoder: Base, trained: dict[str, list[Row]]) -> dict[str, RouterCard]:
+def embedded(cards: dict[str, RouterCard], encoder: Encoder, trained: dict[str, list[Row]]) -> dict[str, RouterCard]:
     """``cards`` with what embeddings of training rows make of them, as one site a task and the coordinator would: from sums alone."""
     vectors = {name: encoder.embed([row["prompt"] for row in rows[:CARDED]]) for name, rows in trained.items()}
     known = {name: moments(sums(halves(mine)[0])) for name, mine in vectors.items()}
-    pool, found = Pool.of(known.values()), dict[str, RouterCard]()
+    pool, found = pooled(known.values()), dict[str, RouterCard]()
     for name, mine in vectors.items():
         total = mine.sum(axis=0, dtype=np.float64)
         sequence = make_card(total, len(mine), histogram(mine, centroid(total, len(mine))), encoder=encoder.encoder)

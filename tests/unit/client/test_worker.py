@@ -14,10 +14,12 @@ from fedpeft import bases, config
 from fedpeft.errors import LinkError, StorageError, UpdateError
 from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.privacy.promise import Whole, dumps
+from fedpeft.routing.moments import moments
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Grid, Update
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.codecs import Int4, OneBit, tell
+from fedpeft.wire.spreads import spread_message
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Centroid, Hello, RoundReply, TaskResult
 from fedpeft_client import rounds
 from fedpeft_client.config import SiteConfig
@@ -171,6 +173,29 @@ def test_evaluation_answers_sums_for_the_adapter_and_for_the_base(site: SiteConf
     assert counters["embedding.count"] == [12.0]
     assert sum(counters["cosine.kinds"]) == 12.0
     assert np.linalg.norm(counters["embedding.sum"]) <= 12.0 + 1e-3
+    assert "embedding.moments" not in counters
+
+
+def test_second_moments_are_of_one_half_of_the_rows_and_closeness_of_the_other(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
+    worker = make_worker(site)
+    result = plans.results(worker.handle(plans.message(plans.of(want_moments=True), kind="evaluate")))["kinds"]
+    found = moments(result.counters["embedding.moments"].values)
+    told = spread_message(found)
+    result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
+    assert found.count == sum(result.counters["closeness"].values) == 6.0
+    told.mean = told.mean[:8]
+    result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
+    assert (result.status, "a mean of 2 values, a covariance of 384" in result.reason) == (FAILED, True)
+
+
+def test_an_encoder_beside_the_base_is_used_where_the_policy_allows_it(site: SiteConfig, make_worker: MakeWorker, plans, base) -> None:
+    named = f"minilm@{base.fingerprint.identity}"
+    both = plans.message(plans.of(want_embedding=True, encoder=f"{named}+{base.encoder}"), kind="evaluate")
+    result = plans.results(make_worker(site).handle(both))["kinds"]
+    halves = np.split(np.array(result.counters["embedding.sum"].values), 2)
+    np.testing.assert_allclose(*halves, atol=0.2)
+    refused = plans.results(make_worker(policy(site, encoders=())).handle(both))["kinds"]
+    assert "encoders: asked to embed rows with ['minilm'], allowed []" in refused.reason
 
 
 def test_a_centroid_of_another_base_is_that_tasks_failure(site: SiteConfig, make_worker: MakeWorker, plans) -> None:

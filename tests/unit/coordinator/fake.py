@@ -16,6 +16,8 @@ from fedpeft.privacy import promise
 from fedpeft.privacy.mechanism import Mechanism, protect
 from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
+from fedpeft.routing.gaussians import CLOSENESS
+from fedpeft.routing.moments import MOMENTS
 from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
@@ -182,6 +184,10 @@ class Site:
         }
         if task.want_embedding:
             found |= {"embedding.sum": (3.0, 4.0), "embedding.count": (5.0,)}
+        if task.want_moments:
+            found[MOMENTS] = (5.0, 3.0, 4.0, 2.5, 2.0, 3.5)
+        if task.HasField("own"):
+            found[CLOSENESS] = tuple(float(i) for i in range(64))
         return found | {f"cosine.{c.task}": tuple(float(i) for i in range(64)) for c in task.centroids}
 
     def _begin(self, envelope: Envelope, task: TaskPlan) -> Tensors | None:

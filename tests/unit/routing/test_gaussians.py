@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing import MahalanobisRouter, Moments, Pool, Request, RouterCard, TaskRouter, counts_of, make_card, make_router
+from fedpeft.routing import MahalanobisRouter, Moments, Request, RouterCard, TaskRouter, counts_of, make_card, make_router, pooled
 from fedpeft.routing.cards import histogram
 from fedpeft.routing.gaussians import Gaussian, Gaussians, shrunk
 from fedpeft.routing.moments import WIDEST, halves, moments, narrowed, packed, sums, unpacked, values_of
@@ -24,7 +24,7 @@ def texts(seed, count, place, spread=0.4):
 
 def card_of(rows, pool=None):
     own = moments(sums(halves(rows)[0]))
-    close = Gaussians.of([own], pool or Pool.of([own])).read(halves(rows)[1])[1][:, 0]
+    close = Gaussians.of([own], pool or pooled([own])).read(halves(rows)[1])[1][:, 0]
     total = rows.sum(axis=0, dtype=np.float64)
     card = make_card(total, len(rows), histogram(rows, (total / np.linalg.norm(total)).astype(np.float32)), encoder="base@x")
     return RouterCard(card=card, counts={"mahalanobis": counts_of(close)}, moments=own)
@@ -33,7 +33,7 @@ def card_of(rows, pool=None):
 @pytest.fixture(scope="module")
 def cards():
     rows = {name: texts(place, 400, place) for place, name in enumerate(("area", "kind", "verb"))}
-    pool = Pool.of([moments(sums(halves(mine)[0])) for mine in rows.values()])
+    pool = pooled([moments(sums(halves(mine)[0])) for mine in rows.values()])
     return {name: card_of(mine, pool) for name, mine in rows.items()}
 
 
@@ -58,7 +58,7 @@ def test_whitening_knows_no_order_of_sites_or_tasks(seed, order):
     own = [moments(sites[0] + sites[2]), moments(sites[1] + sites[3])]
     turned = [moments(sum(sites[site] for site in order if site % 2 == place)) for place in (0, 1)]
     rows = texts(seed, 5, 3)
-    for one, other in zip(Gaussians.of(own, Pool.of(own)).read(rows), Gaussians.of(turned, Pool.of(turned[::-1])).read(rows), strict=True):
+    for one, other in zip(Gaussians.of(own, pooled(own)).read(rows), Gaussians.of(turned, pooled(turned[::-1])).read(rows), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
@@ -152,7 +152,7 @@ def test_sums_of_no_texts_are_refused(wrong):
 
 def test_widths_must_agree(cards):
     with pytest.raises(AdapterError, match="one encoder"):
-        Pool.of([cards["kind"].moments, moments(sums(np.ones((3, 2), np.float32)))])
+        pooled([cards["kind"].moments, moments(sums(np.ones((3, 2), np.float32)))])
     with pytest.raises(AdapterError, match="an embedding has 2 values, the cards have 6"):
         make_router("mahalanobis", cards).route(Request.of(np.ones(2)))
     with pytest.raises(AdapterError, match=r"routing.moments = true"):

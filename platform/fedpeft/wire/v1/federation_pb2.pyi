@@ -64,7 +64,7 @@ class RoundPlan(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
-    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "task_blind", "scales", "privacy_json", "down_codec_json", "gates")
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "task_blind", "scales", "privacy_json", "down_codec_json", "gates", "want_moments", "own", "pool", "encoder")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TASK_JSON_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,10 @@ class TaskPlan(_message.Message):
     PRIVACY_JSON_FIELD_NUMBER: _ClassVar[int]
     DOWN_CODEC_JSON_FIELD_NUMBER: _ClassVar[int]
     GATES_FIELD_NUMBER: _ClassVar[int]
+    WANT_MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
     task: str
     task_json: str
     spec_json: str
@@ -121,7 +125,21 @@ class TaskPlan(_message.Message):
     privacy_json: str
     down_codec_json: str
     gates: Gates
-    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., task_blind: _Optional[bool] = ..., scales: _Optional[bytes] = ..., privacy_json: _Optional[str] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ...) -> None: ...
+    want_moments: bool
+    own: Spread
+    pool: Spread
+    encoder: str
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., task_blind: _Optional[bool] = ..., scales: _Optional[bytes] = ..., privacy_json: _Optional[str] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ..., want_moments: _Optional[bool] = ..., own: _Optional[_Union[Spread, _Mapping]] = ..., pool: _Optional[_Union[Spread, _Mapping]] = ..., encoder: _Optional[str] = ...) -> None: ...
+
+class Spread(_message.Message):
+    __slots__ = ("count", "mean", "triangle")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    TRIANGLE_FIELD_NUMBER: _ClassVar[int]
+    count: float
+    mean: bytes
+    triangle: bytes
+    def __init__(self, count: _Optional[float] = ..., mean: _Optional[bytes] = ..., triangle: _Optional[bytes] = ...) -> None: ...
 
 class Gates(_message.Message):
     __slots__ = ("steps", "lr")

@@ -1,0 +1,88 @@
+"""Second moments of tasks' embeddings: asked for once, beside the centroid; what closeness is measured by ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import AdapterError
+from fedpeft.routing import BINS, MahalanobisRouter, Moments, RouterCard, pooled
+from fedpeft.routing.gaussians import CLOSENESS
+from fedpeft.routing.moments import MOMENTS, moments, packed, unpacked
+from fedpeft.update import Counters
+from fedpeft.wire.spreads import spread_message
+from fedpeft.wire.v1.federation_pb2 import Spread
+from fedpeft_coordinator.journal import Journal
+from fedpeft_coordinator.store import Store
+
+Arrays = Mapping[str, NDArray[Any]]
+NOTE = "moments"
+
+
+@dataclass
+class Spreads:
+    """The moments of tasks by name, ``known`` by their digests in ``store``; the journal remembers which they are."""
+
+    store: Store
+    journal: Journal
+    known: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.known |= self.journal.notes().get(NOTE, {})
+
+    @property
+    def blobs(self) -> set[str]:
+        """Digests in the store that are needed."""
+        return set(self.known.values())
+
+    def learn(self, counters: Mapping[str, Counters]) -> None:
+        """Keep the moments of tasks that had none; sums that are none are passed over, and asked for no more."""
+        fresh = {name: found for name, mine in counters.items() if name not in self.known and (found := _summed(mine)) is not None}
+        if fresh:
+            self.known |= {name: self.store.put_arrays(_arrays(found)) for name, found in fresh.items()}
+            self.journal.note(NOTE, self.known)
+
+    def told(self) -> dict[str, tuple[Spread, Spread]]:
+        """For each task what sites need to say how near their rows are to it: its moments, and what tasks share."""
+        mine = {name: _moments(self.store.arrays(digest)) for name, digest in self.known.items()}
+        try:
+            shared = spread_message(pooled(mine.values()))
+        except AdapterError:
+            return {}  # none is known, or they are of two encoders
+        return {name: (spread_message(found), shared) for name, found in mine.items()}
+
+    def kept(self, task: str, counters: Counters) -> str:
+        """The digest of a task's moments with the histogram of its own texts' closeness; empty where they are not there yet."""
+        close = np.array(counters.get(CLOSENESS, ()), np.float64)
+        if task not in self.known or close.shape != (BINS,) or not (close >= 0.0).all():
+            return ""
+        return self.store.put_arrays({**self.store.arrays(self.known[task]), CLOSENESS: close})
+
+
+def added(card: RouterCard, arrays: Arrays) -> RouterCard:
+    """``card`` with what `Spreads.kept` put into the store."""
+    counts = {**card.counts, MahalanobisRouter.kind: tuple(arrays[CLOSENESS].tolist())}
+    return replace(card, moments=_moments(arrays), counts=counts)
+
+
+def _summed(counters: Counters) -> Moments | None:
+    try:
+        return moments(counters.get(MOMENTS, ()))
+    except AdapterError:
+        return None
+
+
+def _arrays(found: Moments) -> Arrays:
+    return {
+        "count": np.array([found.count]),
+        "mean": found.mean.astype(np.float32),
+        "triangle": packed(found.covariance).astype(np.float32),
+    }
+
+
+def _moments(arrays: Arrays) -> Moments:
+    return Moments(float(arrays["count"][0]), arrays["mean"].astype(np.float64), unpacked(arrays["triangle"]))
