@@ -67,7 +67,7 @@ class Service:
 
     def request(self, text: str, task: str | None = None) -> Request:
         """``text`` as routers see it: embedded by what the router cards were made with, and read by the base, when first looked at."""
-        modules = sorted({module for card in self.cards.values() for module in (*card.arrows, *card.gates)})
+        modules = sorted({module for card in self.cards.values() for module in card.watched})
         return Request(task, lambda: self.encoder.embed([text])[0], lambda: self.base.watch(text, modules), self.named_encoder)
 
     def route(self, text: str, task: str | None = None, router: str = DEFAULT) -> Route:

@@ -22,6 +22,7 @@ from fedpeft.methods import METHODS, Lora
 from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import make_card
 from fedpeft.routing.cards import centroid, histogram
+from fedpeft.routing.learned import BIAS
 from fedpeft.tasks import Classification, Generation
 from fedpeft.tensors import Tensors
 from fedpeft_client.serve.run import opened, server
@@ -464,6 +465,23 @@ def test_versions_are_swapped_under_load_without_a_dropped_request(serving, fres
     assert set(by_version) == {f"cats@{number}" for number in adapters}
     assert all(len(texts) == 1 for texts in by_version.values()), "one version said two things"
     assert len({next(iter(texts)) for texts in by_version.values()}) == versions
+
+
+def test_a_trained_router_of_a_version_that_cannot_be_served_routes_to_those_that_are(serving, fresh, base, tmp_path):
+    store = Registry(tmp_path / "registry")
+    for seed, name in enumerate(TEXTS):
+        publish(store, base, Generation(name), seed, f"learned/{name}")
+    spec = make_spec("both", base, METHODS["xlora"](experts=tuple(TEXTS), r=4, targets=("all",)), Generation("both").head)
+    adapter = initial(base, spec, 0)
+    bias = next(view for name, view in adapter.tensors.named().items() if name.endswith(BIAS))
+    bias.reshape(-1, 2)[:, 1] = 1.0
+    store.publish(adapter, Manifest(task_settings=describe(Generation("both"))), origin="learned/both")
+    api = serving(fresh(), store.root, router="xlora")
+    found = api.chat("auto", temperature=0, max_tokens=4)["fedpeft"]
+    share = 1 / (1 + np.exp(-1.0))
+    assert found["mixture"] == {"cats@1": pytest.approx(1 - share, abs=1e-6), "ships@1": pytest.approx(share, abs=1e-6)}
+    assert found["route"]["kind"] == "xlora"
+    assert "xlora" in api.backend.catalog.faults["both"]
 
 
 def test_a_version_that_cannot_be_served_leaves_the_old_one_at_work(serving, fresh, base, tmp_path):

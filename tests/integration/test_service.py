@@ -18,6 +18,7 @@ from fedpeft.errors import AdapterError, BaseError, ConfigError, DataError
 from fedpeft.methods import METHODS
 from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
+from fedpeft.routing.learned import BIAS
 from fedpeft.service import Service
 from fedpeft.tasks import Classification
 from fedpeft.tensors import Tensors
@@ -117,6 +118,24 @@ def test_a_router_over_tokens_reads_the_base(registry, base):
     named, told = service.request("a dog barks"), service.base.watch("a dog barks", ["bert.encoder.layer.0.attention.self.query"])
     assert set(told) < set(named.states)
     assert all(np.array_equal(named.states[module], values) for module, values in told.items())
+
+
+def test_a_trained_router_weighs_the_adapters_that_are_served(registry, base):
+    method = build(METHODS, {"kind": "xlora", "experts": ["animals", "money"], "r": 2}, "method")
+    task = Classification("both", LABELS["money"])
+    start = initial(base, make_spec("both", base, method, task.head), 3)
+    bias = next(view for name, view in start.tensors.named().items() if name.endswith(BIAS))
+    bias.reshape(-1, 2)[:, 1] = 1.0
+    registry.publish(start, Manifest(task_settings=describe(task)), origin="test/both")
+    service = Service.open(registry)
+    route = service.route("a dog barks", router="xlora")
+    share = 1 / (1 + np.exp(-1.0))
+    assert route.weights == {"animals": pytest.approx(1 - share, abs=1e-6), "money": pytest.approx(share, abs=1e-6)}
+    assert (route.task, route.level) == ("money", "sequence")
+    assert any(label in service.answer("a dog barks", route) for label in LABELS["money"])
+    cards = {name: card for name, card in service.cards.items() if name != "animals"}
+    with pytest.raises(AdapterError, match=r"router xlora: none of .* has a trained router over adapters that are all served"):
+        dataclasses.replace(service, cards=cards).router("xlora")
 
 
 def test_cards_of_another_encoder_are_embedded_by_it_and_not_mixed(registry, base):

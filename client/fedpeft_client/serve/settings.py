@@ -17,7 +17,7 @@ from fedpeft.errors import ConfigError
 class Serve(Section):
     """How the site answers requests.
 
-    ``registry`` is a folder, or a control plane's ``grpc://HOST:PORT``, which ``identity`` (a certificate) is shown to; it is looked at
+    ``registry`` is a folder, or a control plane's ``grpc://HOST:PORT``, which ``identity`` (.pem or .token) is shown to; it is looked at
     every ``watch_seconds``. ``router`` decides for ``model = "auto"``. Loopback needs nothing; beyond it keys and TLS must be on
     (``behind_proxy`` says that a proxy before us ends TLS). ``keys`` is a file of one API key a line. ``rows`` requests run at once and
     ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of the others. ``patience_seconds`` is how long running

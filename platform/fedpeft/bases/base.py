@@ -62,7 +62,7 @@ class Base:
         return embed(self, texts)
 
     def watch(self, text: str, modules: Collection[str]) -> dict[str, NDArray[np.float32]]:
-        """What ``modules`` of the bare base read for the N tokens of ``text``: (N, n) each.
+        """What ``modules`` of the bare base read for the N tokens of ``text``: (N, n) each; of `spec.LAST` what its trunk says.
 
         Raises:
             BaseError: an adapter is attached.

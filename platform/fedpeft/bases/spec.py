@@ -12,6 +12,8 @@ Quantization = Literal["none", "bf16", "int8", "nf4", "ao-int8"]
 QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4", "ao-int8")
 """Those whose linear layers hold codes and scales."""
 Family = Literal["encoder", "causal", "seq2seq"]
+LAST = "last_hidden_state"
+"""What `Base.watch` calls the trunk's output, where modules are named whose inputs are wanted."""
 ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05}
 """Largest distance of logits, over the largest, that is rounding alone where layers round what they read; elsewhere `EXACT`."""
 EXACT = 1e-3

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from fedpeft.bases.base import Base
 from fedpeft.bases.embed import evaluating, tokens
+from fedpeft.bases.spec import LAST
 from fedpeft.errors import AdapterError
 
 States = dict[str, NDArray[np.float32]]
 
 
 def watch(base: Base, text: str, modules: Collection[str]) -> States:
-    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``.
+    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``; of `LAST` the trunk's output.
 
     Raises:
         BaseError: an adapter is attached; what the base reads must not depend on it.
@@ -33,8 +34,10 @@ def watch(base: Base, text: str, modules: Collection[str]) -> States:
 def states(base: Base, text: str, modules: Collection[str]) -> States:
     """`watch` where the caller knows that what is attached acts on no row. Raises `AdapterError` when the base has no such module."""
     ids = torch.tensor([tokens(base, text)], device=base.device)
-    with torch.no_grad(), evaluating(base.trunk), watching(base.model, modules) as seen:
-        base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.no_grad(), evaluating(base.trunk), watching(base.model, set(modules) - {LAST}) as seen:
+        last = base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        if LAST in modules:
+            seen[LAST] = last
     return {module: states.float().flatten(0, -2).cpu().numpy() for module, states in seen.items()}
 
 

@@ -16,7 +16,7 @@ from fedpeft.control.place import Place
 if TYPE_CHECKING:
     from fedpeft.routing import Route
 
-KINDS = "chain, mahalanobis, centroid, centroid3, gate, arrow, spectr, cluster, mean"
+KINDS = "chain, mahalanobis, centroid, centroid3, gate, arrow, spectr, xlora, cluster, mean"
 THERE = "there"
 Which = Annotated[str, typer.Option(help=f"Who routes: {KINDS}.")]
 Whoever = Annotated[

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedpeft.adapters import Adapter
 from fedpeft.adapters.folder import parse
+from fedpeft.methods.blends.xlora import XLora
 from fedpeft.registry.manifest import Manifest
 from fedpeft.registry.version import Source
-from fedpeft.routing import FILE, Card, RouterCard, derive
+from fedpeft.routing import FILE, Card, RouterCard, derive, learned_of
 
 
 def router_card(source: Source, ref: str) -> RouterCard:
@@ -23,4 +26,5 @@ def router_card(source: Source, ref: str) -> RouterCard:
 
 def derived(adapter: Adapter, manifest: Manifest) -> RouterCard:
     """What an adapter and its manifest alone tell a router. Raises `AdapterError` when the manifest's card cannot be read."""
-    return derive(adapter.tensors, None if manifest.card is None else Card.from_json(manifest.card))
+    card, method = derive(adapter.tensors, None if manifest.card is None else Card.from_json(manifest.card)), adapter.spec.method
+    return replace(card, learned=learned_of(adapter.tensors, method.experts)) if isinstance(method, XLora) else card

@@ -6,6 +6,7 @@ from fedpeft.routing.cardfile import FILE, RouterCard, derive
 from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, histogram, make_card
 from fedpeft.routing.chain import Calibrated, Chain, Within, thresholds
 from fedpeft.routing.fewshot import FewShot
+from fedpeft.routing.learned import Learned, XLoraRouter, learned_of
 from fedpeft.routing.moments import Moments, pooled
 from fedpeft.routing.policies import make_router
 from fedpeft.routing.requests import Request, Route, Router
@@ -19,6 +20,7 @@ ROUTERS: dict[str, type[Router]] = {
     "gate": GateRouter,
     "arrow": ArrowRouter,
     "spectr": SpectrRouter,
+    "xlora": XLoraRouter,
     "cluster": ClusterRouter,
     "mean": MeanRouter,
     "fewshot": FixedRouter,
@@ -40,6 +42,7 @@ __all__ = [
     "FewShot",
     "FixedRouter",
     "GateRouter",
+    "Learned",
     "MahalanobisRouter",
     "MeanRouter",
     "Moments",
@@ -51,11 +54,13 @@ __all__ = [
     "TaskRouter",
     "TokenRouter",
     "Within",
+    "XLoraRouter",
     "calibrate",
     "centroid",
     "counts_of",
     "derive",
     "histogram",
+    "learned_of",
     "make_card",
     "make_router",
     "pooled",

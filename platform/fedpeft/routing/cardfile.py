@@ -10,6 +10,7 @@ scale statistics. It lies beside the version's adapter, so the manifest names it
     spectrum/<module>  (r, n)  float16   S V' of B A over its largest singular value
     moments/mean       (D,)    float32   mean embedding of the task's texts, where sites sent second moments
     moments/triangle   (P,)    float32   upper triangle of their covariance (`fedpeft.routing.moments`)
+    learned/router     (m, n)  float32   X-LoRA's router, where the adapter has one (`fedpeft.routing.learned`)
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as write
 
+from fedpeft.bases.spec import LAST
 from fedpeft.errors import AdapterError
 from fedpeft.factors import Product, norm, products
 from fedpeft.routing.cards import BINS, Card
+from fedpeft.routing.learned import Learned, checked
 from fedpeft.routing.moments import Moments, packed, unpacked
 from fedpeft.routing.prototypes import Values, spectrum
 from fedpeft.tensors import Layout, Tensors
@@ -40,6 +43,7 @@ KINDS: dict[str, tuple[int, Any]] = {
     "arrow": (1, np.float32),
     "spectrum": (2, np.float16),
     "moments": (1, np.float32),
+    "learned": (2, np.float32),
 }
 """What tensors there may be: their axes and their dtype."""
 Modules = Mapping[str, Values]
@@ -67,11 +71,18 @@ class RouterCard:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     moments: Moments | None = None
+    learned: Learned | None = None
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What routers over tokens look at: modules of the base, and `LAST` for a trained router."""
+        return tuple(sorted({*self.arrows, *self.gates, *((LAST,) if self.learned else ())}))
 
     def to_bytes(self) -> bytes:
         """The file; equal cards give equal bytes."""
         halves = {module: rows / np.float32(self.scales[module].largest) for module, rows in self.spectra.items()}
         named = {"gate": self.gates, "arrow": self.arrows, "spectrum": halves, "moments": _of_moments(self.moments)}
+        named["learned"] = {} if self.learned is None else {"router": self.learned.table}
         tensors = {f"{kind}/{module}": np.ascontiguousarray(v, KINDS[kind][1]) for kind, own in named.items() for module, v in own.items()}
         head = {
             "format": FORMAT,
@@ -79,6 +90,7 @@ class RouterCard:
             "scales": {module: [scale.largest, scale.frobenius] for module, scale in self.scales.items()},
             "counts": {router: list(values) for router, values in self.counts.items()},
             **({} if self.moments is None else {"texts": self.moments.count}),
+            **({} if self.learned is None else {"experts": list(self.learned.experts)}),
         }
         text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         data: bytes = write({**tensors, HEAD: np.frombuffer(text, np.uint8)})
@@ -104,6 +116,7 @@ class RouterCard:
             scales,
             _counts(head.get("counts")),
             _moments(groups["moments"], head.get("texts")),
+            _learned(groups["learned"], head.get("experts")),
         )
 
 
@@ -156,6 +169,14 @@ def _moments(named: Modules, texts: Any) -> Moments | None:
     if len(mean) != len(covariance) or not 1.0 <= count < np.inf:
         raise AdapterError(f"{FILE}: moments of {count:g} texts, a mean of {len(mean)} values and a covariance of {len(covariance)}")
     return Moments(count, mean, covariance)
+
+
+def _learned(named: Modules, experts: Any) -> Learned | None:
+    if not named:
+        return None
+    if set(named) != {"router"} or not isinstance(experts, list):
+        raise AdapterError(f"{FILE}: {sorted(named)} over experts {str(experts)[:40]} is no trained router; it was not written by fedpeft")
+    return checked(tuple(map(str, experts)), named["router"])
 
 
 def _groups(tensors: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, Values]]:

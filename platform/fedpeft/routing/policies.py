@@ -9,6 +9,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.routing.cardfile import RouterCard
 from fedpeft.routing.cards import Card, calibrate
 from fedpeft.routing.chain import Calibrated, Chain, Within
+from fedpeft.routing.learned import XLoraRouter
 from fedpeft.routing.requests import Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MahalanobisRouter, MeanRouter, TaskRouter
 from fedpeft.routing.tokens import ArrowRouter, GateRouter, Prototypes, SpectrRouter, TokenRouter
@@ -23,6 +24,7 @@ NEEDS = {
     "gate": "gates: set routing.gates = true in the federation",
     "arrow": "a direction: it is no LoRA adapter, or it did not train yet",
     "spectr": "a spectrum: it is no LoRA adapter, or it did not train yet",
+    "xlora": "a trained router over adapters that are all served: train method.kind = 'xlora' with experts named as their tasks",
 }
 
 
@@ -114,6 +116,12 @@ def _spectr(cards: Cards) -> Router | None:
     return SpectrRouter(known) if known else None
 
 
+def _xlora(cards: Cards) -> Router | None:
+    """The first, by its task's name, whose experts are all served."""
+    known = [card.learned for _, card in sorted(cards.items()) if card.learned and set(card.learned.experts) <= set(cards)]
+    return XLoraRouter(known[0]) if known else None
+
+
 def _least(kind: str, cards: Cards, quantile: float = 0.05) -> dict[str, float]:
     return {name: calibrate(card.counts[kind], quantile) for name, card in cards.items() if kind in card.counts}
 
@@ -126,6 +134,7 @@ MAKERS: dict[str, Callable[[Cards], Router | None]] = {
     "gate": _gate,
     "arrow": _arrow,
     "spectr": _spectr,
+    "xlora": _xlora,
     "cluster": _cluster,
     "mean": _mean,
 }

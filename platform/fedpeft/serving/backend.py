@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.adapters import Adapter
 from fedpeft.errors import AdapterError
-from fedpeft.routing import Route
+from fedpeft.routing import Route, XLoraRouter
 from fedpeft.serving.beside import OWN, Beside
 from fedpeft.serving.catalog import Catalog, Served, Source
 from fedpeft.serving.decoder import Decoder
@@ -160,7 +160,8 @@ class Backend:
         with self._lock:
             if self._routed is None or self._routed[0] != self.catalog.generation:
                 generation = self.catalog.generation
-                cards = {name: served.card for name, served in self.catalog.served().items()}
+                others = self.catalog.routers() if self._router == XLoraRouter.kind else {}
+                cards = {**others, **self.catalog.cards()}
                 self._routed = (generation, Routing.over(self._router, cards, self.base))
             return self._routed[1]
 

@@ -85,6 +85,7 @@ class Catalog:
         self._served: dict[str, Served] = {}
         self._uses: Counter[str] = Counter()
         self._retired: set[str] = set()
+        self._routers: dict[str, RouterCard] = {}
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._seen: dict[str, tuple[int, str]] = {}
@@ -94,6 +95,15 @@ class Catalog:
         """Task -> what is served now."""
         with self._lock:
             return dict(self._served)
+
+    def cards(self) -> dict[str, RouterCard]:
+        """Task -> router card of what is served now."""
+        return {task: served.card for task, served in self.served().items()}
+
+    def routers(self) -> dict[str, RouterCard]:
+        """The trained routers over other tasks' adapters of versions that no mixed batch can hold, by their task."""
+        with self._lock:
+            return dict(self._routers)
 
     def find(self, task: str) -> Served:
         """What serves ``task``. Raises `AdapterError` naming what is served, or why the task is not."""
@@ -165,8 +175,13 @@ class Catalog:
         files = self.source.files(version.digest)
         adapter = _adapter(files, version)
         served = self._made(version)
-        self.host.put(served.name, adapter)
+        try:
+            self.host.put(served.name, adapter)
+        except AdapterError:
+            self._advised(task, served.card)
+            raise
         with self._lock:
+            self._routers.pop(task, None)
             old = self._served.get(task)
             self._served[task] = served
             self.generation += 1
@@ -174,6 +189,13 @@ class Catalog:
                 self._retired.add(old.name)
         self.swaps.loaded += 1
         log.info("task %s: serving %s (sha256:%s)", task, served.name, version.digest[:12])
+
+    def _advised(self, task: str, card: RouterCard) -> None:
+        """What cannot be served may hold a router over what is."""
+        if card.learned is not None:
+            with self._lock:
+                self._routers[task] = RouterCard(learned=card.learned)
+                self.generation += 1
 
     def _made(self, version: Version) -> Served:
         from fedpeft.tasks import TASKS

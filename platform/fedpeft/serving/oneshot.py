@@ -65,7 +65,7 @@ class Routing:
         from fedpeft.bases import load_encoder
 
         named = common_encoder({name: card.card for name, card in cards.items() if card.card is not None})
-        modules = tuple(sorted({module for card in cards.values() for module in (*card.arrows, *card.gates)}))
+        modules = tuple(sorted({module for card in cards.values() for module in card.watched}))
         return Routing(make_router(kind, cards), load_encoder(named, Bare(base)), named, modules)
 
 

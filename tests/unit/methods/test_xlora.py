@@ -16,6 +16,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.methods import METHODS
 from fedpeft.methods.blends import xlora
 from fedpeft.methods.blends.experts import Beside, imbalance
+from fedpeft.routing.learned import learned_of
 from fedpeft.tensors import Entry, Layout, Tensors
 
 TABLE = {"kind": "xlora", "experts": ["mail", "news", "code"], "r": 3, "targets": ["q_proj", "up_proj"]}
@@ -48,7 +49,10 @@ def test_it_is_the_loop_over_layers_tokens_and_experts(make, ids):
     taps = [model.get_submodule(h).register_forward_hook(lambda _m, x, y, h=h: seen.update({h: (x[0], y)})) for h in hosts]
     with torch.no_grad():
         live(input_ids=ids)
+    layout = Layout.of([Entry("router", name, tuple(value.shape)) for name, value in own.items() if ".router." in name])
+    table = learned_of(Tensors.from_named(layout, {e.name: own[e.name].numpy() for e in layout.entries}), method.experts)
     scores = (hidden @ own["model.xlora.router.weight"].double().T + own["model.xlora.router.bias"].double()).view(2, 7, len(hosts), 3)
+    assert np.allclose(table.shares(hidden.flatten(0, 1).float().numpy()), scores.softmax(-1).mean(2).flatten(0, 1), atol=1e-6)
     for place, host in enumerate(sorted(hosts, key=[n for n, _ in model.named_modules()].index)):
         x, y = (value.double() for value in seen[host])
         layer = model.get_submodule(host)
