@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,11 @@ def tables(federation: Path, sites: Sequence[Path], port: int) -> dict[str, dict
         table = _site(read_toml(path), path.resolve().parent, port)
         made[f"{table['name']}.toml"] = table
     return made
+
+
+def digest(federation: Path, sites: Sequence[Path]) -> str:
+    """SHA-256 over all that the copies say, for runs that are taken up again. Raises `ConfigError` as `tables`."""
+    return hashlib.sha256(json.dumps(tables(federation, sites, 0), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_toml(path: Path, table: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def drive(request: Request, console: Console) -> dict[str, Any]:
     plan = Plan.read(request.federation, request.sites)
     sites = request.sites or tuple(beside(request.federation))
     engine = chosen(plan, request.engine, console)
-    prepare(request, sites, plan.digest(), engine)
+    prepare(request, sites, engine)
     say = console.print
     say(f"[bold]fedpeft parity[/bold]: {plan.outline.name}, {len(plan.sites)} sites, {plan.outline.rounds} rounds; in {request.folder}/")
     _told(plan, console)
@@ -66,7 +66,7 @@ def drive(request: Request, console: Console) -> dict[str, Any]:
     return found
 
 
-def prepare(request: Request, sites: Sequence[Path], digest: str, engine: str) -> None:
+def prepare(request: Request, sites: Sequence[Path], engine: str) -> None:
     """Make the run's folder, or take it up again; every start listens on another free port.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare(request: Request, sites: Sequence[Path], digest: str, engine: str) -
         raise ConfigError(f"{folder}: holds other things than a run of fedpeft parity; name another folder with --out, nothing was touched")
     if request.fresh and stamp.exists():
         shutil.rmtree(folder)
-    now = json.dumps({"plan": digest, "engine": engine})
+    now = json.dumps({"files": copies.digest(request.federation, sites), "engine": engine})
     if stamp.exists() and stamp.read_text(encoding="utf-8") != now:
         raise ConfigError(f"{folder}: holds a run of other files or settings; name another folder with --out, or start over with --fresh")
     made = copies.tables(request.federation, sites, free_port())
@@ -127,13 +127,14 @@ def _federated(plan: Plan, folder: Path, engine: str, console: Console) -> None:
         federate(folder, list(plan.sites), plan.outline.rounds, bar, threads=max(1, cores() // len(plan.sites)))
     events = events_of(folder)
     told = final_scores(events)
-    if set(told) == set(plan.tasks):
+    everybodys = set(told) == set(plan.tasks)
+    if everybodys:
         scores = {name: told[name][task.headline] for name, task in plan.tasks.items()}
     else:
         _child("published", folder, engine, console)
         scores = json.loads((folder / "published.json").read_text(encoding="utf-8"))["scores"]
     dropped = sum(len(found["drops"]) for event in events if event["event"] == "round" for found in event["tasks"].values())
-    by = "sites" if set(told) == set(plan.tasks) else "here"
+    by = "sites" if everybodys else "here"
     write(folder, "federated", {"scores": scores, "scored_by": by, "dropped": dropped, "bytes": travelled(events)})
 
 

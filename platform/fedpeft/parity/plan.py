@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,11 +127,6 @@ class Plan:
                 f"task {task}: no site holds rows of the split {split!r}; mark some in a column `split`, or leave that column out"
             )
         return found
-
-    def digest(self) -> str:
-        """SHA-256 over what decides the outcome, for runs that are taken up again."""
-        table = {"outline": self.outline.model_dump(), "sites": {name: site.model_dump() for name, site in self.sites.items()}}
-        return hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()
 
     def _check(self) -> None:
         """Raise `ConfigError` for what no arm could train."""

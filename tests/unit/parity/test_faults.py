@@ -71,14 +71,17 @@ def test_a_folder_of_another_run_is_not_gone_on_with(files, tmp_path) -> None:
     quiet, out = Console(quiet=True), tmp_path / "run"
     request = drive.Request(files(), (), out, "local")
     sites = drive.beside(request.federation)
-    drive.prepare(request, sites, "one", "local")
+    drive.prepare(request, sites, "local")
     (out / "local.json").write_text("{}")
-    drive.prepare(request, sites, "one", "local")
-    with pytest.raises(ConfigError, match="--fresh"):
-        drive.prepare(request, sites, "two", "local")
+    drive.prepare(request, sites, "local")
+    files(more='scheme = { kind = "fedavg" }')
+    for engine in ("local", "deepspeed"):
+        with pytest.raises(ConfigError, match="--fresh"):
+            drive.prepare(request, sites, engine)
     assert (out / "local.json").exists()
-    drive.prepare(drive.Request(request.federation, (), out, "local", fresh=True), sites, "two", "local")
+    drive.prepare(drive.Request(request.federation, (), out, "local", fresh=True), sites, "local")
     assert not (out / "local.json").exists()
+    assert 'kind = "fedavg"' in (out / "federation.toml").read_text()
     with pytest.raises(ConfigError, match="--engine magic"):
         drive.chosen(Plan.read(request.federation), "magic", quiet)
     with pytest.raises(StorageError, match="run the same command again"):
