@@ -21,6 +21,7 @@ from tests.bench.f1_edge_step import BATCH, GOALS, LINEARS, RANK, RATE, Examples
 from fedpeft.adapters import initial, make_spec
 from fedpeft.bases import BaseSpec, Fingerprint
 from fedpeft.bases.base import Base
+from fedpeft.central.balancing import Balancing, Plan
 from fedpeft.central.engine import ZeroEngine
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.pool import Pool
@@ -133,7 +134,7 @@ class Ours:
             losses.append(loss)
 
         with Joint.attach("bench", self.base, self.pool, self.adapters) as joint:
-            engine = ZeroEngine(_table(self.settings), self.world)
+            engine = ZeroEngine(_table(self.settings), self.world, Balancing(Plan(), joint, self.world))
             job = TrainJob(joint.spec.layout.roles, 0, None, heard)
             task = cast(JointTask, InOrder(self.pool))
             train(cast(Any, joint), cast(Any, task), cast(Any, None), self.settings, job, cast(Any, engine))

@@ -213,6 +213,7 @@ class Course:
     progress: Progress | None
     clock: Clock = field(default_factory=Clock)
     scores: Scores = field(default_factory=dict)
+    saved: tuple[str, int] | None = None
 
     def step(self, step: int, loss: float) -> None:
         """The loop did ``step`` steps."""
@@ -225,14 +226,17 @@ class Course:
 
     def save(self, step: int, job: str) -> None:
         """The loop wrote a checkpoint."""
+        self.saved = (job, step)
         if self.world.rank == 0:
             keeper_of(self.config).save(job, step, self.scores)
 
     def final(self) -> Scores:
-        """Scores of what the job gives; taken now where a resumed job had no step left to do."""
+        """Scores of what the job gives; taken now where the job ended early, or a resumed one had no step left to do."""
         if not self.scores:
             self._run.started()
             self.scores = self.scorer()
+            if self.saved:
+                self.save(self.saved[1], self.saved[0])
         best = keeper_of(self.config).chosen()
         return best.scores if best is not None else self.scores
 

@@ -129,6 +129,8 @@ class Keeper:
         """The last checkpoint under ``name`` too; a copy where the file system has no links."""
         last, place, beside = self.folder / FILE, self.folder / name, self.folder / f".new-{name}"
         try:
+            if place.exists() and place.samefile(last):
+                return
             beside.unlink(missing_ok=True)
             os.link(last, beside)
             beside.replace(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +135,7 @@ def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World)
         print(f"{name}: {scores_text(found)}")
     if config.registry is not None:
         ready = prepare(config, given)
-        _publish(config, trained(config, ready.every), parents, _sizes(ready))
+        _publish(config, replace(trained(config, ready.every), scores=outcome.scores), parents, _sizes(ready))
     return 0
 
 

@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedpeft.central import progress
+from fedpeft.central.job import STATE, Course
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.progress import Clock, Report
 from fedpeft.central.world import World
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.training import checkpoint
 from fedpeft.training.checkpoint import FILE, Checkpoint, Tally
+from fedpeft.training.config import Checkpoints, Evaluate
 from fedpeft.training.trackers import TRACKERS, TensorBoard, Trackio
 
 HEADLINES = {"a": "accuracy", "b": "accuracy"}
@@ -188,6 +190,7 @@ def test_trackio_holds_what_was_reported(tmp_path):
     code = """
 import sys
 from pathlib import Path
+from fedpeft.training.config import Checkpoints, Evaluate
 from fedpeft.training.trackers import Trackio
 log = Trackio("proof", "curves").open("job", Path(sys.argv[1]), {"lr": 0.1}, 1)
 log.write(1, {"loss": 2.0}); log.write(2, {"loss": 1.0})
@@ -207,3 +210,18 @@ def test_a_tracker_that_is_not_installed_is_refused(tracker, monkeypatch):
     with pytest.raises(ConfigError, match=rf"{tracker.kind} is not installed; run pip install 'fedpeft\[{tracker.kind}\]'"):
         tracker.check()
     assert TRACKERS[tracker.kind] is type(tracker)
+
+
+def test_a_job_that_ended_early_has_its_scores_recorded_afterwards(tmp_path):
+    folder = tmp_path / STATE
+    settings = SimpleNamespace(steps=9)
+    parts = {"output": tmp_path, "training": settings, "tasks": {}, "evaluate": Evaluate(), "checkpoints": Checkpoints()}
+    run = SimpleNamespace(tokens=5, losses={}, told={}, started=lambda: None)
+    course = Course(SimpleNamespace(**parts), World(), SimpleNamespace(run=run), lambda: {"a": {"accuracy": 0.5}}, None)
+    course.step(1, 0.0)
+    write(folder, 1)
+    course.save(1, "job")
+    assert course.final() == {"a": {"accuracy": 0.5}}
+    keeper = Keeper(folder, 1, None, HEADLINES)
+    assert [(kept.step, kept.scores) for kept in keeper.kept("job")] == [(1, {"a": {"accuracy": 0.5}})]
+    assert sorted(path.name for path in folder.iterdir()) == ["kept.json", "state.safetensors", "step-00000001.safetensors"]
