@@ -17,6 +17,7 @@ from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.job import run
 from fedpeft.central.progress import Report, Scores
 from fedpeft.central.world import World, joined
+from fedpeft.cli.transfers import show
 from fedpeft.errors import FedpeftError
 from fedpeft.training.config import load_central
 
@@ -155,6 +156,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     found |= balanced(folder, world, "0")
+    show(load_central(folder / "job.toml", {"output": str(folder / "compared"), "mixing": "equal"}), pairs=True)
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found

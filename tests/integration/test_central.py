@@ -307,6 +307,18 @@ def test_a_task_that_ended_early_rests_and_the_others_take_its_share(folder, fou
         assert state.tally.examples == 8 * len(steps)
 
 
+def test_transfer_compares_each_task_alone_with_all(folder, found):
+    table = json.loads((folder / "compared" / "transfer.json").read_text())
+    for task in WORDS:
+        assert table["metric"][task] == "perplexity"
+        assert table["gain"][task] == pytest.approx(table["alone"][task] - table["together"][task])
+        alone = checkpoint.read(folder / "compared" / "transfer" / task / "checkpoint")
+        together = checkpoint.read(folder / "compared" / "transfer" / "together" / "checkpoint")
+        assert (alone.tally.step, alone.tally.examples * 2) == (together.tally.step, together.tally.examples)
+    assert table["pairs"] == {"animals+colours": table["gain"]}
+    assert "gain of the task on the left" in (folder / "log1.0").read_text()
+
+
 def test_a_four_bit_base_trains_in_stages_2_and_3(folder, found):
     for stage in "23":
         seen = losses(found["2.0"][f"nf4.{stage}"])

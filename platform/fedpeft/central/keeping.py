@@ -114,7 +114,7 @@ class Keeper:
 
     def _merit(self, scores: Scores) -> float:
         """More is better; what is not a number is worst."""
-        values = [_upward(self.headlines[name], scores[name]) for name in self._judges]
+        values = [upward(self.headlines[name], scores[name]) for name in self._judges]
         merit = min(values) if self.best == "worst" else sum(values) / len(values)
         return -inf if isnan(sum(values)) else merit
 
@@ -141,5 +141,6 @@ class Keeper:
             write_atomic(place, last.read_bytes())
 
 
-def _upward(metric: str, scores: Mapping[str, float]) -> float:
+def upward(metric: str, scores: Mapping[str, float]) -> float:
+    """The value of ``metric``, negated where less is better."""
     return -scores[metric] if metric == "perplexity" else scores[metric]

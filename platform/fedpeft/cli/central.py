@@ -111,6 +111,19 @@ def estimate(  # noqa: PLR0913, PLR0917 - one an option
     return estimates.show(load_central(job, table(overrides)), local * nodes, room, as_json)
 
 
+@app.command()
+def transfer(
+    job: Job,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Train every two tasks as well: T (T - 1) / 2 more jobs.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train each task alone and all together, on one rank, and say what each gains or loses; as JSON in OUTPUT/transfer.json."""
+    from fedpeft.cli import transfers
+    from fedpeft.training.config import load_central
+
+    transfers.show(load_central(job, table(overrides)), pairs)
+
+
 @app.command(hidden=True)
 def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
     """One rank of a job; the launcher says which in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""

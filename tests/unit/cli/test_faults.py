@@ -146,6 +146,7 @@ FLAGS = {
     "central rank": ["--from", "--set"],
     "central resume": ["--from", "--hostfile", "--launcher", "--ranks", "--set"],
     "central train": ["--from", "--hostfile", "--launcher", "--print", "--ranks", "--set"],
+    "central transfer": ["--pairs", "--set"],
     "client dry-run": ["--json", "--plan", "--round", "--set"],
     "client identity": [],
     "client join": [],

@@ -116,3 +116,17 @@ def test_shares_as_computed_by_hand():
 def test_settings_and_schema_need_no_torch():
     code = "import sys, fedpeft.training, fedpeft.training.config; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_conflicts_need_something_shared_and_looks_rows_in_memory():
+    found = load_central(EXAMPLE, {"balance": "coba", "shared": "true", "conflicts": "pcgrad"})
+    assert (found.balance.kind, found.looks, found.conflicts) == ("coba", True, "pcgrad")
+    faults = {
+        "conflicts = 'pcgrad'": {"conflicts": "pcgrad"},
+        "are streamed": {"balance": "coba", "tasks.area.stream": "true", "tasks.area.data": '{ path = "rows.jsonl" }'},
+        "coba: unknown keys": {"balance": '{ kind = "coba", window = 3 }'},
+        "known kinds are": {"balance": "gradnorm"},
+    }
+    for said, change in faults.items():
+        with pytest.raises(ConfigError, match=said):
+            load_central(EXAMPLE, change)

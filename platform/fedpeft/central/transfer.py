@@ -1,0 +1,100 @@
+"""What training together gives each task, or takes from it: alone, with all others, and pair by pair, from jobs of the same settings.
+
+Every job's step holds as many examples of each of its tasks as the whole job's step does, and takes as many steps, so that a task sees the
+same number of its own examples whoever else is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.central.job import prepare, run
+from fedpeft.central.keeping import upward
+from fedpeft.central.sampling import shares_of
+from fedpeft.central.world import World, joined
+from fedpeft.errors import ConfigError, DataError
+from fedpeft.training.mixing import Explicit
+
+if TYPE_CHECKING:
+    from fedpeft.training.config import CentralConfig
+
+FOLDER = "transfer"
+"""Where under the job's output the jobs lie that are compared; they go on where they were cut short."""
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Values of each task's first ``metrics``: ``alone``, ``together`` with all, and by pair ``a+b`` of each of the two."""
+
+    metrics: Mapping[str, str]
+    alone: Values
+    together: Values
+    pairs: Mapping[str, Values]
+
+    def gain(self, task: str, values: Values) -> float:
+        """By how much ``task`` is better in ``values`` than alone: above 0 where others help, whatever the metric's direction."""
+        metric = self.metrics[task]
+        return upward(metric, {metric: values[task]}) - upward(metric, {metric: self.alone[task]})
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """All of it, and the gains, JSON-ready."""
+        return {
+            "metric": dict(self.metrics),
+            "alone": dict(self.alone),
+            "together": dict(self.together),
+            "gain": {task: self.gain(task, self.together) for task in self.alone},
+            "pairs": {pair: {task: self.gain(task, values) for task in values} for pair, values in self.pairs.items()},
+        }
+
+
+def measured(config: CentralConfig, world: World, *, pairs: bool = False) -> Transfer:
+    """Run the jobs, one after the other, on all ranks of ``world``.
+
+    Raises:
+        ConfigError: there is one task only.
+        DataError: a task has no test rows.
+        FedpeftError: as `job.run`.
+    """
+    names = list(config.tasks)
+    if len(names) < 2:
+        raise ConfigError(f"tasks: {names} cannot be compared with others; give the job two tasks or more")
+    with joined(world, config.deepspeed.timeout):
+        shares = shares_of(prepare(config, {}).pool, config.mixing)
+        alone = {name: _values(part(config, [name], shares), world)[name] for name in names}
+        together = _values(part(config, names, shares), world)
+        two = combinations(names, 2) if pairs else ()
+        found = {"+".join(pair): _values(part(config, pair, shares), world) if len(names) > 2 else together for pair in two}
+    return Transfer({name: config.tasks[name].task.headline for name in names}, alone, together, found)
+
+
+def part(config: CentralConfig, names: Sequence[str], shares: Values) -> CentralConfig:
+    """The job of the tasks ``names`` alone: a step holds their ``shares`` of the whole step's examples."""
+    size = max(len(names), round(config.training.batch_size * sum(shares[name] for name in names)))
+    mixing = config.mixing
+    if isinstance(mixing, Explicit):
+        mixing = Explicit({name: mixing.weights[name] for name in names})
+    change = {
+        "tasks": {name: config.tasks[name] for name in names},
+        "mixing": mixing,
+        "training": replace(config.training, batch_size=size),
+        "output": config.output / FOLDER / ("together" if len(names) == len(config.tasks) else "+".join(names)),
+        "track": (),
+        "registry": None,
+    }
+    if config.checkpoints.best not in (None, "mean", "worst", *names):
+        change["checkpoints"] = config.checkpoints.model_copy(update={"best": None})
+    return config.model_copy(update=change)
+
+
+def _values(config: CentralConfig, world: World) -> dict[str, float]:
+    scores, found = run(config, world).scores, {}
+    for name, entry in config.tasks.items():
+        if entry.task.headline not in scores.get(name, {}):
+            raise DataError(f"task {name}: has no test rows to compare it by; give its source a test split, or leave it out of [tasks]")
+        found[name] = scores[name][entry.task.headline]
+    return found
