@@ -54,6 +54,30 @@ def serve(
     run(site, registry, _table(overrides))
 
 
+@app.command()
+@placed
+def evaluate(
+    site: Site,
+    registry: Place = HERE,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score this site's test rows by the served adapter alone, with the site's private pair, and with the pair weighed row by row."""
+    from dataclasses import asdict
+
+    from fedpeft.cli import output
+    from fedpeft_client.config import load_site
+    from fedpeft_client.own_scores import score
+
+    found = score(load_site(site, _table(overrides)), registry.open())
+    if json:
+        return output.emit([asdict(one) for one in found])
+    for one in found:
+        rows = [(how, *(f"{value:.4f}" for value in scores.values())) for how, scores in one.scores.items()]
+        output.table(f"{one.task}: {one.rows} rows, mean weight {one.weight:.2f}", ("pair", *one.scores["shared"]), rows)
+    return None
+
+
 @app.command("dry-run")
 def dry_run(
     site: Site,

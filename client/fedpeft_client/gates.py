@@ -45,7 +45,7 @@ def train(work: Work, start: Tensors, bench: Bench) -> Counters:
     if work.promise is not None:
         raise PolicyError(
             f"gates of task {work.plan.task!r}: the plan promises epsilon {work.promise.epsilon:g}, and gates are not accounted; the "
-            "federation must set routing.gates = false"
+            "federation must set routing.gates = false (the routers arrow and spectr need none)"
         )
     task, asked = work.task, work.plan.gates
     data = bench.shelf.encoded(task, "train", bench.base)

@@ -160,11 +160,18 @@ def _evaluation_rule(federation: FederationConfig) -> None:
 
 
 def _gates_rule(federation: FederationConfig) -> None:
+    """No gates beside a promise.
+
+    Their mean over sites would be one more Gaussian release with every version, of as many values as the layers have inputs, with a clip
+    of its own and a share of the budget that `noise_for` would have to set aside. What is published says as much to the routers arrow and
+    spectr, and is paid for.
+    """
     privacy = federation.privacy
     if federation.routing.gates and not isinstance(privacy, Off):
         raise ValueError(
-            f"routing.gates = true and privacy.kind = {privacy.kind!r}: gates are trained on the sites' rows and nothing pays for their "
-            "release; set routing.gates = false"
+            f"routing.gates = true and privacy.kind = {privacy.kind!r}: gates are trained on the sites' rows, one more release with every "
+            "version, for which no budget is set aside; set routing.gates = false: the routers arrow and spectr read the published "
+            "adapters, which are paid for"
         )
 
 

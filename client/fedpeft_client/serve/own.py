@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from fedpeft_client.config import SiteConfig
 from fedpeft_client.personal import Personal
 from fedpeft_client.shelf import Shelf
 from fedpeft_client.store import Store
+
+if TYPE_CHECKING:
+    from fedpeft.tasks import Task
 
 log = logging.getLogger("fedpeft.serving")
 
@@ -46,6 +51,16 @@ class Own:
             return None
         return Adapter(replace(published.spec, layout=kept.layout), kept)
 
+    def texts(self, task: Task) -> list[str]:
+        """The rows that a text's nearness is measured by. Raises `DataError` when they cannot be read."""
+        rows = self.shelf.rows(task.name, "train")
+        return [task.text_of(row) for row in rows[:: -(-len(rows) // self.site.serve.own_rows)]]
+
+    @cached_property
+    def shelf(self) -> Shelf:
+        """The site's rows."""
+        return Shelf(self.site)
+
     async def weight(self, served: Served, text: str, embed: Embed) -> float:
         """The nearness of ``text``; 0 where the site's rows cannot be read, which is logged."""
         task = served.task.name
@@ -60,7 +75,6 @@ class Own:
         return near.weight(await embed(text))
 
     async def _nearness(self, served: Served, embed: Embed) -> Nearness:
-        rows = await asyncio.to_thread(Shelf(self.site).rows, served.task.name, "train")
-        some = rows[:: -(-len(rows) // self.site.serve.own_rows)]
-        vectors = await asyncio.gather(*(embed(served.task.text_of(row)) for row in some))
+        texts = await asyncio.to_thread(self.texts, served.task)
+        vectors = await asyncio.gather(*map(embed, texts))
         return Nearness(np.stack(vectors), self.site.serve.own_scale)

@@ -148,6 +148,7 @@ FLAGS = {
     "central train": ["--from", "--hostfile", "--launcher", "--print", "--ranks", "--set"],
     "central transfer": ["--pairs", "--set"],
     "client dry-run": ["--json", "--plan", "--round", "--set"],
+    "client evaluate": ["--identity", "--json", "--registry", "--set"],
     "client identity": [],
     "client join": [],
     "client serve": ["--registry", "--set"],

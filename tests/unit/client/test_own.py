@@ -22,10 +22,12 @@ from fedpeft.serving import Limits
 from fedpeft.serving.backend import Backend
 from fedpeft.tasks import Classification
 from fedpeft.tensors import Tensors
+from fedpeft_client.own_scores import HOW, score
 from fedpeft_client.personal import Own as Kept
 from fedpeft_client.personal import Personal
 from fedpeft_client.serve.own import Own
 from fedpeft_client.serve.targets import choose, hold
+from fedpeft_client.shelf import Shelf
 from fedpeft_client.store import Store
 
 LABELS = ("animal", "tool")
@@ -71,14 +73,16 @@ def pair_of(adapter):
     return Tensors(layout, np.random.default_rng(2).normal(0, 0.2, layout.size).astype(np.float32))
 
 
-def alone(base, adapter, pair, weight, text):
-    """The plain forward of one adapter whose private B is ``weight`` times itself."""
-    own = Tensors(pair.layout, pair.flat.copy())
-    own.flat[pair.layout.role_spans["B2"]] *= weight
-    ids = base.tokenizer(text)["input_ids"]
+def alone(base, adapter, pair, asked):
+    """Plain forwards of one adapter whose private B is the weight times itself, of (text, weight) one by one."""
+    found = []
     with attach(base, adapter.spec) as live, torch.no_grad():
-        live.load(adapter.tensors.patch(own))
-        return live.model(input_ids=torch.tensor([ids])).logits[0].softmax(0).numpy()
+        for text, weight in asked:
+            own = Tensors(pair.layout, pair.flat.copy())
+            own.flat[pair.layout.role_spans["B2"]] *= weight
+            live.load(adapter.tensors.patch(own))
+            found.append(live.model(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]])).logits[0].softmax(0).numpy())
+    return found
 
 
 async def served(backend, text):
@@ -99,8 +103,7 @@ def test_a_text_is_answered_by_the_shared_pair_and_by_the_private_one_as_near_as
     weights = [slow_weight(rows, vector, None) for vector in base.embed(TEXTS)]
     assert len({round(weight, 2) for weight in weights}) == 3  # or the test could not tell them apart
     assert weights[2] == 0.0
-    wanted = [alone(base, adapter, pair, weight, text) for weight, text in zip(weights, TEXTS, strict=True)]
-    unweighed = alone(base, adapter, pair, 0.0, TEXTS[0])
+    *wanted, unweighed = alone(base, adapter, pair, [*zip(TEXTS, weights, strict=True), (TEXTS[0], 0.0)])
     assert np.abs(wanted[0] - unweighed).max() > 1e-3
     with Backend(replace(base), store, Limits(), beside=Own(site)) as backend:
         backend.catalog.refresh()
@@ -121,9 +124,32 @@ def test_a_text_is_answered_by_the_shared_pair_and_by_the_private_one_as_near_as
 
 
 def _lines(site):
-    from fedpeft_client.shelf import Shelf
-
     return Shelf(site).rows("kinds", "train")
+
+
+def slow_loss(base, adapter, pair, rows, weights):
+    """Row by row: the mean negative log-likelihood."""
+    told = alone(base, adapter, pair, [(row["text"], weight) for row, weight in zip(rows, weights, strict=True)])
+    return np.mean([-np.log(found[LABELS.index(row["label"])]) for row, found in zip(rows, told, strict=True)])
+
+
+def test_test_rows_are_scored_without_the_pair_with_it_and_by_its_weights(site, base, tmp_path, monkeypatch):
+    store = Registry(tmp_path / "registry")
+    adapter = published(base, Classification("kinds", LABELS), store)
+    monkeypatch.setattr("fedpeft.service.load_base_of", lambda *_: base)
+    with pytest.raises(AdapterError, match="left no private pair of a served task"):
+        score(site, store)
+    pair = pair_of(adapter)
+    kept = Kept({f"private/{role}": pair.flat[span] for role, span in pair.layout.role_spans.items()})
+    Personal(Store(site.state / "personal", 8)).keep(("f", "r"), "kinds", (0, 1), kept)
+    (found,) = score(site, store)
+    rows, train = Shelf(site).rows("kinds", "test"), base.embed([line["text"] for line in _lines(site)])
+    weights = [slow_weight(train, vector, None) for vector in base.embed([row["text"] for row in rows])]
+    assert (found.task, found.rows, found.weight) == ("kinds", len(rows), pytest.approx(np.mean(weights), abs=0.01))
+    for how, each in zip(HOW, ([0.0] * len(rows), [1.0] * len(rows), weights), strict=True):
+        assert found.scores[how]["loss"] == pytest.approx(slow_loss(base, adapter, pair, rows, each), abs=2e-4)
+        assert 0.0 <= found.scores[how]["accuracy"] <= 1.0
+    assert len({round(scores["loss"], 4) for scores in found.scores.values()}) == 3  # or the test could not tell them apart
 
 
 def test_the_newest_pair_of_any_run_is_used_and_one_of_another_shape_is_not(site, base, tmp_path):
