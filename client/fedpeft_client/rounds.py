@@ -18,7 +18,7 @@ from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.selftest import check_moved
 from fedpeft.routing import counts_of, histogram
 from fedpeft.routing.gaussians import CLOSENESS, Gaussians
-from fedpeft.routing.moments import MOMENTS, halves, sums
+from fedpeft.routing.moments import MOMENTS, Measure, halves, sums
 from fedpeft.schemes import Masks, SiteContext, ifca
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
@@ -201,7 +201,7 @@ def router_counters(work: Work, bench: Bench) -> dict[str, tuple[float, ...]]:
     if plan.want_moments:
         counters[MOMENTS] = tuple(sums(halves(vectors)[0]).tolist())
     if plan.HasField("own"):
-        _, close = Gaussians.of([spread_of(plan.own)], spread_of(plan.pool)).read(halves(vectors)[1])
+        _, close = Gaussians.of([Measure(spread_of(plan.own), spread_of(plan.pool))]).read(halves(vectors)[1])
         counters[CLOSENESS] = counts_of(close[:, 0])
     return counters | _histograms(plan.centroids, vectors)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing import BINS, MahalanobisRouter, Moments, RouterCard, pooled
+from fedpeft.routing import BINS, MahalanobisRouter, Measure, Moments, RouterCard, pooled
 from fedpeft.routing.gaussians import CLOSENESS
 from fedpeft.routing.moments import MOMENTS, moments, packed, unpacked
 from fedpeft.update import Counters
@@ -30,6 +30,7 @@ class Spreads:
     store: Store
     journal: Journal
     known: dict[str, str] = field(default_factory=dict)
+    pool: Moments | None = None
 
     def __post_init__(self) -> None:
         self.known |= self.journal.notes().get(NOTE, {})
@@ -47,26 +48,28 @@ class Spreads:
             self.journal.note(NOTE, self.known)
 
     def told(self) -> dict[str, tuple[Spread, Spread]]:
-        """For each task what sites need to say how near their rows are to it: its moments, and what tasks share."""
+        """For each task what sites need to say how near their rows are to it: its moments, and the ``pool`` of all tasks from now on."""
         mine = {name: _moments(self.store.arrays(digest)) for name, digest in self.known.items()}
         try:
-            shared = spread_message(pooled(mine.values()))
+            self.pool = pooled(mine.values())
         except AdapterError:
-            return {}  # none is known, or they are of two encoders
+            return {}  # none is known yet
+        shared = spread_message(self.pool)
         return {name: (spread_message(found), shared) for name, found in mine.items()}
 
     def kept(self, task: str, counters: Counters) -> str:
-        """The digest of a task's moments with the histogram of its own texts' closeness; empty where they are not there yet."""
+        """The digest of a task's moments, the pool's, and the histogram of closeness that sites counted by them; empty without one."""
         close = np.array(counters.get(CLOSENESS, ()), np.float64)
-        if task not in self.known or close.shape != (BINS,) or not (close >= 0.0).all():
+        if self.pool is None or task not in self.known or close.shape != (BINS,) or not (close >= 0.0).all():
             return ""
-        return self.store.put_arrays({**self.store.arrays(self.known[task]), CLOSENESS: close})
+        pool = {f"pool {name}": values for name, values in _arrays(self.pool).items()}
+        return self.store.put_arrays({**self.store.arrays(self.known[task]), **pool, CLOSENESS: close})
 
 
 def added(card: RouterCard, arrays: Arrays) -> RouterCard:
     """``card`` with what `Spreads.kept` put into the store."""
     counts = {**card.counts, MahalanobisRouter.kind: tuple(arrays[CLOSENESS].tolist())}
-    return replace(card, moments=_moments(arrays), counts=counts)
+    return replace(card, moments=Measure(_moments(arrays), _moments(arrays, "pool ")), counts=counts)
 
 
 def _summed(counters: Counters) -> Moments | None:
@@ -84,5 +87,6 @@ def _arrays(found: Moments) -> Arrays:
     }
 
 
-def _moments(arrays: Arrays) -> Moments:
-    return Moments(float(arrays["count"][0]), arrays["mean"].astype(np.float64), unpacked(arrays["triangle"]))
+def _moments(arrays: Arrays, prefix: str = "") -> Moments:
+    count, mean, triangle = (arrays[f"{prefix}{name}"] for name in ("count", "mean", "triangle"))
+    return Moments(float(count[0]), mean.astype(np.float64), unpacked(triangle))

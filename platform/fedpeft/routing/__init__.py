@@ -7,7 +7,7 @@ from fedpeft.routing.cards import BINS, Card, calibrate, centroid, counts_of, hi
 from fedpeft.routing.chain import Calibrated, Chain, Within, thresholds
 from fedpeft.routing.fewshot import FewShot
 from fedpeft.routing.learned import Learned, XLoraRouter, learned_of
-from fedpeft.routing.moments import Moments, pooled
+from fedpeft.routing.moments import Measure, Moments, pooled
 from fedpeft.routing.policies import make_router
 from fedpeft.routing.requests import Request, Route, Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, FixedRouter, MahalanobisRouter, MeanRouter, TaskRouter
@@ -45,6 +45,7 @@ __all__ = [
     "Learned",
     "MahalanobisRouter",
     "MeanRouter",
+    "Measure",
     "Moments",
     "Request",
     "Route",

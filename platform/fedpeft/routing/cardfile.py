@@ -10,6 +10,8 @@ scale statistics. It lies beside the version's adapter, so the manifest names it
     spectrum/<module>  (r, n)  float16   S V' of B A over its largest singular value
     moments/mean       (D,)    float32   mean embedding of the task's texts, where sites sent second moments
     moments/triangle   (P,)    float32   upper triangle of their covariance (`fedpeft.routing.moments`)
+    moments/center     (D,)    float32   and the same of all tasks
+    moments/within     (P,)    float32
     learned/router     (m, n)  float32   X-LoRA's router, where the adapter has one (`fedpeft.routing.learned`)
 """
 
@@ -32,7 +34,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.factors import Product, norm, products
 from fedpeft.routing.cards import BINS, Card
 from fedpeft.routing.learned import Learned, checked
-from fedpeft.routing.moments import Moments, packed, unpacked
+from fedpeft.routing.moments import Measure, Moments, packed, unpacked
 from fedpeft.routing.prototypes import Values, spectrum
 from fedpeft.tensors import Layout, Tensors
 
@@ -61,7 +63,7 @@ class Scale:
 class RouterCard:
     """See the module. ``spectra`` are float32 again, at their own size; ``counts`` are 64-bin histograms of own texts' scores by router.
 
-    ``moments`` are those of own texts' embeddings by ``card.encoder``, to float32's precision once read from a file.
+    ``moments`` are of embeddings by ``card.encoder``, to float32's precision once read from a file.
     """
 
     card: Card | None = None
@@ -70,7 +72,7 @@ class RouterCard:
     spectra: Modules = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    moments: Moments | None = None
+    moments: Measure | None = None
     learned: Learned | None = None
 
     @property
@@ -89,7 +91,7 @@ class RouterCard:
             "card": None if self.card is None else self.card.to_json(),
             "scales": {module: [scale.largest, scale.frobenius] for module, scale in self.scales.items()},
             "counts": {router: list(values) for router, values in self.counts.items()},
-            **({} if self.moments is None else {"texts": self.moments.count}),
+            **({} if self.moments is None else {"texts": [self.moments.own.count, self.moments.pool.count]}),
             **({} if self.learned is None else {"experts": list(self.learned.experts)}),
         }
         text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -155,20 +157,28 @@ def module_of(name: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(FACTOR)
 
 
-def _of_moments(known: Moments | None) -> dict[str, NDArray[Any]]:
-    return {} if known is None else {"mean": known.mean, "triangle": packed(known.covariance)}
+def _of_moments(known: Measure | None) -> dict[str, NDArray[Any]]:
+    if known is None:
+        return {}
+    own, pool = known.own, known.pool
+    return {"mean": own.mean, "triangle": packed(own.covariance), "center": pool.mean, "within": packed(pool.covariance)}
 
 
-def _moments(named: Modules, texts: Any) -> Moments | None:
+def _moments(named: Modules, texts: Any) -> Measure | None:
     if not named:
         return None
     try:
-        count, mean, covariance = float(texts), named["mean"].astype(np.float64), unpacked(named["triangle"])
+        own, pool = map(float, texts)
+        return Measure(_part(own, named["mean"], named["triangle"]), _part(pool, named["center"], named["within"]))
     except (KeyError, TypeError, ValueError, AdapterError) as fault:
-        raise AdapterError(f"{FILE}: moments of {sorted(named)} and {texts!r} texts cannot be read: {fault!r}") from None
+        raise AdapterError(f"{FILE}: moments of {texts!r} texts, {sorted(named)}, cannot be read: {fault}") from None
+
+
+def _part(count: float, mean: Values, triangle: Values) -> Moments:
+    covariance = unpacked(triangle)
     if len(mean) != len(covariance) or not 1.0 <= count < np.inf:
-        raise AdapterError(f"{FILE}: moments of {count:g} texts, a mean of {len(mean)} values and a covariance of {len(covariance)}")
-    return Moments(count, mean, covariance)
+        raise AdapterError(f"{count:g} texts, a mean of {len(mean)} values and a covariance of {len(covariance)}")
+    return Moments(count, mean.astype(np.float64), covariance)
 
 
 def _learned(named: Modules, experts: Any) -> Learned | None:

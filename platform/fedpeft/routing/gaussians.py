@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing.moments import Exact, Moments, Rows, narrowed, pooled
+from fedpeft.routing.moments import Exact, Measure, Rows, narrowed
 
 CLOSENESS = "closeness"
 """The counter of histograms of own texts' closeness."""
@@ -54,18 +54,23 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """``tasks``, and the ``background``: the covariance inside tasks around the centre of all of them."""
+    """``tasks``, and for each the place of its ``backgrounds``: the covariance inside tasks around the centre of all of a pool."""
 
     tasks: tuple[Gaussian, ...]
-    background: Gaussian
+    backgrounds: tuple[Gaussian, ...]
+    places: tuple[int, ...]
 
     @staticmethod
-    def of(tasks: Sequence[Moments], pool: Moments) -> Gaussians:
-        """Densities of ``tasks`` beside what `pooled` makes of all. Raises `AdapterError` when their widths differ."""
-        if any(task.width != pool.width for task in tasks):
-            raise AdapterError(f"moments: tasks of {[task.width for task in tasks]} values beside a pool of {pool.width}")
-        fitted = tuple(Gaussian.of(task.mean, shrunk(_blended(task, pool), pool.count)) for task in tasks)
-        return Gaussians(fitted, Gaussian.of(pool.mean, shrunk(pool.covariance, pool.count)))
+    def of(measures: Sequence[Measure]) -> Gaussians:
+        """Densities of tasks, each in its own pool. Raises `AdapterError` when their widths differ."""
+        widths = sorted({part.width for one in measures for part in (one.own, one.pool)})
+        if len(widths) != 1:
+            raise AdapterError(f"moments: {len(measures)} tasks with embeddings of {widths} values; make all cards with one encoder")
+        fitted = tuple(Gaussian.of(one.own.mean, shrunk(_blended(one), one.pool.count)) for one in measures)
+        keys = [one.pool.mean.tobytes() + one.pool.covariance.tobytes() for one in measures]
+        pools = dict(zip(keys, (one.pool for one in measures), strict=True))
+        backgrounds = tuple(Gaussian.of(pool.mean, shrunk(pool.covariance, pool.count)) for pool in pools.values())
+        return Gaussians(fitted, backgrounds, tuple(map(list(pools).index, keys)))
 
     def read(self, embeddings: Rows) -> tuple[Exact, Exact]:
         """Of each text (N, D) and task the log-density, up to a constant, and the closeness, both (N, E).
@@ -76,19 +81,19 @@ class Gaussians:
         Raises:
             AdapterError: embeddings of another width.
         """
-        rows, width = narrowed(embeddings), len(self.background.mean)
+        rows, width = narrowed(embeddings), len(self.tasks[0].mean)
         if rows.shape[1] != width:
             raise AdapterError(f"router: an embedding has {rows.shape[1]} values, the cards have {width}; they were made by another base")
         near = np.stack([task.distances(rows) for task in self.tasks], axis=1)
+        far = np.stack([background.distances(rows) for background in self.backgrounds], axis=1)[:, self.places]
         volumes = np.array([task.volume for task in self.tasks])
-        apart = RELATIVE * self.background.distances(rows)[:, None] - near
-        return -0.5 * (near + volumes), np.clip(apart / width, -1.0, 1.0)
+        return -0.5 * (near + volumes), np.clip((RELATIVE * far - near) / width, -1.0, 1.0)
 
 
 @lru_cache(maxsize=8)
-def gaussians(tasks: tuple[Moments, ...]) -> Gaussians:
-    """Densities of ``tasks`` in a pool of their own; kept, since routers are made anew for every request."""
-    return Gaussians.of(tasks, pooled(tasks))
+def gaussians(measures: tuple[Measure, ...]) -> Gaussians:
+    """As `Gaussians.of`; kept, since routers are made anew for every request."""
+    return Gaussians.of(measures)
 
 
 def shrunk(covariance: Exact, count: float) -> Exact:
@@ -99,6 +104,6 @@ def shrunk(covariance: Exact, count: float) -> Exact:
     return (1.0 - share) * covariance + share * trace / width * np.eye(width)
 
 
-def _blended(task: Moments, pool: Moments) -> Exact:
-    own = task.count / (task.count + PRIOR * task.width)
-    return own * task.covariance + (1.0 - own) * pool.covariance
+def _blended(one: Measure) -> Exact:
+    share = one.own.count / (one.own.count + PRIOR * one.own.width)
+    return share * one.own.covariance + (1.0 - share) * one.pool.covariance

@@ -38,6 +38,17 @@ class Moments:
         return len(self.mean)
 
 
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """What a task is measured by: its ``own`` moments, and the ``pool`` of all tasks that it was trained beside.
+
+    Both are in a task's card, so that what is near to it does not depend on which other tasks are served.
+    """
+
+    own: Moments
+    pool: Moments
+
+
 def sums(embeddings: Rows) -> Exact:
     """The upper triangle (P,), row by row, of the sum of ``(1, x)(1, x)'`` over ``embeddings`` (N, D): count, sum and second moments."""
     rows = narrowed(embeddings)

@@ -15,7 +15,7 @@ from pydantic import Field
 from fedpeft.errors import AdapterError
 from fedpeft.routing.cards import Card, calibrate, common_encoder
 from fedpeft.routing.gaussians import gaussians
-from fedpeft.routing.moments import Moments
+from fedpeft.routing.moments import Measure
 from fedpeft.routing.requests import Request, Route
 
 Top = Annotated[int, Field(ge=1)]
@@ -90,7 +90,7 @@ class MahalanobisRouter:
     """
 
     cards: Mapping[str, Card]
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Measure]
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     quantile: Share = 0.05
     top: Top = 3

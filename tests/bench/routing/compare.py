@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from tests.bench.routing import measure
@@ -14,11 +15,11 @@ from fedpeft.merging import make_rule, merge
 from fedpeft.routing import Request, Route, make_router
 from fedpeft.routing.policies import token_router
 
-CLOSED = "mahalanobis, all in"
-"""The router by second moments where nothing is out of scope."""
-WHOLE = ("centroid", "centroid3", "mahalanobis", CLOSED, "cluster", "chain")
+TRADED: dict[str, dict[str, Any]] = {"mahalanobis, never": {"counts": {}}, "mahalanobis, 5 %": {"quantile": 0.05}}
+"""The router by second moments that never sends a text to the base, or more of a task's own ones."""
+WHOLE = ("centroid", "centroid3", "mahalanobis", *TRADED, "cluster", "chain")
 TOKENS = ("gate", "arrow", "spectr")
-KINDS, ABSTAIN = (*WHOLE, *TOKENS), ("centroid", "mahalanobis", "cluster", "gate", "arrow", "chain")
+KINDS, ABSTAIN = (*WHOLE, *TOKENS), ("centroid", "mahalanobis", *TRADED, "cluster", "gate", "arrow", "chain")
 Routes = dict[str, list[Route]]
 """By task, one for each test row."""
 
@@ -73,8 +74,8 @@ def few_shot(world: World) -> dict[str, Losses]:
 
 def routed(world: World, texts: list[str]) -> dict[str, list[Route]]:
     """Where each router sends each of ``texts``; a request's hidden states are kept for no longer than it is routed."""
-    routers, read = {kind: make_router(kind, world.cards) for kind in KINDS if kind != CLOSED}, modules(world)
-    routers[CLOSED] = replace(routers["mahalanobis"], quantile=0.0, counts={})  # type: ignore[type-var]
+    routers, read = {kind: make_router(kind, world.cards) for kind in KINDS if kind not in TRADED}, modules(world)
+    routers |= {name: replace(routers["mahalanobis"], **changes) for name, changes in TRADED.items()}  # type: ignore[type-var]
     found: dict[str, list[Route]] = {kind: [] for kind in KINDS}
     for text, vector in zip(texts, world.encoder.embed(texts), strict=True):
         request = Request(None, partial(np.asarray, vector), partial(world.base.watch, text, read), world.encoder.encoder)

@@ -19,6 +19,7 @@ from fedpeft.routing import (
     ArrowRouter,
     GateRouter,
     MahalanobisRouter,
+    Measure,
     Request,
     RouterCard,
     centroid,
@@ -135,9 +136,10 @@ def embedded(cards: dict[str, RouterCard], encoder: Encoder, trained: dict[str, 
     for name, mine in vectors.items():
         total = mine.sum(axis=0, dtype=np.float64)
         sequence = make_card(total, len(mine), histogram(mine, centroid(total, len(mine))), encoder=encoder.encoder)
-        _, close = Gaussians.of([known[name]], pool).read(halves(mine)[1])
+        measure = Measure(known[name], pool)
+        _, close = Gaussians.of([measure]).read(halves(mine)[1])
         counts = {**cards[name].counts, MahalanobisRouter.kind: counts_of(close[:, 0])}
-        found[name] = replace(cards[name], card=sequence, counts=counts, moments=known[name])
+        found[name] = replace(cards[name], card=sequence, counts=counts, moments=measure)
     return found
 
 

@@ -41,8 +41,8 @@ def test_runs_to_the_end_and_publishes_once(fake: ModuleType, tmp_path: Path) ->
     assert release.card["centroid"] == pytest.approx([0.6, 0.8])
     assert release.card["count"] == 3 * sum(range(64))
     assert -1 < release.card["threshold"] < 1
-    assert release.router.moments.count == 3 * 5
-    assert release.router.moments.mean == pytest.approx([0.6, 0.8])
+    assert release.router.moments.own.count == 3 * 5
+    assert release.router.moments.own.mean == pytest.approx([0.6, 0.8])
     assert release.router.counts["mahalanobis"] == tuple(3.0 * i for i in range(64))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import AdapterError
-from fedpeft.routing import MahalanobisRouter, Moments, Request, RouterCard, TaskRouter, counts_of, make_card, make_router, pooled
+from fedpeft.routing import MahalanobisRouter, Measure, Moments, Request, RouterCard, TaskRouter, counts_of, make_card, make_router, pooled
 from fedpeft.routing.cards import histogram
 from fedpeft.routing.gaussians import Gaussian, Gaussians, shrunk
 from fedpeft.routing.moments import WIDEST, halves, moments, narrowed, packed, sums, unpacked, values_of
@@ -24,10 +24,15 @@ def texts(seed, count, place, spread=0.4):
 
 def card_of(rows, pool=None):
     own = moments(sums(halves(rows)[0]))
-    close = Gaussians.of([own], pool or pooled([own])).read(halves(rows)[1])[1][:, 0]
+    measure = Measure(own, pool or pooled([own]))
+    close = Gaussians.of([measure]).read(halves(rows)[1])[1][:, 0]
     total = rows.sum(axis=0, dtype=np.float64)
     card = make_card(total, len(rows), histogram(rows, (total / np.linalg.norm(total)).astype(np.float32)), encoder="base@x")
-    return RouterCard(card=card, counts={"mahalanobis": counts_of(close)}, moments=own)
+    return RouterCard(card=card, counts={"mahalanobis": counts_of(close)}, moments=measure)
+
+
+def beside(tasks, pool):
+    return Gaussians.of([Measure(one, pooled(pool)) for one in tasks])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def test_whitening_knows_no_order_of_sites_or_tasks(seed, order):
     own = [moments(sites[0] + sites[2]), moments(sites[1] + sites[3])]
     turned = [moments(sum(sites[site] for site in order if site % 2 == place)) for place in (0, 1)]
     rows = texts(seed, 5, 3)
-    for one, other in zip(Gaussians.of(own, pooled(own)).read(rows), Gaussians.of(turned, pooled(turned[::-1])).read(rows), strict=True):
+    for one, other in zip(beside(own, own).read(rows), beside(turned, turned[::-1]).read(rows), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
@@ -110,6 +115,14 @@ def test_texts_go_to_their_task_and_one_in_twenty_to_the_base(cards):
     assert np.mean(away) > 0.9
 
 
+def test_a_task_is_as_near_whichever_others_are_served(cards):
+    alone = make_router("mahalanobis", {"kind": cards["kind"]})
+    for row in (*texts(9, 20, 1), *texts(10, 20, 4)):
+        one, all_ = (router.route(Request.of(row)) for router in (alone, make_router("mahalanobis", cards)))
+        assert one.scores["kind"] == pytest.approx(all_.scores["kind"])
+    assert np.mean([route.task == "kind" for route in alone.route_all(texts(101, 200, 1))]) > 0.9
+
+
 def test_a_chain_over_second_moments_ends_at_the_base(cards):
     chain, stranger = make_router("chain", cards), Request.of(texts(7, 1, 4)[0], "base@x")
     route = chain.route(stranger)
@@ -125,11 +138,11 @@ def test_a_chain_over_second_moments_ends_at_the_base(cards):
 def test_a_card_file_keeps_moments_and_an_old_one_has_none(cards):
     card = cards["kind"]
     again = RouterCard.from_bytes(card.to_bytes())
-    np.testing.assert_allclose(again.moments.covariance, card.moments.covariance, atol=1e-7)
+    np.testing.assert_allclose(again.moments.own.covariance, card.moments.own.covariance, atol=1e-7)
     assert again.to_bytes() == card.to_bytes()
     assert RouterCard.from_bytes(RouterCard(card.card).to_bytes()).moments is None
-    short = Moments(3.0, np.zeros(2), np.eye(3))
-    for wrong in (short, Moments(0.0, np.zeros(3), np.eye(3))):
+    whole, short, empty = (Moments(count, np.zeros(width), np.eye(3)) for count, width in ((3.0, 3), (3.0, 2), (0.0, 3)))
+    for wrong in (Measure(short, whole), Measure(whole, empty)):
         with pytest.raises(AdapterError, match="moments of"):
             RouterCard.from_bytes(RouterCard(moments=wrong).to_bytes())
 
@@ -152,7 +165,7 @@ def test_sums_of_no_texts_are_refused(wrong):
 
 def test_widths_must_agree(cards):
     with pytest.raises(AdapterError, match="one encoder"):
-        pooled([cards["kind"].moments, moments(sums(np.ones((3, 2), np.float32)))])
+        pooled([cards["kind"].moments.own, moments(sums(np.ones((3, 2), np.float32)))])
     with pytest.raises(AdapterError, match="an embedding has 2 values, the cards have 6"):
         make_router("mahalanobis", cards).route(Request.of(np.ones(2)))
     with pytest.raises(AdapterError, match=r"routing.moments = true"):
