@@ -92,7 +92,7 @@ class MahalanobisRouter:
     cards: Mapping[str, Card]
     moments: Mapping[str, Measure]
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    quantile: Share = 0.05
+    quantile: Share = 0.02
     top: Top = 3
     temperature: Temperature = 4.0
     kind: ClassVar[str] = "mahalanobis"
