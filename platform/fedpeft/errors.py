@@ -7,8 +7,8 @@
     ├── DataError                4  rows are missing, empty, unreadable or carry an unknown label
     ├── BaseError                5  the base cannot be loaded, quantized, or is another one than agreed
     ├── AdapterError             6  an adapter does not fit its base, its layout or its checksum
-    ├── PolicyError              7  a plan is outside what the site's policy allows
-    ├── LinkError                8  the other side cannot be reached, or speaks another version
+    ├── PolicyError              7  a plan is outside what the site's policy allows, or a caller's role or certificate what a server does
+    ├── LinkError                8  the other side cannot be reached or believed, does not answer in time, or speaks another version
     ├── StorageError             9  no space, no permission, or a torn file
     ├── CohortError             10  too few sites answered to go on
     ├── UpdateError             11  an update is not finite, out of range or of another layout
@@ -54,13 +54,13 @@ class AdapterError(FedpeftError):
 
 
 class PolicyError(FedpeftError):
-    """A plan asks for something that the site's policy does not allow."""
+    """A plan asks for something that the site's policy does not allow, or a caller for what its role may not do."""
 
     exit_code = 7
 
 
 class LinkError(FedpeftError):
-    """The other side cannot be reached, or speaks another version."""
+    """The other side cannot be reached or believed, does not answer in time, or speaks another version."""
 
     exit_code = 8
 

@@ -56,14 +56,15 @@ class FederationService(FederationServicer):
 
 
 def _within(caller: Caller, found: dict[str, Any]) -> dict[str, Any]:
+    """What a status says of the caller's tasks; drop-outs name tasks and are left out."""
     if caller.tasks is None:
         return found
-    tasks = {name: row for name, row in found["tasks"].items() if caller.sees(name)}
-    mine = {
-        name: {**row, "tasks": {task: rows for task, rows in row["tasks"].items() if caller.sees(task)}}
-        for name, row in found["sites"].items()
-    }
-    return {**found, "tasks": tasks, "sites": {name: {**row, "last_drop_out": ""} for name, row in mine.items()}}
+
+    def mine(rows: dict[str, Any]) -> dict[str, Any]:
+        return {task: row for task, row in rows.items() if caller.sees(task)}
+
+    sites = {name: {**row, "tasks": mine(row["tasks"]), "last_drop_out": ""} for name, row in found["sites"].items()}
+    return {**found, "tasks": mine(found["tasks"]), "sites": sites}
 
 
 def read(path: Path, position: int) -> Iterator[pb.Event]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedpeft.registry.aliases import Move
 from fedpeft.registry.judging import check_base, check_files, check_signer
 from fedpeft.registry.log import Entry
 from fedpeft.registry.manifest import SIGNATURE, sha256
+from fedpeft.registry.store import Landed
 from fedpeft.v1 import registry_pb2 as pb
 from fedpeft.v1.registry_pb2_grpc import RegistryServicer
 from fedpeft_coordinator.control.config import Control
@@ -42,6 +43,7 @@ class RegistryService(RegistryServicer):
 
     @property
     def _base(self) -> str:
+        """What pushed versions must be for: whatever the caller sees."""
         return self.control.base or self.feed.registry.base()
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
@@ -95,8 +97,7 @@ class RegistryService(RegistryServicer):
             while (part := await _next(parts)) is not None:
                 offset = await self.run(landing.write, part.chunk, offset)
             ready = await self.work(landing.complete, manifest.files)
-            origin = head.origin or f"push/{manifest.digest}"
-            version = await self.work(self.registry.accept, manifest, ready, head.signature, origin, self._base)
+            version = await self.work(self._accept, manifest, ready, head)
         await self.feed.look()
         return await self.run(self._message, version)  # type: ignore[no-any-return]
 
@@ -207,6 +208,9 @@ class RegistryService(RegistryServicer):
                 await self.run(landing.forget)
                 raise
             await self.run(landing.forget)
+
+    def _accept(self, manifest: Manifest, ready: Mapping[str, Landed], head: pb.PushHead) -> Version:
+        return self.registry.accept(manifest, ready, head.signature, head.origin or f"push/{manifest.digest}", self._base)
 
     def _aliases(self, task: str) -> list[pb.Alias]:
         rows = []
