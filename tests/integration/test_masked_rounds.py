@@ -36,7 +36,7 @@ from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.supervise import listens
 from fedpeft_coordinator.transport_memory import MemoryTransport
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(480)]
 
 SITES = ("east", "north", "south")
 FEDERATION = """
@@ -249,7 +249,7 @@ def unused() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(ready: Any, folder: Path, seconds: float = 180.0) -> None:
+def until(ready: Any, folder: Path, seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, {log.name: log.read_text(errors="replace")[-800:] for log in folder.glob("*.log")}
