@@ -5,7 +5,7 @@
 A random Llama of 81 million parameters in float32 lies on disk; two ranks load it and train one step, under stage 0, under stage 3, and
 under stage 3 with few gathered parameters. Counted is anonymous memory, sampled every millisecond: what safetensors maps from disk can be
 dropped at any time, and is a column of its own. Large blocks are given back when they are freed (``MALLOC_MMAP_THRESHOLD_``): otherwise
-glibc keeps those of up to 32 MiB, and what is counted is its holes. The peer is stage 0, where every rank holds all; the floor is half the base.
+glibc keeps those of up to 32 MiB, and what is counted is its holes. The peer is stage 0, where every rank holds all; the floor is half.
 """
 
 from __future__ import annotations

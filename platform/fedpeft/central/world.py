@@ -51,10 +51,11 @@ class World:
 
     @property
     def device(self) -> str:
-        """This rank's own GPU, or the CPU."""
+        """This rank's own GPU, or the CPU; where a launcher shows each rank one GPU alone, that is number 0."""
         import torch
 
-        return f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
+        count = torch.cuda.device_count()
+        return f"cuda:{self.local_rank if count > 1 else 0}" if count else "cpu"
 
 
 @contextmanager

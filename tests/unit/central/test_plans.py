@@ -134,6 +134,12 @@ def test_slurm_and_host_files(tmp_path, monkeypatch):
             hosts(file)
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda:0"), (4, "cuda:3")])
+def test_a_rank_has_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch, gpus, device):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert World(rank=7, local_rank=3, size=8).device == device
+
+
 @dataclass(frozen=True)
 class Script:
     """A rank that runs a line of Python."""
