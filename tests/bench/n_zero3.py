@@ -52,7 +52,7 @@ def run(repeats: int = 1) -> list[dict[str, object]]:
         folder = Path(place)
         whole = _write(folder)
         started = {name: _started(folder, name) for name in CASES}
-        found = {name: [json.loads(rank.communicate(timeout=280)[0].splitlines()[-1]) for rank in ranks] for name, ranks in started.items()}
+        found = {name: [json.loads(rank.communicate(timeout=560)[0].splitlines()[-1]) for rank in ranks] for name, ranks in started.items()}
         apart = _distance(folder)
     rows = [row for name, ranks in found.items() for row in _rows(name, ranks, found["stage 0"], whole)]
     return [*rows, {"row": "N3", "case": "exported adapter of stage 3 beside stage 0's, relative", "ours": apart, "unit": ""}]

@@ -143,11 +143,21 @@ SCORED = {
 }
 
 
+def others(folder: Path, world: World, stage: str) -> dict[str, object]:
+    """Jobs on other kinds of base: an encoder that classifies, with a head for each task, and one in 8 bit."""
+    encoder = json.loads((folder / "encoder.json").read_text())
+    return {
+        "encoder": play(folder, world, f"encoder{world.size}", deepspeed__stage=stage, **encoder),
+        "int8": play(folder, world, f"int8-{world.size}", deepspeed__stage=stage, base__quantization="int8", training__steps="2"),
+    }
+
+
 def one(folder: Path, world: World) -> dict[str, object]:
     """A world of one."""
     found: dict[str, object] = {"stage0": play(folder, world, "one0", deepspeed__stage="0")}
     half(folder, world, deepspeed__stage="1")
     found |= {f"stage{stage}": play(folder, world, f"one{stage}", deepspeed__stage=stage) for stage in "123"}
+    found |= others(folder, world, "0")
     found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
     found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
@@ -166,6 +176,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     """A world of two."""
     half(folder, world, deepspeed="own.json")
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "0123"}
+    found |= others(folder, world, "3")
     found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
     found["scored"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)

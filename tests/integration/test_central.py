@@ -50,6 +50,14 @@ SINGLE = {"tasks": '{ animals = { kind = "generation", metrics = ["perplexity"],
     "training.lr": "0.001",
     "training.clip": "0.5",
 }
+ENCODER = {
+    "base.model": "bert",
+    "training.steps": "3",
+    "tasks": """{
+      kind = { kind = "classification", labels = ["animal", "colour"], data = { path = "kinds.jsonl" } },
+      size = { kind = "classification", labels = ["small", "middle", "large"], data = { path = "sizes.jsonl" } } }""".replace("\n", " "),
+}
+LABELS = {"kinds": ("animal", "colour"), "sizes": ("small", "middle", "large")}
 OWN = {
     "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
     "gradient_clipping": "auto",
@@ -79,6 +87,11 @@ def folder(tmp_path_factory, shared_models) -> Path:
     (place / "noise.jsonl").write_text("\n".join(json.dumps(row) for row in noise))
     (place / "single.json").write_text(json.dumps(SINGLE))
     (place / "own.json").write_text(json.dumps(OWN))
+    (place / "encoder.json").write_text(json.dumps(ENCODER))
+    for name, labels in LABELS.items():
+        told = [{"text": f"once a {dice.choice('abcdefg')} day {i}", "label": labels[i % len(labels)], "split": "train"} for i in range(24)]
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, told)))
+    encoder(shared_models / "stories260k", place / "bert")
     shallow(shared_models / "stories260k", place / "model")
     (place / "job.toml").write_text(JOB.format(model=place / "model"))
     return place
@@ -93,6 +106,18 @@ def shallow(source: Path, target: Path) -> None:
     model.config.num_hidden_layers = 2
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def encoder(source: Path, target: Path) -> None:
+    """A small random BERT with the real model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(source)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(target)
+    words.save_pretrained(target)
 
 
 def ranks(folder: Path, size: int) -> list[subprocess.Popen[bytes]]:
@@ -211,6 +236,18 @@ def test_a_bf16_base_stays_bf16_in_stage_3(found):
     one, half = found["2.0"]["stage3"], found["2.0"]["bf16"]
     assert half["held"]["base"] == one["held"]["base"] // 2
     np.testing.assert_allclose(losses(half), losses(one)[:1], rtol=0.02)
+
+
+def test_an_encoder_with_a_head_for_each_task_is_the_same_on_two_ranks_in_stage_3(folder, found):
+    for key in ("all", "kind", "size"):
+        np.testing.assert_allclose(losses(found["2.0"]["encoder"], key), losses(found["1.0"]["encoder"], key), atol=2e-6, rtol=2e-6)
+    assert_close(values(folder, "encoder2"), values(folder, "encoder1"), 1e-4)
+
+
+def test_an_8_bit_base_trains_on_two_ranks_in_stage_3(folder, found):
+    one, two = found["1.0"]["int8"], found["2.0"]["int8"]
+    assert losses(one)[-1] < losses(one)[0]
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
 
 def test_a_shared_adapter_trains_beside_each_own(folder, found):
