@@ -109,6 +109,7 @@ BALANCED = {
         "training__lr": "0.02",
         "tasks__colours__data__path": "noise.jsonl",
     },
+    "hydra": {"shared": "true", "shared_method": '{kind = "hydralora", r = 2, experts = 2, targets = ["all"]}', "conflicts": "report"},
 }
 """Jobs whose tasks weigh against each other in other ways than by default."""
 

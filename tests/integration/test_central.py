@@ -345,6 +345,29 @@ def test_a_task_that_ended_early_rests_and_the_others_take_its_share(folder, fou
         assert state.tally.examples == 8 * len(steps)
 
 
+def test_a_router_over_all_tasks_rows_is_trained_published_and_read_again(folder, found, tmp_path):
+    from fedpeft.central.job import trained
+    from fedpeft.central.publish import publish
+    from fedpeft.registry import Registry
+
+    one = found["1.0"]["hydra"]
+    for key in ("all", "cosine/animals|colours"):
+        np.testing.assert_allclose(losses(found["2.0"]["hydra"], key), losses(one, key), rtol=5e-4, atol=1e-4)
+    method = '{kind = "hydralora", r = 2, experts = 2, targets = ["all"]}'
+    change = {"shared": "true", "shared_method": method, "registry": str(tmp_path), "output": str(folder / "hydra1")}
+    config = load_central(folder / "job.toml", change)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        every = prepare(config, {}).every
+    publish(config, trained(config, every), {}, {"animals": 1, "colours": 1})
+    again = Registry(tmp_path).load("pair.shared").tensors.named()
+    held = Tensors(every["(shared)"].spec.layout, values(folder, "hydra1")["(shared)|value"]).named()
+    assert all((again[name] == held[name]).all() for name in held)
+    routers = [name for name in again if name.endswith("hydralora.router")]
+    assert routers
+    assert all((again[name] != every["(shared)"].tensors.named()[name]).any() for name in routers)
+
+
 def test_transfer_compares_each_task_alone_with_all(folder, found):
     table = json.loads((folder / "compared" / "transfer.json").read_text())
     for task in WORDS:

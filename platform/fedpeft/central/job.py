@@ -28,6 +28,7 @@ from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_of
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.mixtures.bank import SHARED
+from fedpeft.mixtures.parts import parts_of
 from fedpeft.tasks import read_rows
 from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
@@ -101,7 +102,7 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
 
     Raises:
         DataError: rows are missing or unreadable.
-        AdapterError: a start is of another base, method or head.
+        AdapterError: a start is of another base, method or head, or no mixture is exact for the method.
     """
     base = meta_base(config.base)
     tasks = {name: entry.task for name, entry in config.tasks.items()}
@@ -110,10 +111,12 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
     held = Pool.of(tasks, {name: cast("Encoded", own) for name, (_, own) in data.items()}) if config.looks else None
     specs = {name: make_spec(name, base, config.method, task.head) for name, task in tasks.items()}
     adapters = {name: _start(initial(base, spec, config.seed), starts.get(name)) for name, spec in specs.items()}
+    parts_of(next(iter(specs.values())))
     if not config.shared:
         return Prepared(pool, adapters, None, held)
     name = f"{config.name}.shared"
-    spec = make_spec(name, base, config.method, next(iter(tasks.values())).head)
+    spec = make_spec(name, base, config.shared_method or config.method, next(iter(tasks.values())).head)
+    parts_of(spec)
     return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)), held)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft.errors import AdapterError
+from fedpeft.methods.blends.experts import top_weights
 from fedpeft.methods.frozen import Frozen
 from fedpeft.methods.targets import families, is_linear, linear_roles
 from fedpeft.mixtures.choice import Shape, way_for
@@ -149,6 +150,8 @@ class Host:
         addends = [addend for share in shares for addend in _addends(x, [self], share)]
         y = y + mix(x.to(_dtype(x)), [self.frozen.width], [None], addends)[0].to(own.dtype) if addends else y
         for share in shares:
+            y = y + _routed(share, self, x, y) if share.slab.parts[self.name].experts else y
+        for share in shares:
             y = y + _squeeze(share, self, y) if share.slab.parts[self.name].squeeze else y
         return y
 
@@ -182,7 +185,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 def _plain(share: Share, module: str) -> bool:
     """Whether a share does nothing at a module, or nothing but products."""
     part = share.slab.parts.get(module)
-    return part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze)
+    return part is None or not (part.gain_in or part.gain_out or part.shift or part.squeeze or part.experts)
 
 
 def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
@@ -197,6 +200,24 @@ def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
     shape = Shape(x.numel() // x.shape[-1], _dtype(x), rank, width, found[0].b.shape[1], training)
     way, weights = way_for(share, members[0].state.way, shape)
     return [Addend(way, tuple(found), weights, slab.dropout if members[0].layer.training else 0.0)]
+
+
+def _routed(share: Share, host: Host, x: Tensor, y: Tensor) -> Tensor:
+    """``sum_e w_e(x) B_e A_e x`` in float32, of each slot over its own tokens: each adapter's router weighs its own experts."""
+    experts = share.slab.parts[host.name].experts
+    assert experts is not None
+    router = host.factor(share.slab, experts.router)
+    down, up = (torch.stack([host.factor(share.slab, name) for name in names], 1) for names in (experts.down, experts.up))
+    flat = x.reshape(-1, x.shape[-1]).float()
+    total = flat.new_zeros(len(flat), y.shape[-1])
+    for tokens, slots, weights in share.plan.batches(len(flat)):
+        own = (flat if tokens is None else flat.index_select(0, tokens)).view(len(router[slots]), -1, flat.shape[1])
+        shares = top_weights(torch.bmm(own, router[slots].transpose(1, 2)), experts.top or len(experts.up))
+        low = torch.bmm(own, down[slots].flatten(1, 2).transpose(1, 2)).view(*own.shape[:2], len(experts.down), -1)
+        out = torch.bmm((low * shares.unsqueeze(-1)).flatten(2), up[slots].transpose(2, 3).flatten(1, 2)).flatten(0, 1).float()
+        out = out if weights is None else out * weights.unsqueeze(1)
+        total = total + out if tokens is None else total.index_add(0, tokens, out)
+    return total.view(y.shape).to(y.dtype)
 
 
 def _squeeze(share: Share, host: Host, y: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ biases as ``b + sum w (b_e - b)``, low-rank products and bottlenecks as what the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.errors import AdapterError
@@ -19,11 +20,24 @@ SQUEEZE = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Names of low-rank experts and of the router that weighs them token by token: the ``top`` largest by their softmax (0: all).
+
+    ``down``: A (r, in), of each expert or one for all; ``up``: B (out, r) of each; ``router`` (experts, in).
+    """
+
+    down: tuple[str, ...]
+    up: tuple[str, ...]
+    router: str
+    top: int = 0
+
+
+@dataclass(frozen=True)
 class Part:
     """Names of an adapter's tensors at one module, by what they do there.
 
     ``low``: pairs (A (r, in), B (out, r)); ``gain_in`` (1, in) and ``gain_out`` (out, 1); ``shift`` (out,), the bias that replaces the
-    base's; ``squeeze``: a bottleneck's down (dim, out) and up (out, dim), each with its bias.
+    base's; ``squeeze``: a bottleneck's down (dim, out) and up (out, dim), each with its bias; ``experts``: a mixture of its own.
     """
 
     low: tuple[tuple[str, str], ...] = ()
@@ -31,12 +45,14 @@ class Part:
     gain_out: str | None = None
     shift: str | None = None
     squeeze: tuple[str, str, str, str] | None = None
+    experts: Experts | None = None
 
     @property
     def names(self) -> list[str]:
         """All tensors."""
         single = [name for name in (self.gain_in, self.gain_out, self.shift) if name is not None]
-        return [*single, *(name for pair in self.low for name in pair), *(self.squeeze or ())]
+        mixed = [*self.experts.down, *self.experts.up, self.experts.router] if self.experts else []
+        return [*single, *(name for pair in self.low for name in pair), *(self.squeeze or ()), *mixed]
 
 
 Parts = dict[str, Part]
@@ -57,7 +73,15 @@ def parts_of(spec: AdapterSpec) -> Parts:
         raise AdapterError(
             f"adapter {spec.task}: DoRA cannot be mixed: it rescales the base's own rows; train lora without dora, or serve it alone"
         )
-    return READERS[kind]([entry for entry in spec.layout.entries if entry.role != "head"])
+    balance = getattr(spec.method, "balance", 0.0)
+    if balance:
+        raise AdapterError(
+            f"adapter {spec.task}: {kind} with balance = {balance:g} cannot be mixed: its balancing loss is over all tokens "
+            "of a batch, whoever they are of; set method.balance = 0, or train it alone"
+        )
+    found = READERS[kind]([entry for entry in spec.layout.entries if entry.role != "head"])
+    top = getattr(spec.method, "top", 0)
+    return {host: replace(part, experts=replace(part.experts, top=top)) if part.experts else part for host, part in found.items()}
 
 
 def _low(entries: list[Entry]) -> Parts:
@@ -85,6 +109,21 @@ def _squeezes(entries: list[Entry]) -> Parts:
     return {host: Part(squeeze=(stem + a, stem + b, stem + c, stem + d)) for host, stem in stems.items()}
 
 
+def _mixtures(kind: str, entries: list[Entry]) -> Parts:
+    hosts: dict[str, list[str]] = {}
+    for entry in entries:
+        host, _, leaf = entry.name.partition(f".{kind}.")
+        hosts.setdefault(host, []).append(leaf)
+    return {_host(host, ""): Part(experts=_experts(f"{host}.{kind}.", leaves)) for host, leaves in hosts.items()}
+
+
+def _experts(stem: str, names: list[str]) -> Experts:
+    """Those of one module, in the order of their numbers."""
+    down, up = ([name for name in names if name.partition(".")[0] == letter] for letter in "AB")
+    numbered = [tuple(stem + name for name in sorted(part, key=lambda name: int(name[2:] or 0))) for part in (down, up)]
+    return Experts(numbered[0], numbered[1], stem + "router")
+
+
 def _soft(entries: list[Entry]) -> Parts:
     """Virtual tokens act on no module but the trunk's call (`soft`)."""
     return {}
@@ -101,5 +140,7 @@ READERS: dict[str, Callable[[list[Entry]], Parts]] = {
     "bottleneck": _squeezes,
     "prompt": _soft,
     "prefix": _soft,
+    "hydralora": partial(_mixtures, "hydralora"),
+    "molora": partial(_mixtures, "molora"),
 }
 """The methods that a mixture is exact for."""

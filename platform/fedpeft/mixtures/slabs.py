@@ -174,7 +174,7 @@ class Store:
         known = self._keys.get(id(spec.layout))
         if known is None or known[0].layout is not spec.layout or known[0].method != spec.method:
             places = tuple((e.name, e.shape, spec.layout.spans[e.name].start) for e in spec.layout.entries if e.role != "head")
-            key = (spec.method.kind, _dropout(spec), places)
+            key = (spec.method.kind, _dropout(spec), getattr(spec.method, "top", 0), places)
             known = self._keys[id(spec.layout)] = (spec, key)
         return known[1]
 

@@ -116,9 +116,15 @@ class Validation(Section):
     min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
 
 
+def _method_or_none(value: Any) -> Any:
+    return value if value is None else read_method(value)
+
+
 class CentralConfig(Section):
     """One central job: one adapter per task, and with ``shared`` another that acts on every task's rows beside it.
 
+    The shared adapter may have a ``shared_method`` of its own, such as a mixture whose router learns from all tasks' rows (``hydralora``,
+    ``molora``).
     ``balance`` weighs the tasks' losses; ``conflicts`` says what becomes of gradients by which tasks disagree over the shared adapter.
     Paths are relative to the file once it came through `load_central`.
     """
@@ -135,6 +141,7 @@ class CentralConfig(Section):
     validation: Validation = Validation()
     tasks: dict[Name, CentralTask] = Field(min_length=1)
     shared: bool = False
+    shared_method: Annotated[Any, BeforeValidator(_method_or_none)] = None
     evaluate: Evaluate = Evaluate()
     checkpoints: Checkpoints = Checkpoints()
     track: tuple[Annotated[Any, _reader(TRACKERS, "track")], ...] = ()
@@ -188,6 +195,12 @@ class CentralConfig(Section):
                 f"checkpoints.best = {best!r}: less is better of the first metric of {sorted(lower)}, perplexity, but not of the others'; "
                 "give one task's name, or all tasks a first metric of one kind"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _method_is_of_something(self) -> CentralConfig:
+        if self.shared_method is not None and not self.shared:
+            raise ValueError(f"shared_method = {self.shared_method.kind!r}: no adapter is shared; set shared = true, or leave it out")
         return self
 
     @model_validator(mode="after")

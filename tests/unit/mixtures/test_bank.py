@@ -29,8 +29,10 @@ TABLES = {
     "prompt": {"kind": "prompt", "tokens": 3},
     "longer": {"kind": "prompt", "tokens": 5},
     "prefix": {"kind": "prefix", "tokens": 4},
+    "hydra": {"kind": "hydralora", "r": 3, "experts": 3, "targets": ["all"]},
+    "moe": {"kind": "molora", "r": 2, "experts": 3, "top": 2},
 }
-ROWS = ["wide", "gain", "rs", None, "bottle", "prompt", "bias", "twin", "prefix", "wide", "longer", "two"]
+ROWS = ["wide", "gain", "rs", None, "bottle", "prompt", "bias", "twin", "prefix", "wide", "longer", "two", "hydra", "moe", "hydra"]
 
 
 @pytest.fixture
@@ -313,7 +315,7 @@ def test_the_base_is_as_before(crowd, batch, dense):
     base, head, adapters = crowd("causal")
     before = photo(base)
     with Bank.attach(base, head, adapters, dense=dense) as bank:
-        with pytest.raises(BaseError, match="mixture of 10 adapters"):
+        with pytest.raises(BaseError, match=f"mixture of {len(TABLES)} adapters"):
             base.shell(head)
         bank.model.train()
         bank.use(Gates.rows(ROWS))
@@ -331,6 +333,7 @@ def test_the_base_is_as_before(crowd, batch, dense):
     [
         ({"kind": "lora", "dora": True}, "DoRA cannot be mixed"),
         ({"kind": "core"}, r"core cannot be mixed in one batch; a mixture takes \['bitfit', 'bottleneck'"),
+        ({"kind": "molora", "balance": 0.1}, r"molora with balance = 0.1 cannot be mixed"),
         ({"kind": "loha"}, "loha cannot be mixed"),
         ({"kind": "vera"}, "vera cannot be mixed"),
     ],

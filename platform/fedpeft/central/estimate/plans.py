@@ -119,7 +119,7 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
     heads = {entry.task.head for entry in config.tasks.values()}
     made = {head: make_spec(config.name, base, config.method, head) for head in heads}
     specs = [made[entry.task.head] for entry in config.tasks.values()]
-    specs += specs[:1] if config.shared else []
+    specs += [make_spec(config.name, base, config.shared_method or config.method, specs[0].head)] if config.shared else []
     groups = [[entry.size for entry in spec.layout.entries if entry.role == role] for spec in specs for role in sorted(spec.layout.roles)]
     count = config.training.batch_size // ranks
     return Estimate(
