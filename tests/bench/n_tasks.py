@@ -1,6 +1,6 @@
 """N: ten tasks of real text in one central job against ten jobs of one task each, by accuracy on held-out rows; same examples per task.
 
-    python -m tests.bench n_tasks        (FEDPEFT_SHARED set, or ../shared; about five minutes on one core)
+    python -m tests.bench n_tasks        (FEDPEFT_SHARED set, or ../shared; four minutes on one core)
 
 MiniLM, LoRA on attention, one rank over DeepSpeed: jobs as `fedpeft central train` runs them. Every arm takes `STEPS` steps with `EACH`
 examples of each task, in an order of its own, and every task's adapter and head start from the same values; ``repeats`` is ignored.
@@ -43,7 +43,8 @@ def run(repeats: int) -> list[dict[str, object]]:
         folder = Path(name)
         for task, own in tasks.items():
             (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, own)))
-        began, alone = process_time(), {}
+        alone: dict[str, float] = {}
+        began = process_time()
         for task, own in tasks.items():
             alone |= _scores(folder, world, {task: own}, f"alone-{task}", {})
         seconds = {"alone": process_time() - began}
