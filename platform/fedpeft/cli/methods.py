@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedpeft.bases.spec import QUANTIZED
 from fedpeft.cli import output
 
 app = typer.Typer(help="List PEFT methods: family, cost, averaging, quantized bases, privacy.", invoke_without_command=True)
@@ -19,7 +20,6 @@ HINT = "Add --base MODEL for trained parameters and bytes per round."
 SCOPE = "Parameters and bytes leave the task's head out; `refused`: not on this base, `weights`: counted by its weights; show says more."
 FACTS = ("averaging", "quantized bases", "client-level DP")
 COSTS = ("parameters", "sent/round")
-QUANTIZED = ("nf4", "int8", "ao-int8")
 
 
 @app.callback()
