@@ -1,6 +1,6 @@
 """M2, M3: tasks that nobody declared, and tasks that part by where they point; real text through real rounds.
 
-    python -m tests.bench m_clusters       (FEDPEFT_SHARED set, or ../shared; about three CPU minutes; --repeats 15: three seeds)
+    python -m tests.bench m_clusters       (FEDPEFT_SHARED set, or ../shared; about five CPU minutes; --repeats 15: three seeds)
 
 M2: four sites hold rows of one task "intent" and nobody knows that two of them are of another kind: "kinds", a bank's customers and a
 voice assistant under one set of labels; "labels", the same bank where two sites call every intent by another's name. Accuracy on
