@@ -29,7 +29,7 @@ begin = ZeroEngine.begin
 def noted(self: ZeroEngine, *arguments: Any) -> ZeroRun:
     """`ZeroEngine.begin`, whose run can be looked at afterwards."""
     RUNS.append(begin(self, *arguments))
-    return RUNS[0]
+    return RUNS[-1]
 
 
 class Stopped(Exception):
@@ -61,7 +61,7 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
         return {"fault": str(fault), "code": fault.exit_code, "seconds": time.perf_counter() - began}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    held = {"moments": moment_bytes(RUNS[0]), "base": base_bytes(RUNS[0])}
+    held = {"moments": moment_bytes(RUNS[-1]), "base": base_bytes(RUNS[0])}
     return {"losses": losses, "scores": scores, "final": final, "held": held}
 
 
