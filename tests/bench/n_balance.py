@@ -1,4 +1,4 @@
-"""N2: what balancing costs a step of a central job: four tasks of real text, MiniLM, one shared adapter beside each own, one rank.
+"""N4: what balancing costs a step of a central job: four tasks of real text, MiniLM, one shared adapter beside each own, one rank.
 
     python -m tests.bench n_balance        (FEDPEFT_SHARED set, or ../shared; about a minute on one core)
 
@@ -64,4 +64,4 @@ def _seconds(job: CentralConfig, world: World) -> float:
 
 
 def _row(case: str, ours: float, peer: float) -> dict[str, object]:
-    return {"row": "N2", "case": f"a step, {case}", "ours": ours, "peer": peer, "ratio": peer / ours, "unit": "CPU s; peer: equal weights"}
+    return {"row": "N4", "case": f"a step, {case}", "ours": ours, "peer": peer, "ratio": peer / ours, "unit": "CPU s; peer: equal weights"}

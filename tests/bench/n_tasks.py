@@ -1,4 +1,4 @@
-"""N: ten tasks of real text in one central job against ten jobs of one task each, by accuracy on held-out rows; same examples per task.
+"""N5: ten tasks of real text in one central job against ten jobs of one task each, by accuracy on held-out rows; same examples per task.
 
     python -m tests.bench n_tasks        (FEDPEFT_SHARED set, or ../shared; four minutes on one core)
 
@@ -61,7 +61,7 @@ def run(repeats: int) -> list[dict[str, object]]:
 
 def _row(case: str, ours: float, peer: float, unit: str) -> dict[str, object]:
     return {
-        "row": "N1",
+        "row": "N5",
         "case": case,
         "ours": ours,
         "peer": peer,

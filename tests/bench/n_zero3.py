@@ -55,12 +55,12 @@ def run(repeats: int = 1) -> list[dict[str, object]]:
         found = {name: [json.loads(rank.communicate(timeout=560)[0].splitlines()[-1]) for rank in ranks] for name, ranks in started.items()}
         apart = _distance(folder)
     rows = [row for name, ranks in found.items() for row in _rows(name, ranks, found["stage 0"], whole)]
-    return [*rows, {"row": "N3", "case": "exported adapter of stage 3 beside stage 0's, relative", "ours": apart, "unit": ""}]
+    return [*rows, {"row": "N8", "case": "exported adapter of stage 3 beside stage 0's, relative", "ours": apart, "unit": ""}]
 
 
 def _rows(name: str, ranks: list[dict[str, float]], peer: list[dict[str, float]], whole: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for row, part in (("N1", "loading"), ("N2", "training")):
+    for row, part in (("N6", "loading"), ("N7", "training")):
         ours, theirs = (max(rank[part] for rank in each) / whole for each in (ranks, peer))
         case = f"{name}: peak of a rank while {part}, of the whole base"
         rows.append({"row": row, "case": case, "ours": ours, "peer": theirs, "ratio": theirs / ours, "unit": f"of {whole >> 20} MiB"})
