@@ -40,6 +40,7 @@ BLEND_SPECS: dict[str, MethodSpec] = {
         paper="Tian et al. 2024, arXiv 2404.19245",
         tensors={"A": "trained", "B": "trained", "router": "trained"},
         average="router",
+        mixed_batch=True,
         note="linear in every B while A and the router stand still; its router is saved with it",
     ),
     "molora": MethodSpec(
@@ -49,6 +50,7 @@ BLEND_SPECS: dict[str, MethodSpec] = {
         paper="Li et al. 2024 (MixLoRA), arXiv 2404.15159; Zadouri et al. 2023 (MoLoRA), arXiv 2309.05444",
         tensors={"A": "trained", "B": "trained", "router": "trained"},
         average="router",
+        mixed_batch=True,
         note="its router is saved with it; balance weighs the load-balancing loss",
     ),
     "xlora": MethodSpec(
