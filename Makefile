@@ -25,14 +25,14 @@ demo: $(STAMP)
 # Unit tests on every core, one compute thread each; then the tests with real processes, one more at once than cores, since they often wait.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration'
-	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m 'integration and not gpu and not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration' tests/unit
+	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m 'integration and not gpu and not slow' tests/integration tests/unit/control
 
 # The unit tests with other examples in every run. What it finds becomes an `@example` of the test, or a test of its own.
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: export FEDPEFT_HYPOTHESIS = search
 fuzz: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration' tests/unit
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -44,6 +45,8 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # a million objects of imported modules need not be walked again and again
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture

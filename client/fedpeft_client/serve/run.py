@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedpeft.bases import BaseSpec
 from fedpeft.config import Section, override, parse
@@ -106,7 +106,7 @@ def _listen(settings: Serve) -> socket.socket:
     return listener
 
 
-def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> None:
+def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> NoReturn:
     from fedpeft.bases import load_base
     from fedpeft_client.serve.own import Own
 
@@ -119,6 +119,7 @@ def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: Si
         print(f"serving {spec.model} and {len(tasks)} tasks {tasks} at {name}/v1", flush=True)
         server(settings, backend).run(sockets=[listener])
         backend.close(settings.patience_seconds)
+        raise KeyboardInterrupt  # nothing else ends it; uvicorn hands the signal on when its loop is over, and then it may come to nothing
 
 
 def opened(settings: Serve, base: Base, own: Beside | None = None) -> Backend:
