@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedpeft.central.joint import Joint
 from fedpeft.central.moments import set_gradient
+from fedpeft.central.together import add_up
 from fedpeft.central.world import World
 from fedpeft.mixtures.bank import SHARED
 
@@ -53,9 +54,8 @@ class Conflicts:
 
     def settle(self, zero: Any, number: int) -> None:
         """Take note of the cosines of step ``number``; with PCGrad, give the engine the shared adapter's new gradient before it steps."""
-        if self.world.size > 1:
-            torch.distributed.all_reduce(self.sinks)
-            self.sinks /= self.world.size
+        add_up(self.world, self.sinks)
+        self.sinks /= self.world.size
         gram = (self.sinks.double() @ self.sinks.double().t()).cpu().numpy()
         self.cosines = self._named(cosines(gram))
         if self.handling == "pcgrad":

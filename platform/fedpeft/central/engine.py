@@ -15,7 +15,7 @@ from torch import nn
 from fedpeft.central.balancing import Balancing
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
-from fedpeft.central.together import require_equal
+from fedpeft.central.together import add_up, require_equal
 from fedpeft.central.world import World
 from fedpeft.central.zero import sized
 from fedpeft.errors import AdapterError, UpdateError
@@ -134,8 +134,7 @@ class ZeroRun:
 
     def _check(self, number: int, sums: torch.Tensor, counts: NDArray[np.int64]) -> None:
         """Sum ``sums`` over the ranks; raise on all of them when it is not finite, before the optimizer moves."""
-        if self.world.size > 1:
-            torch.distributed.all_reduce(sums)
+        add_up(self.world, sums)
         means = sums.cpu().numpy() / np.maximum(counts, 1)
         self.losses = {name: float(mean) for name, mean, terms in zip(self.task.pool.names, means, counts, strict=True) if terms}
         wrong = {name: loss for name, loss in self.losses.items() if not isfinite(loss)}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.central.pool import Places, Pool
+from fedpeft.central.together import add_up
 from fedpeft.central.world import World
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
@@ -45,8 +46,7 @@ def held_losses(zero: Any, model: nn.Module, pool: Pool, size: int, world: World
             own = picks[world.rank :: world.size]
             found = zero(pool.part(own if len(own) else picks[:1]))
             sums += found.double() * bool(len(own))
-    if world.size > 1:
-        torch.distributed.all_reduce(sums)
+    add_up(world, sums)
     return sums.cpu().numpy() / np.maximum(pool.counts(_every(pool)), 1)
 
 

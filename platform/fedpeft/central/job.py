@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 STATE = "checkpoint"
 """Where under the job's output its half-trained state lies."""
-
-
 ENCODED = "encoded"
 """Where under the job's output the examples of streamed tasks lie."""
 
@@ -64,10 +62,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did, and the scores by task of what it gives (`trained`)."""
+    """What a job did, the scores by task of what it gives (`trained`), and the parts that it began from."""
 
     result: TrainResult
     scores: Scores
+    ready: Prepared
 
 
 def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | None = None, progress: Progress | None = None) -> Outcome:
@@ -180,7 +179,7 @@ def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, tab
         course = Course(config, world, engine, scorer, progress)
         job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, course.step, saved=course.save)
         result = train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
-        return Outcome(result, course.final())
+        return Outcome(result, course.final(), ready)
 
 
 def _scorer(config: CentralConfig, joint: Joint, world: World, stage: int) -> Scorer:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.central.progress import Scores
 from fedpeft.errors import DataError, StorageError
 from fedpeft.files import sync_folder, write_atomic
+from fedpeft.tasks.metrics import upward
 from fedpeft.training import checkpoint
 from fedpeft.training.checkpoint import FILE
 
@@ -114,7 +115,7 @@ class Keeper:
 
     def _merit(self, scores: Scores) -> float:
         """More is better; what is not a number is worst."""
-        values = [upward(self.headlines[name], scores[name]) for name in self._judges]
+        values = [upward(self.headlines[name], scores[name][self.headlines[name]]) for name in self._judges]
         merit = min(values) if self.best == "worst" else sum(values) / len(values)
         return -inf if isnan(sum(values)) else merit
 
@@ -139,8 +140,3 @@ class Keeper:
             raise StorageError(f"{last}: is gone; does another job write to the same output?") from None
         except OSError:
             write_atomic(place, last.read_bytes())
-
-
-def upward(metric: str, scores: Mapping[str, float]) -> float:
-    """The value of ``metric``, negated where less is better."""
-    return -scores[metric] if metric == "perplexity" else scores[metric]

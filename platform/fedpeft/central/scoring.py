@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedpeft.bases.base import Base
+from fedpeft.central.together import add_up
 from fedpeft.central.world import World
 from fedpeft.errors import DataError
 from fedpeft.mixtures import Bank, Gates
@@ -118,7 +119,7 @@ def summed(counters: Counters, world: World) -> Counters:
     if world.size == 1:
         return counters
     values = torch.tensor([value for name in sorted(counters) for value in counters[name]], dtype=torch.float64, device=world.device)
-    torch.distributed.all_reduce(values)
+    add_up(world, values)
     rest = iter(values.tolist())
     return {name: tuple(next(rest) for _ in counters[name]) for name in sorted(counters)}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.central.world import World
 from fedpeft.errors import DataError, FedpeftError, LinkError, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -40,6 +43,14 @@ def require_equal(world: World, what: str, value: str) -> None:
             f"{what}: rank 0 has {str(said[0])[:40]}, rank {other} has {str(said[other])[:40]}; "
             "every rank must read the same files, put them where all machines see them"
         )
+
+
+def add_up(world: World, values: Tensor) -> None:
+    """Sum ``values`` over all ranks, in place; they lie in one piece, since gloo adds others wrongly and says nothing."""
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
 
 
 def _gathered(world: World, value: Any) -> list[Any]:

@@ -12,10 +12,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.central.job import prepare, run
-from fedpeft.central.keeping import upward
 from fedpeft.central.sampling import shares_of
 from fedpeft.central.world import World, joined
 from fedpeft.errors import ConfigError, DataError
+from fedpeft.tasks.metrics import upward
 from fedpeft.training.mixing import Explicit
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Transfer:
     def gain(self, task: str, values: Values) -> float:
         """By how much ``task`` is better in ``values`` than alone: above 0 where others help, whatever the metric's direction."""
         metric = self.metrics[task]
-        return upward(metric, {metric: values[task]}) - upward(metric, {metric: self.alone[task]})
+        return upward(metric, values[task]) - upward(metric, self.alone[task])
 
     @property
     def table(self) -> dict[str, Any]:

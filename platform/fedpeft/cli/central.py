@@ -131,7 +131,7 @@ def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
 
 
 def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World) -> int:
-    from fedpeft.central.job import prepare, run, trained
+    from fedpeft.central.job import run, trained
     from fedpeft.central.progress import scores_text, shown
     from fedpeft.central.publish import starts
     from fedpeft.training.config import load_central
@@ -147,8 +147,8 @@ def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World)
     for name, found in outcome.scores.items():
         print(f"{name}: {scores_text(found)}")
     if config.registry is not None:
-        ready = prepare(config, given)
-        _publish(config, replace(trained(config, ready.every), scores=outcome.scores), parents, _sizes(ready))
+        gives = replace(trained(config, outcome.ready.every), scores=outcome.scores)
+        _publish(config, gives, parents, _sizes(outcome.ready))
     return 0
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from fedpeft.demo import report
 from fedpeft.demo.setting import Setting
@@ -26,14 +26,7 @@ def drive(folder: Path, rounds: int, fresh: bool) -> None:
     setting = Setting(folder, rounds)
     console = Console()
     prepare(setting, fresh)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with federating.progress(console) as bar:
         began = time.monotonic()
         federate(setting, bar)
         seconds = time.monotonic() - began

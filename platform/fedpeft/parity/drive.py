@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fedpeft.errors import ConfigError
 from fedpeft.files import write_atomic
 from fedpeft.parity import copies, figures, joint, report
 from fedpeft.parity.arms import write
 from fedpeft.parity.children import added, lines, start
-from fedpeft.parity.federating import events_of, federate, final_scores, travelled
+from fedpeft.parity.federating import events_of, federate, final_scores, progress, travelled
 from fedpeft.parity.meter import metered
 from fedpeft.parity.plan import Plan, beside
 from fedpeft.processes import free_port
@@ -116,14 +115,7 @@ def _central(_plan: Plan, folder: Path, engine: str, console: Console) -> None:
 
 
 def _federated(plan: Plan, folder: Path, engine: str, console: Console) -> None:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress(console) as bar:
         federate(folder, list(plan.sites), plan.outline.rounds, bar, threads=max(1, cores() // len(plan.sites)))
     events = events_of(folder)
     told = final_scores(events)

@@ -10,7 +10,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fedpeft.errors import CohortError
 from fedpeft.parity.children import POLL_SECONDS, Child, added, check, ended, start
@@ -18,6 +19,18 @@ from fedpeft.parity.plan import MARK
 
 EVENTS = Path("coordinator") / "events.jsonl"
 """Where in the folder of a run the coordinator tells what happens."""
+
+
+def progress(console: Console) -> Progress:
+    """A bar over rounds or other work, shown on a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def federate(folder: Path, sites: Sequence[str], rounds: int, bar: Progress, limit: float = inf, threads: int = 1) -> None:

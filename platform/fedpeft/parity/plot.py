@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-from fedpeft.parity.said import ARMS, COLUMNS, LESS, count, size
+from fedpeft.parity.said import ARMS, COLUMNS, count, size
+from fedpeft.tasks.metrics import LESS
 
 COLOURS = {"local": "#999999", "federated": "#0072b2", "central": "#e69f00"}
 HEIGHT, TOP, BOTTOM = 420, 92, 368

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from fedpeft.files import write_atomic
 from fedpeft.parity.plot import svg
-from fedpeft.parity.said import ARMS, COLUMNS, LESS, count, size
+from fedpeft.parity.said import ARMS, COLUMNS, count, size
+from fedpeft.tasks.metrics import LESS
 
 PLOT = "parity.svg"
 
@@ -48,7 +49,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     """What the figures mean, a line each."""
     engine = "one DeepSpeed job for all tasks" if found["engine"] == "deepspeed" else "each task by itself with the local engine"
     dropped = f"; {found['dropped']} contribution(s) dropped out, so the federation saw fewer" if found["dropped"] else ""
-    less = "; of perplexity less is better" if set(found["metrics"].values()) & set(LESS) else ""
+    less = "; of perplexity less is better" if set(found["metrics"].values()) & LESS else ""
     here = "; what the federation published was scored here, since its sites tell no scores of all rows"
     scored = here if found["scored_by"] == "here" else ""
     return [

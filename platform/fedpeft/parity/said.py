@@ -5,8 +5,6 @@ from __future__ import annotations
 COLUMNS = {"local": "local only", "federated": "federated", "central": "central"}
 """What readers call the arms."""
 ARMS = tuple(COLUMNS)
-LESS = ("perplexity",)
-"""Metrics of which less is better."""
 
 
 def count(value: float) -> str:

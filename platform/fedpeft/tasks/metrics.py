@@ -53,6 +53,15 @@ METRICS: dict[str, Callable[[Counters], float]] = {
 }
 
 
+LESS = frozenset({"perplexity"})
+"""Metrics of which less is better."""
+
+
+def upward(metric: str, value: float) -> float:
+    """``value``, negated where less of ``metric`` is better."""
+    return -value if metric in LESS else value
+
+
 def scores(counters: Counters, metrics: Sequence[str]) -> dict[str, float]:
     """The named metrics; NaN where nothing was counted."""
     return {name: METRICS[name](counters) for name in metrics}

@@ -14,6 +14,7 @@ from fedpeft.config import Section
 from fedpeft.errors import FedpeftError
 from fedpeft.methods import METHODS, read_method
 from fedpeft.tasks import TASKS, Source
+from fedpeft.tasks.metrics import LESS
 from fedpeft.training.balancing import BALANCES
 from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
 from fedpeft.training.settings import TrainSettings
@@ -189,7 +190,7 @@ class CentralConfig(Section):
                 f"checkpoints.best = {best!r} needs scores of every checkpoint: training.save_every is {save} steps, evaluate.every is "
                 f"{every}; make save_every a multiple of it"
             )
-        lower = {name for name, entry in self.tasks.items() if entry.task.headline == "perplexity"}
+        lower = {name for name, entry in self.tasks.items() if entry.task.headline in LESS}
         if best in ("mean", "worst") and lower and lower != set(self.tasks):
             raise ValueError(
                 f"checkpoints.best = {best!r}: less is better of the first metric of {sorted(lower)}, perplexity, but not of the others'; "
