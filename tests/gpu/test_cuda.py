@@ -41,7 +41,7 @@ def fitted(base, steps_seen: list[float], checkpoint=None):
         return spec, live.read(), TASK.scores(evaluate(live, TASK, data))
 
 
-@pytest.mark.parametrize("quantization", ["none", "bf16", "int8", "nf4", "ao-int8"])
+@pytest.mark.parametrize("quantization", ["none", "bf16", "fp16", "int8", "nf4", "ao-int8"])
 def test_every_quantization_learns(quantization):
     base = load_base(BaseSpec("minilm", quantization, max_tokens=16), "cuda")
     losses: list[float] = []

@@ -23,7 +23,7 @@ from fedpeft.bases.quantize import check_quantized, compute_dtype, keep_layout, 
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.roles import head_modules
-from fedpeft.bases.spec import BaseSpec, Family, Fingerprint
+from fedpeft.bases.spec import HALF, BaseSpec, Family, Fingerprint
 from fedpeft.errors import BaseError
 
 FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, MemoryError, SafetensorError)
@@ -92,7 +92,7 @@ def _in_parts(spec: BaseSpec, zero: Mapping[str, Any]) -> Iterator[None]:
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    half = {"bf16": {"enabled": spec.quantization == "bf16"}}
+    half: dict[str, Any] = {kind: {"enabled": spec.quantization == kind} for kind in HALF}
     table = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": dict(zero), **half}
     held = HfDeepSpeedConfig(table)
     try:

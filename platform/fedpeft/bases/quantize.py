@@ -23,17 +23,25 @@ DEVICES = {
     "nf4": ("cpu", "cuda"),
     "ao-int8": ("cpu", "cuda"),
     "bf16": ("cpu", "cuda"),
+    "fp16": ("cpu", "cuda"),
     "none": ("cpu", "cuda", "mps"),
 }
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def compute_dtype(spec: BaseSpec, device: str) -> torch.dtype:
-    """What the unquantized part is held and computed in: fp32, but bf16 for ``bf16`` and for quantized bases on CUDA."""
-    if spec.quantization == "bf16":
-        return torch.bfloat16
+    """What the unquantized part is held and computed in: fp32, but half precision for ``bf16``, ``fp16`` and quantized bases on CUDA."""
+    if spec.quantization in HALVES:
+        return HALVES[spec.quantization]
     if spec.quantization == "none" or not device.startswith("cuda"):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float16
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether ``device``, of CUDA, has units for bf16, as of compute capability 8.0; older ones emulate it, and torch counts that too."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def settings(spec: BaseSpec, device: str, blueprint: nn.Module) -> dict[str, Any]:
@@ -63,7 +71,7 @@ def check_quantized(spec: BaseSpec, model: nn.Module) -> None:
     """Raise `BaseError` when loading left every layer dense although ``spec`` asks for a quantization."""
     if spec.quantization in PACKAGES and not any(is_quantized(module) for module in model.modules()):
         raise BaseError(
-            f"base {spec.model}: {spec.quantization!r} quantized no layer of {type(model).__name__}; use 'none' or 'bf16' for it"
+            f"base {spec.model}: {spec.quantization!r} quantized no layer of {type(model).__name__}; use 'none', 'bf16' or 'fp16' for it"
         )
 
 

@@ -8,13 +8,15 @@ from typing import Literal, get_args
 
 from fedpeft.errors import BaseError
 
-Quantization = Literal["none", "bf16", "int8", "nf4", "ao-int8"]
+Quantization = Literal["none", "bf16", "fp16", "int8", "nf4", "ao-int8"]
 QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4", "ao-int8")
 """Those whose linear layers hold codes and scales."""
+HALF: tuple[Quantization, ...] = ("bf16", "fp16")
+"""Those that hold all weights in two bytes."""
 Family = Literal["encoder", "causal", "seq2seq"]
 LAST = "last_hidden_state"
 """What `Base.watch` calls the trunk's output, where modules are named whose inputs are wanted."""
-ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05}
+ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05, "fp16": 0.02}
 """Largest distance of logits, over the largest, that is rounding alone where layers round what they read; elsewhere `EXACT`."""
 EXACT = 1e-3
 
@@ -28,9 +30,9 @@ def rounding(quantization: str) -> float:
 class BaseSpec:
     """Which frozen model, and how it lies in memory.
 
-    ``model`` is an alias (``minilm``), a folder or a hub id; ``quantization`` is ``none`` (fp32), ``bf16``, ``int8`` and
-    ``nf4`` (bitsandbytes) or ``ao-int8`` (torchao, weights only); ``revision`` pins a hub id; longer texts are cut to
-    ``max_tokens`` tokens.
+    ``model`` is an alias (``minilm``), a folder or a hub id; ``quantization`` is ``none`` (fp32), ``bf16``, ``fp16`` (for
+    cards of before 2020, which multiply bf16 no faster than fp32), ``int8`` and ``nf4`` (bitsandbytes) or ``ao-int8`` (torchao,
+    weights only); ``revision`` pins a hub id; longer texts are cut to ``max_tokens`` tokens.
     """
 
     model: str

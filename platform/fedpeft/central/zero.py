@@ -26,7 +26,7 @@ def zero_of(config: CentralConfig, ranks: int) -> dict[str, Any]:
     if place != "none" and kind in QUANTIZED:
         raise ConfigError(
             f"base.quantization = {kind!r} and parameters offloaded to {place!r}: codes are divided only once all are on the GPU; "
-            "set base.quantization = 'bf16', or deepspeed.offload_params = 'none'"
+            "set base.quantization = 'bf16' or 'fp16', or deepspeed.offload_params = 'none'"
         )
     if place == "nvme" and kind != "bf16":
         raise ConfigError(

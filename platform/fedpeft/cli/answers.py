@@ -39,7 +39,7 @@ def route(
     task: Annotated[str | None, typer.Option(help="Ask this task's adapter instead of routing.")] = None,
     router: Whoever = "chain",
     registry: Place = HERE,
-    quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, int8, nf4.")] = "none",
+    quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, fp16, int8, nf4.")] = "none",
     json: AsJson = False,
 ) -> None:
     """Route a text to the mixture of task adapters it belongs to, or to the base alone; say why, and answer it."""
@@ -80,7 +80,7 @@ def _print(found: Route, answer: str | None) -> None:
 def evaluate(
     data: Annotated[Path, typer.Argument(help="JSONL, CSV or Parquet rows; a `task` column names each row's task.")],
     registry: Place = HERE,
-    quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, int8, nf4.")] = "none",
+    quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, fp16, int8, nf4.")] = "none",
     routed: Annotated[bool, typer.Option(help="Choose the adapter by routing instead of by the task's name.")] = True,
     router: Which = "chain",
     json: AsJson = False,

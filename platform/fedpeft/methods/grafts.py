@@ -68,7 +68,7 @@ def with_hidden(output: Any, states: Tensor) -> Any:
 def swap_biases(model: nn.Module, begin: Begin, head: HeadSpec) -> None:
     """Train float32 copies of the trunk's biases: in their places where the layer computes in float32, else by a hook.
 
-    A quantized or bf16 layer casts its bias to its own dtype, which would tear a float32 copy from its buffer; there the
+    A quantized or half-precision layer casts its bias to its own dtype, which would tear a float32 copy from its buffer; there the
     hook adds the difference to the base's bias, in float32. Raises `AdapterError` when the trunk has no bias.
     """
     prefix = f"{trunk_name(model)}." if trunk_name(model) else ""

@@ -45,8 +45,8 @@ EXACT: frozenset[Average] = frozenset({"linear"})
 Privacy = Literal["good", "one factor frozen", "heuristic"]
 """How client-level noise enters the weights: linearly; linearly if one factor stands still; without a bound."""
 
-EVERY_BASE = frozenset({"none", "bf16", "int8", "nf4", "ao-int8"})
-DENSE = frozenset({"none", "bf16"})
+EVERY_BASE = frozenset({"none", "bf16", "fp16", "int8", "nf4", "ao-int8"})
+DENSE = frozenset({"none", "bf16", "fp16"})
 
 
 @dataclass(frozen=True)

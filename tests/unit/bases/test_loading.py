@@ -97,9 +97,10 @@ def test_meta_has_the_same_shapes_and_no_weights(tiny_model: Tiny, kind: str) ->
         meta.embed(["w1"])
 
 
-def test_bf16_only_when_asked_and_heads_stay_fp32(tiny_model: Tiny) -> None:
-    base = load_base(spec(tiny_model("bert"), quantization="bf16"), "cpu")
-    assert {p.dtype for p in base.trunk.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_only_when_asked_and_heads_stay_fp32(tiny_model: Tiny, kind: str, dtype: torch.dtype) -> None:
+    base = load_base(spec(tiny_model("bert"), quantization=kind), "cpu")
+    assert {p.dtype for p in base.trunk.parameters()} == {dtype}
     model = base.shell(LABELS)
     assert model.classifier.weight.dtype == torch.float32
     assert model(**inputs()).logits.dtype == torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedpeft.bases import BaseSpec, HeadSpec, load_base, module_roles
-from fedpeft.bases.quantize import is_quantized
+from fedpeft.bases.quantize import compute_dtype, is_quantized
 from fedpeft.errors import BaseError
 
 Tiny = Callable[[str], Path]
@@ -62,6 +62,17 @@ def test_a_missing_library_is_named(tiny_model: Tiny, quantization: str, monkeyp
     )
     with pytest.raises(BaseError, match=r"needs (bitsandbytes|torchao); run pip install"):
         load_base(spec(tiny_model("bert"), quantization), "cpu")
+
+
+@pytest.mark.parametrize(("capability", "half"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_without_units_for_bf16_computes_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, kind: str, capability: object, half: object
+) -> None:
+    """torch itself says that a Turing card supports bf16, which it emulates."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compute_dtype(spec(Path("m"), kind), "cuda:0") == half
+    assert compute_dtype(spec(Path("m"), kind), "cpu") == torch.float32
 
 
 def test_a_device_that_cannot_quantize_is_named() -> None:

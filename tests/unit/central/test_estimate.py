@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedpeft.bases import BaseSpec, load_base, outline_base
 from fedpeft.central.estimate import Room, advise, estimated, plan_of, plans
+from fedpeft.central.estimate.plans import width_of
 from fedpeft.central.estimate.states import moment_bytes, shares
 from fedpeft.central.estimate.weights import weights_of
 from fedpeft.cli.main import run
@@ -82,11 +83,11 @@ def test_peaks_are_those_of_an_h100(measured, shape, case):
     assert plan_of(changed, ALONE).allocated / GIB == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize("quantization", ["none", "bf16", "nf4", "int8", "ao-int8"])
+@pytest.mark.parametrize("quantization", ["none", "bf16", "fp16", "nf4", "int8", "ao-int8"])
 def test_the_bytes_of_a_base_are_those_that_it_has(shared_models, quantization):
     spec = BaseSpec(str(shared_models / "stories260k"), quantization, max_tokens=64)
     model = load_base(spec, "cpu").model
-    width = 2 if quantization == "bf16" else 4
+    width = width_of(quantization, "cpu")
     assert weights_of(outline_base(spec), width).whole == bytes_of(model)
 
 

@@ -117,7 +117,12 @@ def dense4(model: nn.Module) -> nn.Module:
     return model
 
 
-NARROW: dict[str, Callable[[nn.Module], nn.Module]] = {"nf4": dense4, "bf16": lambda model: model.to(torch.bfloat16)}
+NARROW: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nf4": dense4,
+    "bf16": lambda model: model.to(torch.bfloat16),
+    "fp16": lambda model: model.to(torch.float16),
+}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT: dict[tuple[str, str], nn.Module] = {}
 
 
@@ -133,7 +138,8 @@ def test_trains_on_the_bases_that_it_names(case, shake, quantization):
     model = KEPT.get((case.model, quantization)) or NARROW[quantization](case.make(case.model))
     if case.head.kind == "lm":
         KEPT[case.model, quantization] = model
-    inputs = {name: v.to(torch.bfloat16) if v.is_floating_point() and quantization == "bf16" else v for name, v in case.inputs.items()}
+    half = HALVES.get(quantization)
+    inputs = {name: v.to(half) if half and v.is_floating_point() else v for name, v in case.inputs.items()}
     with torch.no_grad():
         before = model.eval()(**inputs).logits
     live = case.method.attach(model, case.head)

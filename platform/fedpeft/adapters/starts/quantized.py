@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters.starts import algebra
 from fedpeft.adapters.starts.pairs import lora_of, placed
+from fedpeft.bases.spec import QUANTIZED
 from fedpeft.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class LoftQ:
 
     The paper goes on to quantize W - B A and repeats; here every site holds Q(W) already, so its first step is all of it. Compute it
     on a dense base; a site whose base is not quantized so would start off by the error that others are rid of. Q is exact for a site
-    that loads float32; one that loads bf16 and then quantizes (CUDA) differs by that rounding.
+    that loads float32; one that loads half precision and then quantizes (CUDA) differs by that rounding.
     """
 
     kind: ClassVar[str] = "loftq"
@@ -39,7 +40,7 @@ class LoftQ:
             AdapterError: the method is no plain LoRA with one pair that moves, or the base is quantized or without weights.
         """
         method = lora_of(self.kind, spec)
-        if base.spec.quantization not in ("none", "bf16"):
+        if base.spec.quantization in QUANTIZED:
             raise AdapterError(
                 f"start loftq: base {base.spec.model} is {base.spec.quantization} already; compute it on quantization 'none'"
             )

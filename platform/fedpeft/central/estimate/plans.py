@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters import make_spec
 from fedpeft.bases import module_roles, outline_base
-from fedpeft.bases.spec import QUANTIZED
+from fedpeft.bases.spec import HALF, QUANTIZED
 from fedpeft.central.estimate.activations import Activations, Shape, activations, shape_of
 from fedpeft.central.estimate.states import (
     PARAM_BUFFER,
@@ -136,7 +136,7 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
 
 def width_of(quantization: str, device: str) -> int:
     """Bytes of a value that is not quantized (see `bases.quantize.compute_dtype`)."""
-    return 2 if quantization == "bf16" or (quantization != "none" and device == "cuda") else 4
+    return 2 if quantization in HALF or (quantization != "none" and device == "cuda") else 4
 
 
 def plan_of(estimate: Estimate, table: Mapping[str, Any]) -> Plan:

@@ -97,7 +97,7 @@ ADDITIVE: dict[str, Row] = {
             paper="Zhang et al. 2023, arXiv 2303.16199",
             tensors={"prompt": "trained", "gate": "trained"},
             average="prompt",
-            bases=EVERY_BASE - {"bf16"},
+            bases=EVERY_BASE - {"bf16", "fp16"},
             learning_rate=1e-2,
             note="Llama, Mistral and GPT-2 alone",
         ),

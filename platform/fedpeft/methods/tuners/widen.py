@@ -1,4 +1,4 @@
-"""Tuners over bf16 and quantized layers: they compute in float32, as what they train is, and the layers below in their own dtype."""
+"""Tuners over half-precision and quantized layers: they compute in float32, as what they train is, layers below in their own dtype."""
 
 from __future__ import annotations
 
