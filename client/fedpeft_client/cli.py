@@ -47,11 +47,13 @@ def serve(
         str | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry or grpc://HOST:PORT, watched for new versions.")
     ] = None,
     overrides: Overrides = None,
-) -> None:
+) -> int:
     """Answer an OpenAI-compatible HTTP API from the registry's adapters until interrupted; new versions are swapped in meanwhile."""
+    from fedpeft.cli.main import INTERRUPTED
     from fedpeft_client.serve.run import serve as run
 
     run(site, registry, _table(overrides))
+    return INTERRUPTED
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`fedpeft client serve` as a process: TLS, keys, a control plane, an interrupt while it answers; and settings that cannot hold."""
+"""`fedpeft client serve` as a process: TLS, keys, a control plane, an end while it answers; and settings that cannot hold."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [{"role": "user", "content": "Once upon a time"}]
+SERVE = """
+import sys, threading
+from fedpeft.cli.main import run
+code = run(["client", "serve", sys.argv[1]])
+print("left:", sorted(one.name for one in threading.enumerate()))
+sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def far(tmp_path, base) -> Iterator[tuple[Registry, str]]:
     loop.close()
 
 
-def test_a_served_site_with_tls_keys_and_a_control_plane_ends_what_it_began_when_interrupted(tmp_path, base, far, shared_models):
+def test_a_served_site_with_tls_keys_and_a_control_plane_ends_what_it_began_when_terminated(tmp_path, base, far, shared_models):
     store, address = far
     runpy.run_path(str(ROOT / "deploy/certificates.py"))["issue"](tmp_path / "certs", ["localhost", "127.0.0.1"], [], [], 30)
     (tmp_path / "keys").write_text("a-key\n")
@@ -86,7 +93,7 @@ watch_seconds = 0.1
 [data.say]
 package = "stdlib"
 """)
-    command = [sys.executable, "-m", "fedpeft", "client", "serve", str(tmp_path / "site.toml")]
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "site.toml")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     )
@@ -102,15 +109,18 @@ package = "stdlib"
             publish(store, base, 2)
             while http.get("/models/task:say").json()["fedpeft"]["version"] != "say@2":
                 pass
-            body = {"model": "task:say", "messages": PROMPT, "stream": True, "max_tokens": 150, "logit_bias": {"2": -100}}
+            body = {"model": "task:say", "messages": PROMPT, "stream": True, "max_tokens": 220, "logit_bias": {"2": -100}, "n": 4}
             with http.stream("POST", "/chat/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
+                refused = http.get("/models")
                 rest = [line for line in lines if line]
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert process.wait(60) == 130
+        assert process.stdout.read() == "left: ['MainThread']\n"
         err = process.stderr.read() if process.stderr else ""
         assert "Traceback" not in err
         assert "a-key" not in err

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from fedpeft.errors import FedpeftError
 from fedpeft.serving.backend import Backend
+from fedpeft_client.serve.ending import Door
 from fedpeft_client.serve.endpoints import Endpoints
 from fedpeft_client.serve.errors import ApiError
 from fedpeft_client.serve.guard import Guard
@@ -25,8 +26,8 @@ from fedpeft_client.serve.settings import Serve
 log = logging.getLogger("fedpeft.serving")
 
 
-def build(backend: Backend, settings: Serve) -> Starlette:
-    """The application over a running backend; it watches the registry while it runs and leaves the backend open."""
+def build(backend: Backend, settings: Serve, door: Door) -> Starlette:
+    """The application over a running backend, behind ``door``; it watches the registry while it runs and leaves the backend open."""
     metrics = Metrics()
     ends = Endpoints(backend, settings, metrics)
     routes = [
@@ -41,21 +42,21 @@ def build(backend: Backend, settings: Serve) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.create_task(_watch(backend, settings.watch_seconds))
+        watching = asyncio.create_task(_watch(backend, settings.watch_seconds, door))
         yield
         watching.cancel()
 
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, settings=settings, metrics=metrics, paths=[route.path for route in routes])],
+        middleware=[Middleware(Guard, settings=settings, metrics=metrics, paths=[route.path for route in routes], door=door)],
         exception_handlers={HTTPException: _http_fault, ApiError: _api_fault, ClientDisconnect: _left},
         lifespan=lifespan,
     )
 
 
-async def _watch(backend: Backend, seconds: float) -> None:
+async def _watch(backend: Backend, seconds: float, door: Door) -> None:
     """Bring new versions in and let old ones go, off the event loop; a fault is logged and tried again."""
-    while True:
+    while not door.closed:
         await asyncio.sleep(seconds)
         try:
             await asyncio.to_thread(backend.catalog.refresh)

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedpeft.serving import ClosedError, OverloadedError
+from fedpeft_client.serve.ending import Door
 from fedpeft_client.serve.errors import ApiError
 from fedpeft_client.serve.flow import refusal
 from fedpeft_client.serve.metrics import Metrics
@@ -25,13 +26,13 @@ OPEN = ("/healthz",)
 
 
 class Guard:
-    """Checks host and key, turns faults into OpenAI's errors, bounds how long one write may hang, and counts."""
+    """Checks door, host and key, turns faults into OpenAI's errors, bounds how long one write may hang, and counts."""
 
-    def __init__(self, app: ASGIApp, settings: Serve, metrics: Metrics, paths: Sequence[str]) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, settings: Serve, metrics: Metrics, paths: Sequence[str], door: Door) -> None:
+        self._app, self._metrics, self._door = app, metrics, door
         self._keys = settings.key_digests()
         self._hosts = {host.lower() for host in settings.allowed_hosts}
-        self._most, self._active = settings.connections, 0
+        self._most = settings.connections
         self._stall, self._paths = settings.stall_seconds, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +49,7 @@ class Guard:
             async with asyncio.timeout(self._stall):
                 await send(message)
 
-        self._active += 1
+        self._door.inside += 1
         try:
             self._check(Headers(scope=scope), scope["path"])
             await self._app(scope, receive, watched)
@@ -61,11 +62,13 @@ class Guard:
                 raise
             await _answer(fault, path)(scope, receive, watched)
         finally:
-            self._active -= 1
+            self._door.inside -= 1
             self._metrics.answered(path, status, time.monotonic() - began)
 
     def _check(self, headers: Headers, path: str) -> None:
-        if self._active > self._most:
+        if self._door.closed:
+            raise ClosedError("the server is stopping; ask another one")
+        if self._door.inside > self._most:
             raise ApiError(503, f"{self._most} requests are open, which is all that is allowed; ask again", "overloaded", retry_after=1)
         host = headers.get("host", "").lower()
         if self._hosts and _hostname(host) not in self._hosts:

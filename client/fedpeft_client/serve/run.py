@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases import BaseSpec
 from fedpeft.config import Section, override, parse
@@ -20,17 +20,16 @@ from fedpeft_client.config import SiteBase, SiteConfig, load_site
 from fedpeft_client.serve.settings import Serve
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from fedpeft.bases import Base
     from fedpeft.serving.backend import Backend
     from fedpeft.serving.beside import Beside
+    from fedpeft_client.serve.ending import Server
 
 HERE = "registry"
 
 
 def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> None:
-    """Answer until interrupted; then running requests go on for ``patience_seconds``.
+    """Answer until SIGINT or SIGTERM; then no request is accepted, and running ones go on for ``patience_seconds``, or a second signal.
 
     Raises:
         ConfigError: settings that contradict each other, or a key file that is not as it must be.
@@ -106,7 +105,7 @@ def _listen(settings: Serve) -> socket.socket:
     return listener
 
 
-def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> NoReturn:
+def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> None:
     from fedpeft.bases import load_base
     from fedpeft_client.serve.own import Own
 
@@ -118,8 +117,6 @@ def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: Si
         listener.listen()  # who reads the next line may call at once
         print(f"serving {spec.model} and {len(tasks)} tasks {tasks} at {name}/v1", flush=True)
         server(settings, backend).run(sockets=[listener])
-        backend.close(settings.patience_seconds)
-        raise KeyboardInterrupt  # nothing else ends it; uvicorn hands the signal on when its loop is over, and then it may come to nothing
 
 
 def opened(settings: Serve, base: Base, own: Beside | None = None) -> Backend:
@@ -137,24 +134,25 @@ def opened(settings: Serve, base: Base, own: Beside | None = None) -> Backend:
     return backend
 
 
-def server(settings: Serve, backend: Backend) -> uvicorn.Server:
-    """Uvicorn over the application, bounded in connections."""
+def server(settings: Serve, backend: Backend) -> Server:
+    """Uvicorn over the application, bounded in connections; when it ends it closes the backend."""
     import uvicorn
 
     from fedpeft_client.serve.app import build
+    from fedpeft_client.serve.ending import Door, Server
 
-    return uvicorn.Server(
-        uvicorn.Config(
-            build(backend, settings),
-            log_config=None,
-            access_log=False,
-            http="h11",
-            ws="none",
-            server_header=False,
-            limit_concurrency=2 * settings.connections + 16,  # the guard refuses earlier, in the API's own shape
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(int(settings.patience_seconds), 1),
-            ssl_certfile=settings.certificate,
-            ssl_keyfile=settings.key,
-        )
+    door = Door()
+    config = uvicorn.Config(
+        build(backend, settings, door),
+        log_config=None,
+        access_log=False,
+        http="h11",
+        ws="none",
+        server_header=False,
+        limit_concurrency=2 * settings.connections + 16,  # the guard refuses earlier, in the API's own shape
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=1,  # for last words: by then no request runs
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.key,
     )
+    return Server(config, door, settings.patience_seconds, backend.close)

@@ -69,9 +69,9 @@ class Backend:
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def close(self, patience: float = 0.0) -> None:
-        """Stop: see `Engine.close`."""
-        self.engine.close(patience)
+    def close(self) -> None:
+        """End what runs, and every thread; again changes nothing."""
+        self.engine.close()
         self._reader.shutdown(cancel_futures=True)
         self._open.close()
 
