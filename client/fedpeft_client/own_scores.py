@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
 from fedpeft.routing.nearness import Nearness
+from fedpeft.tasks.arrange import subset
 from fedpeft.tensors import Tensors
 from fedpeft.update import Counters, add_counters
 from fedpeft_client.config import SiteConfig
@@ -18,9 +19,11 @@ from fedpeft_client.serve.own import Own
 
 if TYPE_CHECKING:
     from fedpeft.adapters import Adapter
+    from fedpeft.adapters.live import Live
+    from fedpeft.bases import Base
     from fedpeft.registry import Library
     from fedpeft.service import Service
-    from fedpeft.tasks import Row, Task
+    from fedpeft.tasks import Encoded, Task
 
 HOW = ("shared", "private", "weighed")
 
@@ -61,12 +64,15 @@ def score(site: SiteConfig, registry: Library) -> list[Scored]:
 
 
 def _scored(service: Service, own: Own, adapter: Adapter, pair: Tensors) -> Scored:
+    from fedpeft.adapters import attach
+
     task, base = service.tasks[adapter.spec.task], service.base
-    rows = own.shelf.rows(task.name, "test")
+    rows, data = own.shelf.rows(task.name, "test"), own.shelf.encoded(task, "test", base)
     near = Nearness(base.embed(own.texts(task)), own.site.serve.own_scale)
-    weights = [round(near.weight(vector), 2) for vector in base.embed([task.text_of(row) for row in rows])]
-    by = {"shared": [0.0] * len(rows), "private": [1.0] * len(rows), "weighed": weights}
-    counters = {how: _counters(service, task, (adapter, pair), list(zip(rows, by[how], strict=True))) for how in HOW}
+    weights = np.round([near.weight(vector) for vector in base.embed([task.text_of(row) for row in rows])], 2)
+    by = {"shared": np.zeros(len(rows)), "private": np.ones(len(rows)), "weighed": weights}
+    with attach(base, adapter.spec) as live:
+        counters = {how: _counters((live, base), (adapter.tensors, pair), (task, data), by[how]) for how in HOW}
     scores = {how: task.scores(mine) | _loss(mine) for how, mine in counters.items()}
     return Scored(task.name, len(rows), float(np.mean(weights)), scores)
 
@@ -76,18 +82,14 @@ def _loss(counters: Counters) -> dict[str, float]:
     return {"loss": counters["loss"][0] / max(counters["count"][0], 1.0)}
 
 
-def _counters(service: Service, task: Task, adapters: tuple[Adapter, Tensors], rows: Sequence[tuple[Row, float]]) -> Counters:
+def _counters(on: tuple[Live, Base], of: tuple[Tensors, Tensors], what: tuple[Task, Encoded], weights: NDArray[np.float64]) -> Counters:
     """Rows of one weight, to a hundredth, together; a weight multiplies B2."""
-    from fedpeft.adapters import attach
-
-    (adapter, pair), groups = adapters, defaultdict[float, list["Row"]](list)
+    (live, base), (shared, pair), (task, data) = on, of, what
     total: Counters = {}
-    for row, weight in rows:
-        groups[weight].append(row)
-    with attach(service.base, adapter.spec) as live:
-        for weight, group in groups.items():
-            own = Tensors(pair.layout, pair.flat.copy())
-            own.flat[pair.layout.role_spans["B2"]] *= np.float32(weight)
-            live.load(adapter.tensors.patch(own))
-            total = add_counters(total, task.evaluate(live.model, task.encode(group, service.base), service.base))
+    for weight in np.unique(weights):
+        own = Tensors(pair.layout, pair.flat.copy())
+        own.flat[pair.layout.role_spans["B2"]] *= np.float32(weight)
+        live.load(shared.patch(own))
+        rows = subset(data, np.flatnonzero(weights == weight), indexed=task.head.kind == "lm")
+        total = add_counters(total, task.evaluate(live.model, rows, base))
     return total

@@ -142,7 +142,10 @@ def test_test_rows_are_scored_without_the_pair_with_it_and_by_its_weights(site, 
     pair = pair_of(adapter)
     kept = Kept({f"private/{role}": pair.flat[span] for role, span in pair.layout.role_spans.items()})
     Personal(Store(site.state / "personal", 8)).keep(("f", "r"), "kinds", (0, 1), kept)
+    encode, times = Classification.encode, []
+    monkeypatch.setattr(Classification, "encode", lambda self, rows, base: times.append(len(rows)) or encode(self, rows, base))
     (found,) = score(site, store)
+    assert times == [found.rows]
     rows, train = Shelf(site).rows("kinds", "test"), base.embed([line["text"] for line in _lines(site)])
     weights = [slow_weight(train, vector, None) for vector in base.embed([row["text"] for row in rows])]
     assert (found.task, found.rows, found.weight) == ("kinds", len(rows), pytest.approx(np.mean(weights), abs=0.01))
