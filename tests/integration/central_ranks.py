@@ -90,7 +90,12 @@ def waited(path: Path, seconds: float = 120.0) -> None:
 STREAMED = {"training__save_every": "1", "tasks__animals__stream": "true", "tasks__colours__stream": "true"}
 BALANCED = {
     "uncertainty": {"balance": '{kind = "uncertainty", lr = 0.2}'},
-    "coba": {"balance": '{kind = "coba", warmup = 2}', "validation__every": "1", "validation__examples": "6"},
+    "coba": {
+        "balance": '{kind = "coba", warmup = 2}',
+        "validation__every": "1",
+        "validation__examples": "6",
+        "tasks__animals__stream": "true",
+    },
     "pcgrad": {
         "shared": "true",
         "conflicts": "pcgrad",
@@ -105,6 +110,8 @@ BALANCED = {
         "validation__examples": "8",
         "validation__patience": "2",
         "validation__min_delta": "0.3",
+        "validation__metric": '{ animals = "perplexity" }',
+        "tasks__animals__stream": "true",
         "training__steps": "30",
         "training__lr": "0.02",
         "tasks__colours__data__path": "noise.jsonl",
@@ -133,6 +140,12 @@ def half(folder: Path, world: World, **changes: str) -> None:
     """Leave a job, whose rows are streamed, after two of its steps, and say so."""
     play(folder, world, f"half{world.size}", stop=2, **STREAMED, **changes)
     (folder / f"half{world.size}" / "left").touch()
+
+
+def compared(folder: Path, world: World) -> None:
+    """The table of each task alone and with the other, from a job that shares nothing."""
+    table = {"output": str(folder / f"compared{world.size}"), "mixing": "equal", "training.steps": "2"}
+    show(load_central(folder / "job.toml", table), world, pairs=True)
 
 
 SCORED = {
@@ -167,7 +180,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     found |= balanced(folder, world, "0")
-    show(load_central(folder / "job.toml", {"output": str(folder / "compared"), "mixing": "equal"}), pairs=True)
+    compared(folder, world)
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found
@@ -191,6 +204,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
     found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
     found |= balanced(folder, world, "2")
+    compared(folder, world)
     waited(folder / "half1" / "left")
     found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
     return found

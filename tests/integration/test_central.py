@@ -337,11 +337,15 @@ def test_a_task_that_ended_early_rests_and_the_others_take_its_share(folder, fou
         ended = next(number for number, step in enumerate(steps) if "animals" not in step)
         assert all("animals" not in step and "colours" in step for step in steps[ended:])
         assert ended < len(steps) < 30, "the job is over when all tasks have ended"
+        judged = [(step["held/animals/perplexity"], step["held/animals"]) for step in steps]
+        assert [one for one, _ in judged] == pytest.approx([np.exp(loss) for _, loss in judged], rel=1e-4)
         whole, cut = values(folder, f"ending{size}"), values(folder, f"ending-cut{size}")
         assert (whole["animals|value"] == cut["animals|value"]).all()
         assert (whole["colours|value"] != cut["colours|value"]).any()
         state = checkpoint.read(folder / f"ending{size}" / "checkpoint")
         assert state.arrays["(stops)|ended"].tolist() == [ended, len(steps)]
+        before = [one for one, _ in judged[:ended]]
+        assert min(before[:-2]) < min(before[-2:]) + 0.3, "two looks without a perplexity that is lower by 0.3"
         assert state.tally.examples == 8 * len(steps)
 
 
@@ -369,15 +373,19 @@ def test_a_router_over_all_tasks_rows_is_trained_published_and_read_again(folder
 
 
 def test_transfer_compares_each_task_alone_with_all(folder, found):
-    table = json.loads((folder / "compared" / "transfer.json").read_text())
+    table, two = (json.loads((folder / f"compared{size}" / "transfer.json").read_text()) for size in "12")
+    for name in ("alone", "together"):
+        assert two[name] == pytest.approx(table[name], rel=1e-4)
     for task in WORDS:
         assert table["metric"][task] == "perplexity"
         assert table["gain"][task] == pytest.approx(table["alone"][task] - table["together"][task])
-        alone = checkpoint.read(folder / "compared" / "transfer" / task / "checkpoint")
-        together = checkpoint.read(folder / "compared" / "transfer" / "together" / "checkpoint")
+        alone = checkpoint.read(folder / "compared1" / "transfer" / task / "checkpoint")
+        together = checkpoint.read(folder / "compared1" / "transfer" / "together" / "checkpoint")
         assert (alone.tally.step, alone.tally.examples * 2) == (together.tally.step, together.tally.examples)
     assert table["pairs"] == {"animals+colours": table["gain"]}
-    assert "gain of the task on the left" in (folder / "log1.0").read_text()
+    for log, times in (("log1.0", 1), ("log2.0", 1), ("log2.1", 0)):
+        said = (folder / log).read_text()
+        assert (said.count("training animals alone:"), said.count("gain of the task on the left")) == (times, times)
 
 
 def test_a_four_bit_base_trains_in_stages_2_and_3(folder, found):

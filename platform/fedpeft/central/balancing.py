@@ -16,7 +16,9 @@ from fedpeft.central.conflicts import Conflicts, Handling
 from fedpeft.central.held import held_losses
 from fedpeft.central.joint import Joint
 from fedpeft.central.pool import Pool
+from fedpeft.central.scoring import Scorer
 from fedpeft.central.world import World
+from fedpeft.tasks.metrics import upward
 from fedpeft.training import stopping
 from fedpeft.training.balancing import Balance, Equal, Vector, among
 
@@ -41,10 +43,13 @@ class Plan:
 
 
 class Balancing:
-    """A plan under way; ``told`` is what it has to say of the last step, by name: weights, cosines, held-out losses, ends."""
+    """A plan under way; ``told`` is what it has to say of the last step, by name: weights, cosines, held-out losses and scores.
 
-    def __init__(self, plan: Plan, live: Joint, world: World) -> None:
-        self.plan, self.live, self.world = plan, live, world
+    ``judge`` scores the held-out rows of the tasks that end early by another metric than the loss, each by that one alone.
+    """
+
+    def __init__(self, plan: Plan, live: Joint, world: World, judge: Scorer | None = None) -> None:
+        self.plan, self.live, self.world, self.judge = plan, live, world, judge
         self.state = plan.balance.start(np.array([len(data) for data in live.pool.data], np.float64))
         self.stops = stopping.start(len(live.pool.names))
         self.conflicts = Conflicts(live, plan.conflicts, world, plan.seed) if plan.conflicts != "ignore" else None
@@ -104,7 +109,17 @@ class Balancing:
         self.state = self.plan.balance.look(self.state, losses)
         self.told |= self._named("held", losses)
         if self.plan.validation.patience is not None:
-            self.stops = stopping.looked(self.stops, losses, steps, self.plan.validation.patience, self.plan.validation.min_delta)
+            costs = self._costs(losses)
+            self.stops = stopping.looked(self.stops, costs, steps, self.plan.validation.patience, self.plan.validation.min_delta)
+
+    def _costs(self, losses: Vector) -> Vector:
+        """(T,) what patience judges by, less being better: the loss, or the task's own metric."""
+        costs = dict(zip(self.live.pool.names, losses, strict=True))
+        for name, scores in (self.judge() if self.judge else {}).items():
+            ((metric, value),) = scores.items()
+            costs[name] = -upward(metric, value)
+            self.told[f"held/{name}/{metric}"] = value
+        return np.array(list(costs.values()), np.float64)
 
     def _named(self, what: str, values: Vector) -> dict[str, float]:
         return {f"{what}/{name}": float(value) for name, value in zip(self.live.pool.names, values, strict=True)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,27 @@ from fedpeft.central.together import add_up
 from fedpeft.central.world import World
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
-from fedpeft.tasks.split import position, row_key
+from fedpeft.tasks.split import lowest
 from fedpeft.training.modes import evaluating
 
 SHARE = 5
 """At most one training row in so many is held out."""
 
 
-def divided(name: str, rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and ``count`` held-out ones at most, chosen by hash: the same on every machine, spread over the file.
+def held_out(name: str, rows: Iterable[Row], most: int) -> frozenset[int]:
+    """Numbers of at most ``most`` of ``rows``, and at most a fifth, chosen by hash; the rows are gone through once and not kept.
 
     Raises:
         DataError: there are too few to hold one out.
     """
-    most = min(count, len(rows) // SHARE)
-    if not most:
+    numbers = count()
+    found = lowest((row for row, _ in zip(rows, numbers, strict=False)), most)
+    total = next(numbers)
+    if total < SHARE:
         raise DataError(
-            f"task {name}: {len(rows)} training rows, of which [validation] holds out a fifth; give {SHARE} or more, or leave it out"
+            f"task {name}: {total} training rows, of which [validation] holds out a fifth; give {SHARE} or more, or leave it out"
         )
-    keys = [(position(row_key(row)), place) for place, row in enumerate(rows)]
-    held = {place for _, place in sorted(keys)[:most]}
-    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in sorted(held)]
+    return frozenset(found[: total // SHARE])
 
 
 def held_losses(zero: Any, model: nn.Module, pool: Pool, size: int, world: World) -> NDArray[np.float64]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,34 +14,29 @@ from fedpeft.bases.base import Base
 from fedpeft.bases.spec import QUANTIZED
 from fedpeft.central.balancing import Balancing, Plan
 from fedpeft.central.engine import ZeroEngine, ZeroRun
-from fedpeft.central.held import divided
 from fedpeft.central.joint import Joint, JointTask
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.pool import Pool
 from fedpeft.central.progress import Clock, Progress, Report, Scores, most_memory
+from fedpeft.central.reading import Examples, digest_of, examples, pools, read_together
 from fedpeft.central.sampling import shares_of
 from fedpeft.central.scoring import Scorer
-from fedpeft.central.stored import Stored, stored
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_of
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.mixtures.bank import SHARED
 from fedpeft.mixtures.parts import parts_of
-from fedpeft.tasks import read_rows
 from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
 from fedpeft.training.loop import train
 from fedpeft.training.settings import TrainJob, TrainResult
 
 if TYPE_CHECKING:
-    from fedpeft.tasks import Encoded
     from fedpeft.training.config import CentralConfig
 
 STATE = "checkpoint"
 """Where under the job's output its half-trained state lies."""
-ENCODED = "encoded"
-"""Where under the job's output the examples of streamed tasks lie."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +63,17 @@ class Outcome:
     ready: Prepared
 
 
-def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | None = None, progress: Progress | None = None) -> Outcome:
+def run(
+    config: CentralConfig,
+    world: World,
+    starts: Mapping[str, Adapter] | None = None,
+    progress: Progress | None = None,
+    data: Mapping[str, Examples] | None = None,
+) -> Outcome:
     """Train the job's adapters on all ranks of ``world``; what was trained lies in the checkpoint afterwards (`trained`).
 
-    ``starts`` are adapters to go on from, by task; ``progress`` hears of each step, on every rank.
+    ``starts`` are adapters to go on from, by task; ``progress`` hears of each step, on every rank; ``data`` are the tasks' examples, where
+    they were read already.
 
     Raises:
         FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
@@ -80,24 +81,16 @@ def run(config: CentralConfig, world: World, starts: Mapping[str, Adapter] | Non
     table = zero_of(config, world.size)
     with joined(world, config.deepspeed.timeout):
         place(world)
-        together(world, lambda: encode_streams(config) if world.local_rank == 0 else None)
-        ready = together(world, lambda: prepare(config, starts or {}))
-        require_equal(world, "data", digest_of(ready.pool))
+        found = read_together(config, world) if data is None else data
+        ready = together(world, lambda: prepare(config, starts or {}, found))
+        require_equal(world, "data", digest_of(ready.pool, ready.held))
         together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, table))
         return _train(config, world, base, ready, table, progress)
 
 
-def encode_streams(config: CentralConfig) -> None:
-    """Read and encode what is streamed, once a machine; afterwards every rank opens it. Raises `DataError` and `StorageError`."""
-    names = [name for name, entry in config.tasks.items() if entry.stream]
-    base = meta_base(config.base) if names else None
-    for name in names:
-        _encoded(config, name, cast(Base, base))
-
-
-def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
-    """Read and encode the rows, and make the adapters as they are at step 0.
+def prepare(config: CentralConfig, starts: Mapping[str, Adapter], data: Mapping[str, Examples] | None = None) -> Prepared:
+    """The examples, which are read unless they are given, and the adapters as they are at step 0.
 
     Raises:
         DataError: rows are missing or unreadable.
@@ -105,9 +98,7 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter]) -> Prepared:
     """
     base = meta_base(config.base)
     tasks = {name: entry.task for name, entry in config.tasks.items()}
-    data = {name: _encoded(config, name, base) for name in tasks}
-    pool = Pool.of(tasks, {name: kept for name, (kept, _) in data.items()})
-    held = Pool.of(tasks, {name: cast("Encoded", own) for name, (_, own) in data.items()}) if config.looks else None
+    pool, held = pools(config, examples(config, base) if data is None else data)
     specs = {name: make_spec(name, base, config.method, task.head) for name, task in tasks.items()}
     adapters = {name: _start(initial(base, spec, config.seed), starts.get(name)) for name, spec in specs.items()}
     parts_of(next(iter(specs.values())))
@@ -156,22 +147,10 @@ def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
     return Trained(valued, found.tally.step, scores)
 
 
-def digest_of(pool: Pool) -> str:
-    """SHA-256 over all sequences and labels."""
-    hasher = hashlib.sha256("\n".join(pool.names).encode())
-    for part in pool.data:
-        if isinstance(part, Stored):
-            hasher.update(part.digest.encode())
-            continue
-        for array in (np.concatenate(part.ids), np.array([len(ids) for ids in part.ids]), part.labels, part.starts):
-            hasher.update(np.ascontiguousarray(array).data)
-    return hasher.hexdigest()
-
-
 def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None) -> Outcome:
     with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
         plan = Plan(config.balance, config.conflicts, config.validation if config.looks else None, ready.held, config.seed)
-        balancing = Balancing(plan, joint, world)
+        balancing = Balancing(plan, joint, world, _judge(config, joint, ready.held, world, stage_of(table)))
         shares = shares_of(ready.pool, config.mixing)
         task = JointTask(config.name, ready.pool, shares, config.training.accumulate, balancing.going)
         engine = Watched(ZeroEngine(table, world, balancing))
@@ -183,9 +162,18 @@ def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, tab
 
 
 def _scorer(config: CentralConfig, joint: Joint, world: World, stage: int) -> Scorer:
-    scorer = Scorer(config, joint.bank, world, stage == 3)
+    scorer = Scorer.of(config, joint.bank, world, stage == 3)
     keeper_of(config).require([name for name, data in scorer.tests.items() if data is not None])
     return scorer
+
+
+def _judge(config: CentralConfig, joint: Joint, held: Pool | None, world: World, stage: int) -> Scorer | None:
+    """Scores held-out rows by the metrics that patience goes by; None where it goes by losses alone."""
+    metrics = config.patience_metrics
+    if held is None or not metrics:
+        return None
+    tasks = {name: replace(config.tasks[name].task, metrics=(metric,)) for name, metric in metrics.items()}
+    return Scorer(joint.bank, world, stage == 3, tasks, {name: held.data[held.names.index(name)] for name in tasks})
 
 
 @dataclass(eq=False)
@@ -246,18 +234,6 @@ class Course:
     def _run(self) -> ZeroRun:
         assert self.engine.run is not None
         return self.engine.run
-
-
-def _encoded(config: CentralConfig, name: str, base: Base) -> tuple[Encoded, Encoded | None]:
-    """A task's examples to train on, and those held out."""
-    entry = config.tasks[name]
-    if entry.stream:
-        return stored(config.output / ENCODED, entry.task, entry.data, base, entry.cap), None
-    rows = read_rows(entry.data, "train")[: entry.cap]
-    if not config.looks:
-        return cast("Encoded", entry.task.encode(rows, base)), None
-    kept, held = (entry.task.encode(part, base) for part in divided(name, rows, config.validation.examples))
-    return kept, held
 
 
 def _start(fresh: Adapter, given: Adapter | None) -> Adapter:

@@ -26,7 +26,7 @@ from fedpeft.tasks.rows import stream_rows
 from fedpeft.training.modes import evaluating
 
 if TYPE_CHECKING:
-    from fedpeft.tasks import Counters, Task
+    from fedpeft.tasks import Counters, Row, Task
     from fedpeft.training.config import CentralConfig, CentralTask
 
 
@@ -92,16 +92,24 @@ class Lockstep:
         return int(count)
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """Scores the adapters of ``bank`` on ``tests``, this rank's share of each task's test examples (None: the task has none)."""
+    """Scores the adapters of ``bank`` for ``tasks`` on ``tests``, the examples of each (None: it has none); in stage 3 ``partitioned``."""
 
-    def __init__(self, config: CentralConfig, bank: Bank, world: World, partitioned: bool) -> None:
-        self.bank, self.world, self.partitioned = bank, world, partitioned
-        self.tasks = {name: entry.task for name, entry in config.tasks.items()}
-        self.tests = {name: _tests(entry, bank.base) for name, entry in config.tasks.items()}
+    bank: Bank
+    world: World
+    partitioned: bool
+    tasks: Mapping[str, Task]
+    tests: Mapping[str, Encoded | None]
+
+    @staticmethod
+    def of(config: CentralConfig, bank: Bank, world: World, partitioned: bool) -> Scorer:
+        """On the tasks' test rows, which are read. Raises `DataError` when one is of an unknown form."""
+        tasks = {name: entry.task for name, entry in config.tasks.items()}
+        return Scorer(bank, world, partitioned, tasks, {name: _tests(entry, bank.base) for name, entry in config.tasks.items()})
 
     def __call__(self) -> dict[str, dict[str, float]]:
-        """Scores by task, the same on all ranks; none where a task has no test rows. Every rank calls it at once."""
+        """Scores by task, the same on all ranks; none where a task has no examples. Every rank calls it at once."""
         return {name: {} if data is None else self._scores(self.tasks[name], data) for name, data in self.tests.items()}
 
     def _scores(self, task: Task, data: Encoded) -> dict[str, float]:
@@ -124,13 +132,22 @@ def summed(counters: Counters, world: World) -> Counters:
     return {name: tuple(next(rest) for _ in counters[name]) for name in sorted(counters)}
 
 
+def has_tests(entry: CentralTask) -> bool:
+    """Whether a task has test rows."""
+    return next(iter(_test_rows(entry)), None) is not None
+
+
 def _tests(entry: CentralTask, base: Base) -> Encoded | None:
     """All test examples of a task, in memory; None where there are none."""
+    rows = list(_test_rows(entry))
+    return cast(Encoded, entry.task.encode(rows, base)) if rows else None
+
+
+def _test_rows(entry: CentralTask) -> Iterator[Row]:
     try:
-        rows = list(stream_rows(entry.data, "test")) if entry.stream else read_rows(entry.data, "test")
+        yield from stream_rows(entry.data, "test") if entry.stream else read_rows(entry.data, "test")
     except DataError:
-        return None
-    return cast(Encoded, entry.task.encode(rows, base))
+        return
 
 
 def _generated(task: Task, examples: int, world: World) -> int:

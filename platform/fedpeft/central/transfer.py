@@ -6,14 +6,20 @@ same number of its own examples whoever else is there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.central.job import prepare, run
+from fedpeft.central.job import run
+from fedpeft.central.progress import Progress
+from fedpeft.central.reading import Examples, pools, read_together
 from fedpeft.central.sampling import shares_of
+from fedpeft.central.scoring import has_tests
+from fedpeft.central.together import together
 from fedpeft.central.world import World, joined
+from fedpeft.central.zero import zero_of
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.tasks.metrics import upward
 from fedpeft.training.mixing import Explicit
@@ -52,24 +58,32 @@ class Transfer:
         }
 
 
-def measured(config: CentralConfig, world: World, *, pairs: bool = False) -> Transfer:
-    """Run the jobs, one after the other, on all ranks of ``world``.
+Watch = Callable[["CentralConfig"], AbstractContextManager[Progress | None]]
+"""Hears of a job that is about to run."""
+
+
+def measured(config: CentralConfig, world: World, *, pairs: bool = False, watch: Watch = lambda _: nullcontext()) -> Transfer:
+    """Run the jobs, one after the other, on all ranks of ``world``; rows are read and encoded once for all of them.
 
     Raises:
-        ConfigError: there is one task only.
+        ConfigError: there is one task only, or a job's step cannot be divided among the ranks.
         DataError: a task has no test rows.
         FedpeftError: as `job.run`.
     """
     names = list(config.tasks)
     if len(names) < 2:
         raise ConfigError(f"tasks: {names} cannot be compared with others; give the job two tasks or more")
+    groups: list[tuple[str, ...]] = [*((name,) for name in names), tuple(names)]
+    groups += combinations(names, 2) if pairs and len(names) > 2 else ()
     with joined(world, config.deepspeed.timeout):
-        shares = shares_of(prepare(config, {}).pool, config.mixing)
-        alone = {name: _values(part(config, [name], shares), world)[name] for name in names}
-        together = _values(part(config, names, shares), world)
-        two = combinations(names, 2) if pairs else ()
-        found = {"+".join(pair): _values(part(config, pair, shares), world) if len(names) > 2 else together for pair in two}
-    return Transfer({name: config.tasks[name].task.headline for name in names}, alone, together, found)
+        data = read_together(config, world)
+        shares = shares_of(pools(config, data)[0], config.mixing)
+        jobs = {group: part(config, group, shares) for group in groups}
+        together(world, lambda: _check(config, jobs, world))
+        found = {group: _values(job, world, data, watch) for group, job in jobs.items()}
+    two = {"+".join(pair): found[pair] for pair in (combinations(names, 2) if pairs else ())}
+    alone = {name: found[name,][name] for name in names}
+    return Transfer({name: config.tasks[name].task.headline for name in names}, alone, found[tuple(names)], two)
 
 
 def part(config: CentralConfig, names: Sequence[str], shares: Values) -> CentralConfig:
@@ -91,10 +105,21 @@ def part(config: CentralConfig, names: Sequence[str], shares: Values) -> Central
     return config.model_copy(update=change)
 
 
-def _values(config: CentralConfig, world: World) -> dict[str, float]:
-    scores, found = run(config, world).scores, {}
+def _check(config: CentralConfig, jobs: Mapping[tuple[str, ...], CentralConfig], world: World) -> None:
+    """Refuse what can be refused before any job runs."""
     for name, entry in config.tasks.items():
-        if entry.task.headline not in scores.get(name, {}):
+        if not has_tests(entry):
             raise DataError(f"task {name}: has no test rows to compare it by; give its source a test split, or leave it out of [tasks]")
-        found[name] = scores[name][entry.task.headline]
-    return found
+    for group, job in jobs.items():
+        try:
+            zero_of(job, world.size)
+        except ConfigError as fault:
+            raise ConfigError(
+                f"job of {'+'.join(group)}, whose share is {job.training.batch_size} of {config.training.batch_size} examples: {fault}"
+            ) from None
+
+
+def _values(config: CentralConfig, world: World, data: Mapping[str, Examples], watch: Watch) -> dict[str, float]:
+    with watch(config) as progress:
+        scores = run(config, world, progress=progress, data={name: data[name] for name in config.tasks}).scores
+    return {name: scores[name][entry.task.headline] for name, entry in config.tasks.items()}

@@ -14,6 +14,7 @@ from fedpeft.cli.changes import table
 
 if TYPE_CHECKING:
     from fedpeft.central.job import Trained
+    from fedpeft.central.launch import Rank
     from fedpeft.central.world import World
     from fedpeft.training.config import CentralConfig
 
@@ -24,6 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a set
 From = Annotated[list[str] | None, typer.Option("--from", help="Go on from a version: version:TASK@3, TASK, sha256:PREFIX; one a task.")]
 Launcher = Annotated[str, typer.Option(help="Who starts the ranks: local, torchrun, slurm or hostfile.")]
 Ranks = Annotated[int | None, typer.Option(help="With local: how many; default: one a GPU, or one.")]
+Pairs = Annotated[bool, typer.Option("--pairs", help="Train every two tasks as well: T (T - 1) / 2 more jobs.")]
 Hostfile = Annotated[Path | None, typer.Option(help="With hostfile: lines HOST slots=N; reached by ssh.")]
 
 
@@ -42,19 +44,14 @@ def train(  # noqa: PLR0913, PLR0917 - one an option
     from fedpeft.central.zero import zero_of
     from fedpeft.errors import ConfigError
 
-    if launcher not in launch.LAUNCHERS:
-        raise ConfigError(f"--launcher {launcher}: choose one of {list(launch.LAUNCHERS)}")
-    if (launcher == "hostfile") != (hostfile is not None):
-        raise ConfigError("--hostfile FILE goes with --launcher hostfile; give both or none")
+    places = _places(launcher, ranks, hostfile)
     config = _checked(job, overrides, start or [])
-    if launcher in ("torchrun", "slurm"):
+    if places is None:
         if show:
             raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
         return _rank(job, overrides, start or [], _given(launcher))
-    places = launch.hosts(hostfile) if hostfile else launch.here(ranks if ranks is not None else _gpus())
     zero_of(config, len(places))
-    arguments = [str(job), *(part for pair in overrides or [] for part in ("--set", pair))]
-    arguments += [part for ref in start or [] for part in ("--from", ref)]
+    arguments = [*_arguments(job, overrides), *(part for ref in start or [] for part in ("--from", ref))]
     if show:
         print("\n".join(launch.line(place, arguments) for place in places))
         return 0
@@ -114,20 +111,43 @@ def estimate(  # noqa: PLR0913, PLR0917 - one an option
 @app.command()
 def transfer(
     job: Job,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Train every two tasks as well: T (T - 1) / 2 more jobs.")] = False,
+    pairs: Pairs = False,
+    launcher: Launcher = "local",
+    ranks: Ranks = None,
+    hostfile: Hostfile = None,
     overrides: Overrides = None,
-) -> None:
-    """Train each task alone and all together, on one rank, and say what each gains or loses; as JSON in OUTPUT/transfer.json."""
+) -> int:
+    """Train each task alone and all together, and say what each gains or loses; as JSON in OUTPUT/transfer.json.
+
+    The same command goes on where it was interrupted.
+    """
+    from fedpeft.central import launch
     from fedpeft.cli import transfers
     from fedpeft.training.config import load_central
 
-    transfers.show(load_central(job, table(overrides)), pairs)
+    places = _places(launcher, ranks, hostfile)
+    config = load_central(job, table(overrides))
+    if places is None:
+        return transfers.show(config, _given(launcher), pairs)
+    return launch.supervise(places, [*_arguments(job, overrides), "--transfer", *(["--pairs"] if pairs else [])])
 
 
 @app.command(hidden=True)
-def rank(job: Job, start: From = None, overrides: Overrides = None) -> int:
+def rank(
+    job: Job,
+    start: From = None,
+    compare: Annotated[bool, typer.Option("--transfer", help="Of `transfer`, not of `train`.")] = False,
+    pairs: Pairs = False,
+    overrides: Overrides = None,
+) -> int:
     """One rank of a job; the launcher says which in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-    return _rank(job, overrides, start or [], _given("torchrun"))
+    from fedpeft.cli import transfers
+    from fedpeft.training.config import load_central
+
+    world = _given("torchrun")
+    if compare:
+        return transfers.show(load_central(job, table(overrides)), world, pairs)
+    return _rank(job, overrides, start or [], world)
 
 
 def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World) -> int:
@@ -161,6 +181,26 @@ def _publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str]
 
 def _sizes(ready: Any) -> dict[str, int]:
     return {name: len(data) for name, data in zip(ready.pool.names, ready.pool.data, strict=True)}
+
+
+def _places(launcher: str, ranks: int | None, hostfile: Path | None) -> list[Rank] | None:
+    """The ranks to start; None where they are started by others."""
+    from fedpeft.central import launch
+    from fedpeft.errors import ConfigError
+
+    if launcher not in launch.LAUNCHERS:
+        raise ConfigError(f"--launcher {launcher}: choose one of {list(launch.LAUNCHERS)}")
+    if (launcher == "hostfile") != (hostfile is not None):
+        raise ConfigError("--hostfile FILE goes with --launcher hostfile; give both or none")
+    if ranks is not None and launcher != "local":
+        raise ConfigError(f"--ranks {ranks}: with --launcher {launcher} others say how many; leave it out")
+    if launcher in ("torchrun", "slurm"):
+        return None
+    return launch.hosts(hostfile) if hostfile else launch.here(ranks if ranks is not None else _gpus())
+
+
+def _arguments(job: Path, overrides: list[str] | None) -> list[str]:
+    return [str(job), *(part for pair in overrides or [] for part in ("--set", pair))]
 
 
 def _given(launcher: str) -> World:

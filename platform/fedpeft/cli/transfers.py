@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fedpeft.cli.output import table
 
 if TYPE_CHECKING:
+    from fedpeft.central.progress import Progress
     from fedpeft.central.transfer import Transfer
+    from fedpeft.central.world import World
     from fedpeft.training.config import CentralConfig
 
 FILE = "transfer.json"
 
 
-def show(config: CentralConfig, pairs: bool) -> None:
-    """Run the jobs, print their table and leave it in the job's output as JSON. Raises `FedpeftError` as `measured`."""
+def show(config: CentralConfig, world: World, pairs: bool) -> int:
+    """Run the jobs; rank 0 prints their table and leaves it in the job's output as JSON. Raises `FedpeftError` as `measured`."""
+    from fedpeft.central.progress import shown
     from fedpeft.central.transfer import measured
-    from fedpeft.central.world import World
     from fedpeft.files import write_atomic
-    from fedpeft.processes import free_port
 
-    found = measured(config, World(port=free_port()), pairs=pairs)
+    @contextmanager
+    def watch(job: CentralConfig) -> Iterator[Progress]:
+        if world.rank == 0:
+            print(f"training {', '.join(job.tasks)}{'' if len(job.tasks) > 1 else ' alone'}:", flush=True)
+        with shown(job, world) as progress:
+            yield progress
+
+    found = measured(config, world, pairs=pairs, watch=watch)
+    if world.rank:
+        return 0
     _print(found)
     if not config.shared:
         print(
@@ -30,6 +42,7 @@ def show(config: CentralConfig, pairs: bool) -> None:
     path = config.output / FILE
     write_atomic(path, json.dumps(found.table, indent=2).encode())
     print(f"written to {path}")
+    return 0
 
 
 def _print(found: Transfer) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from heapq import nsmallest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from pydantic import Field, model_validator
 from fedpeft.config import Section
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
-from fedpeft.tasks.split import ALIASES, position, row_key, split_of
+from fedpeft.tasks.split import ALIASES, lowest, row_key, split_of
 
 
 class Source(Section):
@@ -295,5 +294,5 @@ def _limited(rows: Iterable[Row], limit: int | None, hold: Hold) -> Iterable[Row
     """``limit`` rows, the same on every machine and spread over the file, in the file's order."""
     if limit is None:
         return rows
-    chosen = {number for _, number in nsmallest(limit, ((position(row_key(row)), number) for number, row in enumerate(rows)))}
+    chosen = frozenset(lowest(rows, limit))
     return hold(lambda: (row for number, row in enumerate(rows) if number in chosen))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from heapq import nsmallest
 from typing import Any
 
 TEST_SHARE = 0.2
@@ -27,6 +28,11 @@ def split_of(key: str) -> str:
 def position(key: str) -> float:
     """A number in [0, 1) that depends on ``key`` alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2.0**48
+
+
+def lowest(rows: Iterable[Mapping[str, Any]], count: int) -> list[int]:
+    """Numbers of the ``count`` of ``rows`` whose keys lie lowest, from there on: the same on every machine, and spread over the file."""
+    return [number for _, number in nsmallest(count, ((position(row_key(row)), number) for number, row in enumerate(rows)))]
 
 
 def row_key(row: Mapping[str, Any]) -> str:

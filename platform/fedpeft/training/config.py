@@ -20,6 +20,8 @@ from fedpeft.training.mixing import MIXINGS, Explicit, Proportional
 from fedpeft.training.settings import TrainSettings
 from fedpeft.training.trackers import TRACKERS
 
+LOSS = "loss"
+"""What `Validation.metric` calls the training loss."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -108,13 +110,15 @@ class Validation(Section):
     """Looks at rows held out of training: one before the first step, then one after every ``every`` steps.
 
     At most ``examples`` rows a task are held out, and at most a fifth of its training rows. With ``patience`` a task ends early: at its so
-    many-th look in a row without a loss that is below the best one by more than ``min_delta`` nats.
+    many-th look in a row whose ``metric`` is not better than the best one by more than ``min_delta``, in nats or the metric's unit. That is
+    ``loss``, or one of the task's metrics; a table names one by task, and of the others it is the loss.
     """
 
     every: int = Field(default=10, ge=1)
     examples: int = Field(default=64, ge=1)
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    metric: str | dict[Name, str] = LOSS
 
 
 def _method_or_none(value: Any) -> Any:
@@ -153,6 +157,13 @@ class CentralConfig(Section):
     def looks(self) -> bool:
         """Whether rows are held out of training."""
         return bool(self.balance.looks) or self.validation.patience is not None
+
+    @property
+    def patience_metrics(self) -> dict[str, str]:
+        """By which metric patience judges, of the tasks where that is not the loss."""
+        given = self.validation.metric
+        table = given if isinstance(given, Mapping) else dict.fromkeys(self.tasks, given)
+        return {name: metric for name, metric in table.items() if metric != LOSS}
 
     @field_validator("deepspeed", mode="before")
     @classmethod
@@ -205,13 +216,20 @@ class CentralConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _looks_at_something(self) -> CentralConfig:
-        streamed = sorted(name for name, entry in self.tasks.items() if entry.stream)
-        if self.looks and streamed:
+    def _patience_judges_by_something(self) -> CentralConfig:
+        metrics = self.patience_metrics
+        if metrics and self.validation.patience is None:
             raise ValueError(
-                f"tasks {streamed} are streamed, of which no rows are held out as coba and validation.patience need; "
-                "set stream = false, another balance, or no patience"
+                f"validation.metric = {self.validation.metric!r}: nothing ends early by it; set validation.patience, or leave it out"
             )
+        for name, metric in metrics.items():
+            if name not in self.tasks:
+                raise ValueError(f"validation.metric names {name!r}, the tasks are {sorted(self.tasks)}; name one of these")
+            if metric not in self.tasks[name].task.metrics:
+                raise ValueError(
+                    f"validation.metric = {metric!r}: task {name} has metrics {list(self.tasks[name].task.metrics)}; give {LOSS!r} or one "
+                    f"of these, a table {{ {name} = ... }} where tasks differ, or add it to tasks.{name}.metrics"
+                )
         return self
 
     @model_validator(mode="after")

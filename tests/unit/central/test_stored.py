@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tracemalloc
 from dataclasses import dataclass
 from itertools import islice
@@ -15,14 +16,14 @@ import pytest
 
 from fedpeft.bases import BaseSpec, load_base
 from fedpeft.bases.spec import HeadSpec
-from fedpeft.central.job import digest_of
 from fedpeft.central.pool import Pool
+from fedpeft.central.reading import digest_of, examples
 from fedpeft.central.sampling import shares_of, windows
 from fedpeft.central.stored import stored
 from fedpeft.errors import DataError, StorageError
 from fedpeft.tasks import Choice, Classification, Encoded, Generation, Source, read_rows
 from fedpeft.tasks.rows import stream_rows
-from fedpeft.training.config import CentralTask
+from fedpeft.training.config import CentralConfig, CentralTask
 from fedpeft.training.mixing import Equal, Explicit, Proportional, Temperature
 
 STORY = [{"prompt": f"Once {'upon a time ' * (i % 5)}", "completion": f"it slept {i}", "kind": "ab"[i % 2]} for i in range(90)]
@@ -72,8 +73,9 @@ def test_a_pool_on_disk_is_the_pool_in_memory(base, tmp_path):
             tasks[name], held[name] = task, task.encode(read_rows(source, "train")[:cap], model)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("fedpeft.central.stored.CHUNK", 7)
-                kept[name] = stored(tmp_path / "encoded", task, source, model, cap)
-            assert stored(tmp_path / "encoded", task, source, model, cap).digest == kept[name].digest
+                kept[name], none = stored(tmp_path / "encoded", task, source, model, cap)
+                assert none is None
+            assert stored(tmp_path / "encoded", task, source, model, cap)[0].digest == kept[name].digest
             for field in ("labels", "starts", "owners", "pad"):
                 np.testing.assert_array_equal(getattr(held[name], field), getattr(kept[name], field))
             assert all(np.array_equal(one, other) for one, other in zip(held[name].ids, kept[name].ids, strict=True))
@@ -88,6 +90,29 @@ def test_a_pool_on_disk_is_the_pool_in_memory(base, tmp_path):
                 assert parts[0].batch.labels.equal(parts[1].batch.labels)
                 assert all(value.equal(parts[1].batch.inputs[name]) for name, value in parts[0].batch.inputs.items())
         assert digest_of(one) != digest_of(other) == digest_of(Pool.of(tasks, kept))
+
+
+def test_rows_held_out_of_a_stream_are_those_held_out_in_memory(base, tmp_path):
+    tables = {
+        "story": {"kind": "generation", "cap": 61, "data": {"path": str(shards(tmp_path / "story", STORY, 2))}},
+        "asked": {"kind": "choice", "data": {"path": str(shards(tmp_path / "asked", ASKED, 1))}},
+    }
+
+    def read(stream, **more):
+        tasks = {name: table | {"stream": stream} for name, table in tables.items()}
+        return examples(CentralConfig(name="a", output=tmp_path, base={"model": "m"}, tasks=tasks, **more), base)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedpeft.central.stored.CHUNK", 7)
+        memory, disk = (read(stream, validation={"patience": 1, "examples": 9}) for stream in (False, True))
+    whole = {name: len(kept) for name, (kept, _) in read(False).items()}
+    for name, sizes in (("story", (whole["story"] - 9, 9)), ("asked", (whole["asked"] - whole["asked"] // 5, whole["asked"] // 5))):
+        assert tuple(map(len, disk[name])) == sizes
+        for one, other in zip(memory[name], disk[name], strict=True):
+            assert all(np.array_equal(ours, theirs) for ours, theirs in zip(one.ids, other.ids, strict=True))
+            assert all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("labels", "starts", "owners"))
+        assert memory[name][1].references == disk[name][1].references
+    assert len(disk["story"][1].references) == 9
 
 
 @dataclass(frozen=True)
@@ -117,33 +142,40 @@ def no_tokenizer(monkeypatch):
 def test_a_large_file_takes_little_memory(tmp_path, no_tokenizer):
     line = json.dumps({"text": "x" * 2000, "split": "train", "number": "%06d"})
     with (tmp_path / "rows.jsonl").open("w") as file:
-        file.writelines(line % number + "\n" for number in range(30_000))
-    assert (tmp_path / "rows.jsonl").stat().st_size > 60e6
+        file.writelines(line % number + "\n" for number in range(12_000))
+    assert (tmp_path / "rows.jsonl").stat().st_size > 24e6
     tracemalloc.start()
-    data = stored(tmp_path / "encoded", Bytes(), Source(path=str(tmp_path / "rows.jsonl")), ANY)
+    data, held = stored(tmp_path / "encoded", Bytes(), Source(path=str(tmp_path / "rows.jsonl")), ANY, held=64)
     pool = Pool.of({"bytes": Bytes()}, {"bytes": data})
     steps = [pool.part(picks).batch.tokens for picks in islice(windows(pool, {"bytes": 1.0}, 4, 0), 50)]
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (len(data), sum(steps)) == (30_000, 50 * 4 * 200)
-    assert most < 4e6  # 512 rows in all their forms; the tokens alone are 24 MB
+    assert (len(data), len(held), sum(steps)) == (12_000 - 64, 64, 50 * 4 * 200)
+    assert most < 4e6  # 512 rows in all their forms; the tokens alone are 10 MB
 
 
 def test_a_change_of_the_file_the_task_or_the_cap_is_seen_and_only_the_last_is_kept(tmp_path, no_tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {number}", "split": "train"}) + "\n" for number in range(9)))
     folder, source = tmp_path / "encoded", Source(path=str(path))
-    first = stored(folder, Bytes(), source, ANY)
+    first, _ = stored(folder, Bytes(), source, ANY)
     before = path.stat()
     path.write_text(path.read_text().replace("row 8", "row X"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    second = stored(folder, Bytes(), source, ANY)
+    second, _ = stored(folder, Bytes(), source, ANY)
     assert (len(first), second.ids[8].tolist()) == (9, list(b"row X"))
-    assert len(stored(folder, Bytes(), source, ANY, 4)) == 4
+    assert len(stored(folder, Bytes(), source, ANY, 4)[0]) == 4
     assert len(list(folder.iterdir())) == 1
-    torn = next(folder.iterdir()) / "ids"
+    torn = next(folder.iterdir()) / "train" / "ids"
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert stored(folder, Bytes(), source, ANY, 4).ids[3].tolist() == list(b"row 3")
+    assert stored(folder, Bytes(), source, ANY, 4)[0].ids[3].tolist() == list(b"row 3")
+    kept, held = stored(folder, Bytes(), source, ANY, held=2)
+    assert (len(kept), len(held), len(list(folder.iterdir()))) == (8, 1, 1)
+    shutil.rmtree(next(folder.iterdir()) / "held")
+    again = stored(folder, Bytes(), source, ANY, held=2)
+    assert again[1].ids[0].tolist() == held.ids[0].tolist()
+    with pytest.raises(DataError, match=r"4 training rows, of which .validation. holds out a fifth; give 5 or more"):
+        stored(folder, Bytes(), source, ANY, 4, 2)
     path.unlink()
     with pytest.raises(DataError, match="cannot be read: No such file"):
         stored(folder, Bytes(), source, ANY)

@@ -118,12 +118,16 @@ def test_settings_and_schema_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_conflicts_need_something_shared_and_looks_rows_in_memory():
+def test_conflicts_need_something_shared_and_patience_a_metric_of_the_task():
+    ends = load_central(EXAMPLE, {"validation.patience": "2", "validation.metric": '{ area = "macro_f1", error = "loss" }'})
+    assert ends.patience_metrics == {"area": "macro_f1"}
     found = load_central(EXAMPLE, {"balance": "coba", "shared": "true", "conflicts": "pcgrad"})
     assert (found.balance.kind, found.looks, found.conflicts) == ("coba", True, "pcgrad")
     faults = {
         "conflicts = 'pcgrad'": {"conflicts": "pcgrad"},
-        "are streamed": {"balance": "coba", "tasks.area.stream": "true", "tasks.area.data": '{ path = "rows.jsonl" }'},
+        "nothing ends early by it": {"validation.metric": "accuracy"},
+        "names 'aera', the tasks are": {"validation": '{ patience = 1, metric = { aera = "accuracy" } }'},
+        r"task area has metrics .*add it to tasks.area.metrics": {"validation": '{ patience = 1, metric = "rouge_l" }'},
         "coba: unknown keys": {"balance": '{ kind = "coba", window = 3 }'},
         "known kinds are": {"balance": "gradnorm"},
     }
