@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from fedpeft.files import write_atomic
+from fedpeft.locks import held
 from fedpeft.processes import free_port
 from fedpeft_client import status, supernode
 from fedpeft_client.config import SiteConfig, load_site
-from fedpeft_client.supervisor import Child, Running, Supervisor, lock
+from fedpeft_client.supervisor import Child, Running, Supervisor
 
 FATAL = frozenset({3, 4, 5})
 """Exit codes of the worker that no restart cures: configuration, data, base."""
@@ -29,14 +30,11 @@ def join(path: Path, on_tick: Callable[[SiteConfig, list[Running]], None]) -> No
         StorageError: the state folder is taken, or cannot be written.
     """
     site = load_site(path)
-    held = lock(site.state / "lock")
-    try:
+    with held(site.state / "lock", "already runs a site on this state folder", "give this site its own `state`"):
         supervisor = Supervisor(children(path, site), site.state / "supervisor.json")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, supervisor.stop)
         supervisor.run(partial(on_tick, site))
-    finally:
-        held.close()
 
 
 def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:

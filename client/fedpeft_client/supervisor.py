@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import IO
 
 from fedpeft import errors
 from fedpeft.errors import FedpeftError, StorageError
@@ -119,28 +117,6 @@ class Supervisor:
         rows = [{"name": r.child.name, "pid": r.pid, "restarts": r.restarts, "last_end": r.last_end} for r in self.running]
         with suppress(StorageError):  # a full disk must not end the site
             write_atomic(self.state_file, json.dumps({"supervisor": os.getpid(), "children": rows}, indent=1).encode())
-
-
-def lock(path: Path) -> IO[str]:
-    """Hold ``path`` for this process alone, until it ends or the file is closed. Raises `StorageError` when another has it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as fault:
-        raise StorageError(f"{path}: cannot be opened: {fault.strerror}; set `state` in site.toml to a folder you may write") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise StorageError(
-            f"{path.parent}: process {holder} already runs a site on this state folder; stop it, or give this site its own `state`"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def _start(one: Running, now: float) -> bool:

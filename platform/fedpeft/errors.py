@@ -9,7 +9,7 @@
     ├── AdapterError             6  an adapter does not fit its base, its layout or its checksum
     ├── PolicyError              7  a plan is outside what the site's policy allows, or a caller's role or certificate what a server does
     ├── LinkError                8  the other side cannot be reached or believed, does not answer in time, or speaks another version
-    ├── StorageError             9  no space, no permission, or a torn file
+    ├── StorageError             9  no space, no permission, a torn file, or a folder that another process runs in
     ├── CohortError             10  too few sites answered to go on
     ├── UpdateError             11  an update is not finite, out of range or of another layout
     └── PrivacyError            12  masking, noise or the privacy budget cannot be kept as promised
@@ -67,7 +67,7 @@ class LinkError(FedpeftError):
 
 
 class StorageError(FedpeftError):
-    """No space, no permission, or a torn file."""
+    """No space, no permission, a torn file, or a folder that another process runs in."""
 
     exit_code = 9
 

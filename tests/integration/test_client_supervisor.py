@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import BaseError, StorageError
+from fedpeft.errors import BaseError
 from fedpeft_client import status
-from fedpeft_client.supervisor import Child, Running, Supervisor, lock
+from fedpeft_client.supervisor import Child, Running, Supervisor
 
 pytestmark = pytest.mark.integration
 
@@ -149,11 +149,3 @@ def test_a_child_that_ignores_sigterm_is_ended_all_the_same(tmp_path: Path, monk
     supervisor.stop()
     thread.join(20)
     assert not alive(pid)
-
-
-def test_one_state_folder_has_one_supervisor(tmp_path: Path) -> None:
-    held = lock(tmp_path / "state" / "lock")
-    with pytest.raises(StorageError, match=f"process {os.getpid()} already runs a site"):
-        lock(tmp_path / "state" / "lock")
-    held.close()
-    lock(tmp_path / "state" / "lock").close()

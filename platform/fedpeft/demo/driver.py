@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.progress import Progress
 from fedpeft.demo import report
 from fedpeft.demo.setting import Setting
 from fedpeft.errors import ConfigError
+from fedpeft.locks import NAME, clear, held
 from fedpeft.parity import federating
 from fedpeft.parity.children import check, ended, start
 from fedpeft.parity.plan import MARK
@@ -25,8 +25,8 @@ def drive(folder: Path, rounds: int, fresh: bool) -> None:
     """Run everything. Raises `FedpeftError` with the last words of the process that gave up."""
     setting = Setting(folder, rounds)
     console = Console()
-    prepare(setting, fresh)
-    with federating.progress(console) as bar:
+    with held(folder / NAME, "runs fedpeft demo there", "name another folder"), federating.progress(console) as bar:
+        prepare(setting, fresh)
         began = time.monotonic()
         federate(setting, bar)
         seconds = time.monotonic() - began
@@ -38,9 +38,9 @@ def prepare(setting: Setting, fresh: bool) -> None:
     """Make the folder and its TOML files, or keep those of an earlier run. Raises `ConfigError` rather than delete what is not ours."""
     folder = setting.folder
     if fresh and folder.exists():
-        if any(folder.iterdir()) and not (folder / MARK).exists():
+        if {path.name for path in folder.iterdir()} - {NAME} and not (folder / MARK).exists():
             raise ConfigError(f"{folder}: exists and is not a demo's folder; name another one, nothing was deleted")
-        shutil.rmtree(folder)
+        clear(folder)
     if not (folder / MARK).exists():
         setting.write(free_port())
 

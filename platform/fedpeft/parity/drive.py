@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedpeft.errors import ConfigError
 from fedpeft.files import write_atomic
+from fedpeft.locks import NAME, clear, held
 from fedpeft.parity import copies, figures, joint, report
 from fedpeft.parity.arms import write
 from fedpeft.parity.children import added, lines, start
@@ -49,7 +50,15 @@ def drive(request: Request, console: Console) -> dict[str, Any]:
     plan = Plan.read(request.federation, request.sites)
     sites = request.sites or tuple(beside(request.federation))
     engine = chosen(plan, request.engine, console)
-    prepare(request, sites, engine)
+    with prepared(request, sites, engine):
+        _run(plan, request, engine, console)
+        found = figures.collect(plan, request.folder)
+        report.write(found, request.folder)
+    return found
+
+
+def _run(plan: Plan, request: Request, engine: str, console: Console) -> None:
+    """Every arm that is not done."""
     say = console.print
     say(f"[bold]fedpeft parity[/bold]: {plan.outline.name}, {len(plan.sites)} sites, {plan.outline.rounds} rounds; in {request.folder}/")
     _told(plan, console)
@@ -60,31 +69,30 @@ def drive(request: Request, console: Console) -> dict[str, Any]:
         say(f"{number}/{len(RUN)} {SAID[name]}")
         with metered(figures.cost_path(request.folder, name)):
             arm(plan, request.folder, engine, console)
-    found = figures.collect(plan, request.folder)
-    report.write(found, request.folder)
-    return found
 
 
-def prepare(request: Request, sites: Sequence[Path], engine: str) -> None:
-    """Make the run's folder, or take it up again; every start listens on another free port.
+@contextmanager
+def prepared(request: Request, sites: Sequence[Path], engine: str) -> Iterator[None]:
+    """Hold the run's folder, filled, or taken up again; every start listens on another free port.
 
     Raises:
         ConfigError: the folder is of another run, or no run's: nothing of it is touched.
-        StorageError: the folder cannot be written.
+        StorageError: another process runs there, or the folder cannot be written.
     """
     folder, stamp = request.folder, request.folder / STAMP
-    theirs = folder.exists() and any(folder.iterdir()) and not stamp.exists()
-    if theirs:
-        raise ConfigError(f"{folder}: holds other things than a run of fedpeft parity; name another folder with --out, nothing was touched")
-    if request.fresh and stamp.exists():
-        shutil.rmtree(folder)
-    now = json.dumps({"files": copies.digest(request.federation, sites), "engine": engine})
-    if stamp.exists() and stamp.read_text(encoding="utf-8") != now:
-        raise ConfigError(f"{folder}: holds a run of other files or settings; name another folder with --out, or start over with --fresh")
     made = copies.tables(request.federation, sites, free_port())
-    write_atomic(stamp, now.encode())
-    for name, table in made.items():
-        copies.write_toml(folder / name, table)
+    now = json.dumps({"files": copies.digest(request.federation, sites), "engine": engine})
+    if folder.exists() and {path.name for path in folder.iterdir()} - {NAME} and not stamp.exists():
+        raise ConfigError(f"{folder}: holds other things than a run of fedpeft parity; name another folder with --out, nothing was touched")
+    with held(folder / NAME, "runs fedpeft parity there", "name another folder with --out"):
+        if request.fresh:
+            clear(folder)
+        if stamp.exists() and stamp.read_text(encoding="utf-8") != now:
+            raise ConfigError(f"{folder}: holds a run of other files or settings; give another --out, or start over with --fresh")
+        write_atomic(stamp, now.encode())
+        for name, table in made.items():
+            copies.write_toml(folder / name, table)
+        yield
 
 
 def chosen(plan: Plan, engine: str, console: Console) -> str:
@@ -149,7 +157,7 @@ def _child(arm: str, folder: Path, engine: str, console: Console) -> None:
 
 
 def _told(plan: Plan, console: Console) -> None:
-    for site, held in plan.sites.items():
-        tasks = [name for name in held.data if name in plan.tasks]
+    for site, holds in plan.sites.items():
+        tasks = [name for name in holds.data if name in plan.tasks]
         rows = ", ".join(f"{task} ({len(plan.rows(task, 'train', site))} rows)" for task in tasks)
         console.print(f"  {site}: {rows or 'none of the tasks'}", highlight=False)

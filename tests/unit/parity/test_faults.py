@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,19 +68,31 @@ def test_a_folder_of_something_else_is_left_alone(capsys, files, tmp_path) -> No
     assert [path.name for path in thesis.iterdir()] == ["chapter.txt"]
 
 
+def test_a_folder_that_another_run_is_at_work_in_is_refused(capsys, files, tmp_path) -> None:
+    federation, out = files(), tmp_path / "run"
+    with drive.prepared(drive.Request(federation, (), out, "local"), drive.beside(federation), "local"):
+        for more in ([], ["--fresh"]):
+            err = said(capsys, [str(federation), "--out", str(out), "--engine", "local", *more], StorageError.exit_code)
+            assert f"process {os.getpid()} runs fedpeft parity there" in err
+        assert (out / drive.STAMP).exists()
+
+
 def test_a_folder_of_another_run_is_not_gone_on_with(files, tmp_path) -> None:
     quiet, out = Console(quiet=True), tmp_path / "run"
     request = drive.Request(files(), (), out, "local")
     sites = drive.beside(request.federation)
-    drive.prepare(request, sites, "local")
+    with drive.prepared(request, sites, "local"):
+        pass
     (out / "local.json").write_text("{}")
-    drive.prepare(request, sites, "local")
+    with drive.prepared(request, sites, "local"):
+        pass
     files(more='scheme = { kind = "fedavg" }')
     for engine in ("local", "deepspeed"):
-        with pytest.raises(ConfigError, match="--fresh"):
-            drive.prepare(request, sites, engine)
+        with pytest.raises(ConfigError, match="--fresh"), drive.prepared(request, sites, engine):
+            pass
     assert (out / "local.json").exists()
-    drive.prepare(drive.Request(request.federation, (), out, "local", fresh=True), sites, "local")
+    with drive.prepared(drive.Request(request.federation, (), out, "local", fresh=True), sites, "local"):
+        pass
     assert not (out / "local.json").exists()
     assert 'kind = "fedavg"' in (out / "federation.toml").read_text()
     with pytest.raises(ConfigError, match="--engine magic"):
