@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedpeft_client.supervisor import Running
 
 app = typer.Typer(name="client", help="A site: its rows, its policy, its warm base.", no_args_is_help=True)
-Site = Annotated[Path, typer.Argument(help="The site's TOML file (deploy/configs/site.toml is an example).", metavar="SITE.TOML")]
+Site = Annotated[Path, typer.Argument(help="The site's TOML file (`fedpeft example site` prints one).", metavar="SITE.TOML")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change one setting, as in --set policy.max_rank=16.", metavar="A.B=VALUE")
 ]
@@ -32,7 +32,7 @@ def join(site: Site) -> None:
 
 @app.command()
 def identity(site: Site) -> None:
-    """Print this site's name and public key, a line for [peers] of the other sites' files."""
+    """Print this site's name and public key, a line for the table peers of the other sites' files."""
     from fedpeft_client.config import load_site
     from fedpeft_client.secure import Secure
 
@@ -42,7 +42,7 @@ def identity(site: Site) -> None:
 
 @app.command()
 def serve(
-    site: Annotated[Path | None, typer.Argument(help="The site's TOML file; its [serve] and [base] count.", metavar="SITE.TOML")] = None,
+    site: Annotated[Path | None, typer.Argument(help="The site's TOML file; its tables serve and base count.", metavar="SITE.TOML")] = None,
     registry: Annotated[
         str | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry or grpc://HOST:PORT, watched for new versions.")
     ] = None,
@@ -166,10 +166,10 @@ class _Display:
         self._status: Any = None
         self._last = ""
 
-    def __call__(self, site: SiteConfig, running: list[Running]) -> None:
+    def __call__(self, site: SiteConfig, running: list[Running], trouble: str) -> None:
         from fedpeft_client.join import line
 
-        text = line(site, running, steps=self._console.is_terminal)
+        text = line(site, running, trouble, steps=self._console.is_terminal)
         if text == self._last:
             return
         self._last = text

@@ -13,8 +13,15 @@ from fedpeft.control.place import Place
 
 app = typer.Typer(name="coordinator", help="Run a federation: rounds, cohorts, versions.", no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="federation.toml")]
-Where = Annotated[str, typer.Argument(help="federation.toml, or grpc://HOST:PORT of the control plane of one that runs.")]
+File = Annotated[
+    Path, typer.Argument(help="The federation's TOML file (`fedpeft example federation` prints one).", metavar="FEDERATION.TOML")
+]
+Where = Annotated[
+    str,
+    typer.Argument(
+        help="The federation's TOML file, or grpc://HOST:PORT of the control plane of one that runs.", metavar="FEDERATION.TOML"
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: KEY=VALUE, for example cohort.deadline=60.")]
 
 
@@ -70,8 +77,12 @@ def watch(where: Where, identity: Who = None, json: AsJson = False) -> None:
 @app.command()
 def serve(
     registry: Annotated[Path, typer.Argument(help="Folder of the registry; its keys stay there also when its versions lie elsewhere.")],
-    config: Annotated[Path | None, typer.Option(help="TOML file with the keys of [control]: host, port, tls, store, database, ...")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of [control]: KEY=VALUE, for example port=8001.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the keys of the table control: host, port, tls, store, database, ...")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the table control: KEY=VALUE, for example port=8001.")
+    ] = None,
 ) -> None:
     """Serve a registry and its router over gRPC, in the foreground, until it is interrupted."""
     from fedpeft_coordinator.control.process import run

@@ -22,7 +22,7 @@ def guarded(name: str, host: str, tls: Tls | None, insecure: bool) -> None:
     if tls is None and not insecure and not loopback(host):
         raise ValueError(
             f"{name}.host = {host!r} is reachable from outside and [{name}.tls] is missing; "
-            f"make certificates with deploy/certificates.py, or accept the risk with {name}.insecure = true"
+            f"make certificates with `fedpeft certificates`, or accept the risk with {name}.insecure = true"
         )
 
 
@@ -31,5 +31,5 @@ def rooted(tls: Tls | None, folder: Path, name: str) -> Tls | None:
     found = None if tls is None else Tls(**{key: folder / path.expanduser() for key, path in tls})
     for key, path in found or ():
         if not path.is_file():
-            raise ConfigError(f"{name}.{key}: {path} does not exist; deploy/certificates.py makes the files")
+            raise ConfigError(f"{name}.{key}: {path} does not exist; `fedpeft certificates` makes the files")
     return found

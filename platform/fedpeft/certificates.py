@@ -31,14 +31,14 @@ class Holder:
 
     def fault(self, now: datetime | None = None) -> str | None:
         """Why it does not speak for anybody ``now``, or None."""
-        missing = "names no role (no URI fedpeft:ROLE:NAME); issue one with deploy/certificates.py --client ROLE:NAME"
+        missing = "names no role (no URI fedpeft:ROLE:NAME); issue one with `fedpeft certificates --client ROLE:NAME`"
         return self.lapse(now) or (None if self.role else missing)
 
     def lapse(self, now: datetime | None = None) -> str | None:
         """Why it is not valid ``now``, or None."""
         now = now or datetime.now(UTC)
         if now > self.until:
-            return f"expired on {self.until:%Y-%m-%d %H:%M} UTC; issue a new one with deploy/certificates.py"
+            return f"expired on {self.until:%Y-%m-%d %H:%M} UTC; issue a new one with `fedpeft certificates`"
         if now < self.since:
             return f"is not valid before {self.since:%Y-%m-%d %H:%M} UTC; check this machine's clock"
         return None
@@ -62,9 +62,9 @@ def read_holder(path: Path) -> Holder:
     try:
         return holder(path.read_bytes())
     except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}; deploy/certificates.py makes certificates") from None
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}; `fedpeft certificates` makes certificates") from None
     except ValueError as fault:
-        raise ConfigError(f"{path}: is no PEM certificate ({fault}); deploy/certificates.py makes certificates") from None
+        raise ConfigError(f"{path}: is no PEM certificate ({fault}); `fedpeft certificates` makes certificates") from None
 
 
 def signed_by(pem: bytes, ca: bytes) -> bool:

@@ -49,7 +49,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a TOML file (deploy/configs has examples)") from None
+        raise ConfigError(
+            f"{path}: no such file; give the path of a TOML file (`fedpeft init` makes them, `fedpeft example` prints one with every key)"
+        ) from None
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(f"{path}: cannot be read: {fault}") from None
     except NOT_TOML as fault:
@@ -133,13 +135,13 @@ def _lines(faults: ValidationError, model: type[BaseModel], where: str) -> list[
 
 
 def _line(fault: dict[str, Any], model: type[BaseModel]) -> str:
-    key = _key(fault["loc"]) or "(file)"
+    key = _key(fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown key; known keys are {_known(model, fault['loc'][:-1])}"
     if fault["type"] == "missing":
         return f"{key}: is required; known keys are {_known(model, fault['loc'][:-1])}"
     seen = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')}{seen}"
+    return f"{key}{': ' if key else ''}{fault['msg'].removeprefix('Value error, ')}{seen}"
 
 
 def _known(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

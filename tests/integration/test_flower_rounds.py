@@ -17,6 +17,7 @@ from types import ModuleType
 import httpx
 import pytest
 
+from fedpeft.issuing import issue
 from fedpeft_coordinator.supervise import free_port, listens
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -183,17 +184,8 @@ def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "deploy" / "certificates.py"
     names = sorted(fake.HOLDINGS)
-    made = [
-        sys.executable,
-        str(script),
-        str(tmp_path / "keys"),
-        "--host",
-        "127.0.0.1",
-        *(part for name in names for part in ("--site", name)),
-    ]
-    subprocess.run(made, check=True, capture_output=True)
+    issue(tmp_path / "keys", ["127.0.0.1"], names)
     stage = Stage(tmp_path, names)
     try:
         stage.wait_for(lambda: len(stage.events("answer")) >= 2)
@@ -208,10 +200,8 @@ def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], 
 
 @pytest.mark.slow  # test_tls.py keeps a stranger outside in the default tests
 def test_a_stranger_without_a_registered_key_stays_outside(fake: ModuleType, tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "deploy" / "certificates.py"
     names = sorted(fake.HOLDINGS)
-    parts = [part for name in names for part in ("--site", name)]
-    subprocess.run([sys.executable, str(script), str(tmp_path / "keys"), "--host", "127.0.0.1", *parts], check=True, capture_output=True)
+    issue(tmp_path / "keys", ["127.0.0.1"], names)
     (tmp_path / "keys" / "west.pub").unlink()
     stage = Stage(tmp_path, names)
     try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import runpy
 import signal
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,6 +21,7 @@ from fedpeft.bases import BaseSpec, load_base
 from fedpeft.cli.main import run
 from fedpeft.config import describe
 from fedpeft.errors import AdapterError, ConfigError
+from fedpeft.issuing import issue
 from fedpeft.methods import Lora
 from fedpeft.registry import Manifest, Registry
 from fedpeft.tasks import Generation
@@ -30,7 +29,6 @@ from fedpeft.tensors import Tensors
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 PROMPT = [{"role": "user", "content": "Once upon a time"}]
 SERVE = """
 import sys, threading
@@ -75,7 +73,7 @@ def far(tmp_path, base) -> Iterator[tuple[Registry, str]]:
 
 def test_a_served_site_with_tls_keys_and_a_control_plane_ends_what_it_began_when_terminated(tmp_path, base, far, shared_models):
     store, address = far
-    runpy.run_path(str(ROOT / "deploy/certificates.py"))["issue"](tmp_path / "certs", ["localhost", "127.0.0.1"], [], [], 30)
+    issue(tmp_path / "certs", ["localhost", "127.0.0.1"], [])
     (tmp_path / "keys").write_text("a-key\n")
     (tmp_path / "keys").chmod(0o600)
     (tmp_path / "site.toml").write_text(f"""

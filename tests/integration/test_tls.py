@@ -1,4 +1,4 @@
-"""The README's two-machine tour on loopback: TLS and registered site keys, made by deploy/certificates.py."""
+"""The README's two-machine tour on loopback: TLS and registered site keys, made by `fedpeft certificates`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def start(tmp_path):
 
 @pytest.mark.timeout(240)
 def test_a_registered_site_trains_over_tls_and_a_stranger_does_not_get_in(tmp_path, start, free_port):
-    tool = [sys.executable, str(ROOT / "deploy/certificates.py")]
+    tool = [sys.executable, "-m", "fedpeft", "certificates"]
     subprocess.run([*tool, str(tmp_path / "certs"), "--host", "localhost", "--site", "hospital-a"], check=True, capture_output=True)
     subprocess.run([*tool, str(tmp_path / "elsewhere"), "--host", "localhost", "--site", "stranger"], check=True, capture_output=True)
     rows = [{"text": f"{'sea' if i % 2 else 'fire'} number {i}", "label": "blue" if i % 2 else "red"} for i in range(30)]

@@ -22,7 +22,7 @@ class Control(Section):
 
     Attributes:
         anonymous: the role of callers without TLS; absent: operator on loopback, reader beyond it (``insecure = true``).
-        tokens: a file with a line ROLE:NAME SHA256 EXPIRY for each token (deploy/certificates.py --token); with it callers show tokens
+        tokens: a file with a line ROLE:NAME SHA256 EXPIRY for each token (`fedpeft certificates --token`); with it callers show tokens
             under TLS, and no certificates. It is read again when it changes.
         revoked: callers (ROLE:NAME) whose certificates or tokens count no longer.
         scopes: by caller (ROLE:NAME, or ROLE for all others of it) the only tasks that it may see and change; absent: all tasks.
@@ -56,14 +56,14 @@ class Control(Section):
         if self.tls is not None and self.anonymous is not None:
             raise ValueError("control.anonymous and [control.tls]: with TLS every caller shows a certificate or a token; set one of them")
         if self.tokens is not None and self.tls is None:
-            raise ValueError("control.tokens needs [control.tls]: tokens travel under TLS only; deploy/certificates.py makes both")
+            raise ValueError("control.tokens needs [control.tls]: tokens travel under TLS only; `fedpeft certificates` makes both")
         return self
 
     def rooted(self, folder: Path, name: str) -> Control:
         """Paths relative to ``folder`` made whole. Raises `ConfigError` when a file does not exist; ``name`` says whose they are."""
         tokens = None if self.tokens is None else folder / self.tokens.expanduser()
         if tokens is not None and not tokens.is_file():
-            raise ConfigError(f"{name}.tokens: {tokens} does not exist; deploy/certificates.py --token ROLE:NAME makes it")
+            raise ConfigError(f"{name}.tokens: {tokens} does not exist; `fedpeft certificates --token ROLE:NAME` makes it")
         return self.model_copy(update={"tls": rooted(self.tls, folder, f"{name}.tls"), "tokens": tokens})
 
     @property

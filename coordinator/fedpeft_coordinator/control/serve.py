@@ -128,7 +128,7 @@ def credentials(tls: Tls, mutual: bool = True) -> grpc.ServerCredentials:
     try:
         key, cert, ca = (path.read_bytes() for path in (tls.key, tls.cert, tls.ca))
     except OSError as fault:
-        raise ConfigError(f"{fault.filename}: cannot be read: {fault.strerror}; deploy/certificates.py makes certificates") from None
+        raise ConfigError(f"{fault.filename}: cannot be read: {fault.strerror}; `fedpeft certificates` makes certificates") from None
     return grpc.ssl_server_credentials([(key, cert)], ca if mutual else None, require_client_auth=mutual)
 
 

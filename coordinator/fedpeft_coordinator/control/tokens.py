@@ -45,11 +45,11 @@ class Tokens:
         try:
             lines = [line.strip() for line in self.path.read_text(encoding="ascii").splitlines()]
         except (OSError, UnicodeDecodeError) as fault:
-            raise ConfigError(f"control.tokens: {self.path} cannot be read: {fault}; deploy/certificates.py --token writes it") from None
+            raise ConfigError(f"control.tokens: {self.path} cannot be read: {fault}; `fedpeft certificates --token` writes it") from None
         rows = [(number, LINE.fullmatch(line)) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
         torn = [number for number, row in rows if row is None]
         if torn:
-            raise ConfigError(f"control.tokens: {self.path}: lines {torn} are not ROLE:NAME SHA256 YYYY-MM-DD; see deploy/certificates.py")
+            raise ConfigError(f"control.tokens: {self.path}: lines {torn} are not ROLE:NAME SHA256 YYYY-MM-DD; see `fedpeft certificates`")
         return {row[3]: Holder(row[1], row[2], BEGINNING, _midnight(row[4])) for _, row in rows if row}
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train many tasks' adapters at once with DeepSpeed, on one machine or many.", no_args_is_help=True)
 
-Job = Annotated[Path, typer.Argument(help="The job's TOML (deploy/configs/central.toml is one).", metavar="JOB.TOML")]
+Job = Annotated[Path, typer.Argument(help="The job's TOML (`fedpeft example central` prints one).", metavar="JOB.TOML")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: training.steps=50; may be given again.")]
 From = Annotated[list[str] | None, typer.Option("--from", help="Go on from a version: version:TASK@3, TASK, sha256:PREFIX; one a task.")]
 Launcher = Annotated[str, typer.Option(help="Who starts the ranks: local, torchrun, slurm or hostfile.")]

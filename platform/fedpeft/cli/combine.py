@@ -10,7 +10,8 @@ from fedpeft.cli import output
 from fedpeft.cli.explaining import explain
 
 app = typer.Typer(
-    help="List the rules of [combine]: what they hold against, what they cost, what secure aggregation allows.", invoke_without_command=True
+    help="List the rules that may stand in for the mean: what they hold against, what they cost, what secure aggregation allows.",
+    invoke_without_command=True,
 )
 
 

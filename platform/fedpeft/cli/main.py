@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, audit, central, combine, inspection, ledger, methods, parity, schemes
+    from fedpeft.cli import adapters, answers, audit, central, combine, inspection, ledger, methods, parity, schemes, setup
 
     app = typer.Typer(
         name="fedpeft",
@@ -60,6 +60,7 @@ def tree() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    setup.register(app)
     inspection.register(app)
     answers.register(app)
     parity.register(app)

@@ -62,7 +62,7 @@ class Identity:
 
     @staticmethod
     def beside(shown: Path) -> Identity:
-        """``NAME.token``, or ``NAME.pem`` with ``NAME.key``; ``ca.crt`` beside either, as deploy/certificates.py writes them."""
+        """``NAME.token``, or ``NAME.pem`` with ``NAME.key``; ``ca.crt`` beside either, as `fedpeft certificates` writes them."""
         ca = shown.parent / "ca.crt"
         return Identity(None, None, ca, shown) if shown.suffix == ".token" else Identity(shown, shown.with_suffix(".key"), ca)
 
@@ -71,7 +71,7 @@ class Identity:
         missing = [str(path) for path in (self.cert, self.key, self.ca, self.token) if path is not None and not path.is_file()]
         if missing:
             raise ConfigError(
-                f"identity {self.cert or self.token}: {missing} do not exist; deploy/certificates.py writes NAME.pem with NAME.key, "
+                f"identity {self.cert or self.token}: {missing} do not exist; `fedpeft certificates` writes NAME.pem with NAME.key, "
                 "NAME.token, and ca.crt"
             )
         if self.token is not None and self.token.stat().st_mode & 0o077:
@@ -88,7 +88,7 @@ class Identity:
         except (OSError, UnicodeDecodeError):
             text = ""
         if text is not None and (not text or len(text.split()) > 1):
-            raise ConfigError(f"identity {self.token}: holds no token; deploy/certificates.py --token ROLE:NAME writes one")
+            raise ConfigError(f"identity {self.token}: holds no token; `fedpeft certificates --token ROLE:NAME` writes one")
         return text
 
     @property

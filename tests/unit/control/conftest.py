@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import runpy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from fedpeft.control.address import Address, Identity
 from fedpeft.control.cache import Cache
 from fedpeft.control.client import RemoteRegistry
 from fedpeft.control.link import Link
+from fedpeft.issuing import issue
 from fedpeft.methods import METHODS
 from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
@@ -30,7 +30,6 @@ from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.serve import Server
 from fedpeft_coordinator.listening import Tls
 
-ROOT = Path(__file__).parents[3]
 BASE = "f" * 64
 
 
@@ -106,12 +105,11 @@ def made() -> Any:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of certificates that deploy/certificates.py made: every role, and a second CA's."""
-    tool = runpy.run_path(str(ROOT / "deploy/certificates.py"))
+    """A folder of certificates that `fedpeft certificates` made: every role, and a second CA's."""
     folder = tmp_path_factory.mktemp("certs")
     roles = ["reader:ann", "site:clinic", "publisher:trainer", "monitor:grafana", "operator:root"]
-    tool["issue"](folder / "ours", ["localhost", "127.0.0.1"], [], roles, 30, ["reader:phone", "publisher:robot"])
-    tool["issue"](folder / "other", ["elsewhere.example.org"], [], ["operator:eve"], 30)
+    issue(folder / "ours", ["localhost", "127.0.0.1"], [], roles, 30, ["reader:phone", "publisher:robot"])
+    issue(folder / "other", ["elsewhere.example.org"], [], ["operator:eve"], 30)
     return folder
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
+from fedpeft import issuing
 from fedpeft.cli.main import run
 from fedpeft.config import parse
 from fedpeft.errors import ConfigError, LinkError, PolicyError
@@ -69,13 +69,11 @@ def test_serve_says_what_is_wrong(tmp_path, capsys):
 
 
 def test_a_server_does_not_start_with_an_expired_certificate(certificates, tmp_path):
-    import runpy
-
-    tool, ours = runpy.run_path(str(Path(__file__).parents[3] / "deploy/certificates.py")), certificates / "ours"
-    late = tool["end"](
-        "late", [tool["alternative"]("localhost")], tool["ExtendedKeyUsageOID"].SERVER_AUTH, tool["authority_of"](ours, 1), 0
+    ours = certificates / "ours"
+    late = issuing.end(
+        "late", [issuing.alternative("localhost")], issuing.ExtendedKeyUsageOID.SERVER_AUTH, issuing.authority_of(ours, 1), 0
     )
-    tool["keep"](tmp_path, "server", late)
+    issuing.keep(tmp_path, "server", late)
     with pytest.raises(PolicyError, match=r"server.pem: expired on"):
         credentials(Tls(ca=ours / "ca.crt", cert=tmp_path / "server.pem", key=tmp_path / "server.key"))
     assert not Registry(tmp_path / "r").root.exists()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import grpc
 import pytest
 
+from fedpeft import issuing
 from fedpeft.certificates import holder, read_holder
 from fedpeft.control.address import Address, Identity
 from fedpeft.control.channel import connect
@@ -19,7 +18,6 @@ from fedpeft.v1 import federation_pb2, registry_pb2, router_pb2
 from fedpeft_coordinator.listening import Tls
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[3]
 
 
 def test_every_method_has_roles_and_every_role_is_one():
@@ -36,8 +34,8 @@ def test_every_method_has_roles_and_every_role_is_one():
     assert [role for role in ROLES if may(role, "/fedpeft.v1.Registry/Push")] == ["publisher", "operator"]
 
 
-def test_the_script_and_the_table_know_the_same_roles():
-    assert runpy.run_path(str(ROOT / "deploy/certificates.py"))["ROLES"] == ROLES
+def test_who_issues_and_the_table_know_the_same_roles():
+    assert issuing.ROLES == ROLES
 
 
 def test_roles_are_the_certificates(secure, certificates, tmp_path, made):
@@ -81,11 +79,11 @@ def test_without_tls_nobody_gets_in(secure, tmp_path):
 
 
 def test_a_certificate_without_a_role_is_unauthenticated(secure, certificates):
-    tool, ours = runpy.run_path(str(ROOT / "deploy/certificates.py")), certificates / "ours"
-    ca = tool["authority_of"](ours, 1)
-    bare = tool["end"]("nobody", [tool["alternative"]("nobody.example.org")], tool["ExtendedKeyUsageOID"].CLIENT_AUTH, ca, 1)
+    ours = certificates / "ours"
+    ca = issuing.authority_of(ours, 1)
+    bare = issuing.end("nobody", [issuing.alternative("nobody.example.org")], issuing.ExtendedKeyUsageOID.CLIENT_AUTH, ca, 1)
     if not (ours / "bare.pem").exists():
-        tool["keep"](ours, "bare", bare)
+        issuing.keep(ours, "bare", bare)
     identity = Identity.beside(ours / "bare.pem")
     with pytest.raises(PolicyError, match="names no role"):
         connect(Address("127.0.0.1", secure.port), identity)
@@ -101,9 +99,8 @@ def test_a_certificate_without_a_role_is_unauthenticated(secure, certificates):
 
 def test_an_expired_certificate_is_named_before_and_during_a_connection(secure, certificates, tmp_path, monkeypatch):
     ours = certificates / "ours"
-    tool = runpy.run_path(str(ROOT / "deploy/certificates.py"))
     if not (ours / "reader-late.pem").exists():
-        tool["client"](ours, "reader:late", tool["authority_of"](ours, 1), 0)
+        issuing.client(ours, "reader:late", issuing.authority_of(ours, 1), 0)
     late = Identity.beside(ours / "reader-late.pem")
     with pytest.raises(PolicyError, match=r"reader-late.pem: expired on .*; issue a new one"):
         secure.far(tmp_path / "a", late).get("area")

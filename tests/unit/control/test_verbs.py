@@ -41,7 +41,7 @@ def said(secure, certificates, capsys, monkeypatch, tmp_path):
 CASES = [
     ("adapters show verb", None, AdapterError, "task 'verb' has no version"),
     ("adapters list", "other/operator-eve.pem", LinkError, "its certificate does not hold"),
-    ("adapters list", "ours/none.pem", ConfigError, "do not exist; deploy/certificates.py writes"),
+    ("adapters list", "ours/none.pem", ConfigError, "do not exist; `fedpeft certificates` writes"),
     ("adapters list", "", LinkError, "uses TLS and was called without; give --identity"),
     ("adapters rollback area 1", "ours/reader-ann.pem", PolicyError, "role 'reader' (ann) may not call fedpeft.v1.Registry/Rollback"),
     ("coordinator status {url}", "ours/site-clinic.pem", PolicyError, "may not call fedpeft.v1.Federation/Status"),
