@@ -13,7 +13,7 @@ from pathlib import Path
 from fedpeft.files import write_atomic
 from fedpeft.locks import held
 from fedpeft.processes import free_port
-from fedpeft_client import status, supernode
+from fedpeft_client import reach, status, supernode
 from fedpeft_client.config import SiteConfig, load_site
 from fedpeft_client.supervisor import Child, Running, Supervisor
 
@@ -21,8 +21,10 @@ FATAL = frozenset({3, 4, 5})
 """Exit codes of the worker that no restart cures: configuration, data, base."""
 
 
-def join(path: Path, on_tick: Callable[[SiteConfig, list[Running]], None]) -> None:
+def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) -> None:
     """Keep the site of ``path`` in its federation until SIGINT or SIGTERM; then end its processes.
+
+    ``on_tick`` is told the processes, and why the coordinator cannot be reached (empty: it can).
 
     Raises:
         ConfigError: the file has faults.
@@ -30,11 +32,12 @@ def join(path: Path, on_tick: Callable[[SiteConfig, list[Running]], None]) -> No
         StorageError: the state folder is taken, or cannot be written.
     """
     site = load_site(path)
-    with held(site.state / "lock", "already runs a site on this state folder", "give this site its own `state`"):
+    taken = held(site.state / "lock", "already runs a site on this state folder", "give this site its own `state`")
+    with taken, reach.Watch(partial(reach.trouble, site.coordinator, site.tls.root_certificates)) as watch:
         supervisor = Supervisor(children(path, site), site.state / "supervisor.json")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, supervisor.stop)
-        supervisor.run(partial(on_tick, site))
+        supervisor.run(lambda running: on_tick(site, running, watch.found))
 
 
 def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:
@@ -47,7 +50,7 @@ def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:
     work = (sys.executable, "-m", "fedpeft_client.executor", str(path.resolve()), f"127.0.0.1:{port}", str(secret))
     env = environment(site)
     return (
-        Child("supernode", node, env, site.state / "supernode.log"),
+        Child("supernode", node, env, site.state / "supernode.log", explain=partial(supernode.explained, site)),
         Child(
             "worker",
             work,
@@ -73,14 +76,18 @@ def environment(site: SiteConfig) -> dict[str, str]:
     return {**os.environ, **quiet, **threads, "FLWR_HOME": str(site.state / "flower"), "PATH": scripts, "PYTHONUNBUFFERED": "1"}
 
 
-def line(site: SiteConfig, running: list[Running], steps: bool = True) -> str:
-    """The site's state in one line, for people; ``steps`` counts the training steps too."""
+def line(site: SiteConfig, running: list[Running], trouble: str = "", steps: bool = True) -> str:
+    """The site's state in one line, for people; ``trouble`` is what the coordinator is waited for with, ``steps`` counts steps too."""
     sign = status.read(site.state / "worker.json")
     parts = [f"{one.child.name} {_state(one)}" for one in running]
     if sign is not None:
-        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else "waiting for the coordinator"
+        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else _waiting(trouble)
         parts.append(f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}")
     return f"{site.name} -> {site.coordinator}: " + "; ".join(parts)
+
+
+def _waiting(trouble: str) -> str:
+    return f"waiting for the coordinator ({trouble})" if trouble else "waiting for the coordinator"
 
 
 def _state(one: Running) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedpeft.errors import LinkError
 from fedpeft.processes import hold
 from fedpeft_client.config import SiteConfig
+
+FIRST_WORDS, UNKNOWN_KEY = b"Starting Flower SuperNode", b"[code: 2004]"
+TAIL_BYTES = 16_384
 
 
 def arguments(site: SiteConfig, port: int, secret: Path) -> list[str]:
@@ -19,6 +23,17 @@ def arguments(site: SiteConfig, port: int, secret: Path) -> list[str]:
     roots, key = site.tls.root_certificates, site.auth.key
     line += ["--insecure"] if roots is None else ["--root-certificates", str(roots)]
     return line if key is None else [*line, "--auth-supernode-private-key", str(key)]
+
+
+def explained(site: SiteConfig, log: Path) -> str:
+    """Why the SuperNode that wrote the end of ``log`` was turned away, or an empty string."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        last = file.read().rpartition(FIRST_WORDS)[2]
+        if UNKNOWN_KEY in last:
+            own = f"{site.auth.key.name} of this site" if site.auth.key else "a key of this site, which has none (auth.key)"
+            return f"the coordinator does not know {own}: {site.name}.pub belongs in its link.node_keys, and link.node_auth must be true"
+    return ""
 
 
 def command() -> Callable[[], object]:

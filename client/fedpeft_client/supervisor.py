@@ -32,7 +32,7 @@ class Child:
 
     ``hung`` says, given its process id, why it must be ended now, or None. ``fells`` names the children that a process of this
     one, dead, leaves in a state that only their own restart cures. ``fatal`` are exit codes (see `fedpeft.errors`) that no
-    restart cures: the last line of the child's log is then raised as that error.
+    restart cures: the last line of the child's log is then raised as that error. ``explain`` says by its log why it ended, if it can.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Child:
     hung: Callable[[int], str | None] = lambda _: None
     fells: Callable[[int], tuple[str, ...]] = lambda _: ()
     fatal: frozenset[int] = frozenset()
+    explain: Callable[[Path], str] = lambda _: ""
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Supervisor:
         if code is None:
             return _check_hung(one)
         felled = one.child.fells(one.process.pid)
-        _bury(one, now, one.verdict or f"ended with {_ending(code)}")
+        _bury(one, now, one.verdict or one.child.explain(one.child.log) or f"ended with {_ending(code)}")
         if code in one.child.fatal:
             raise FAULTS[code](_last_line(one.child.log))
         for other in self.running:
