@@ -97,15 +97,27 @@ def _judge(site: str, result: TaskResult | None, envelope: Envelope, accept: Acc
     return "ok"
 
 
+@dataclass(frozen=True)
 class Tally:
-    """Running sums of an evaluation exchange: counters only."""
+    """Running sums of an evaluation exchange, by task: counters only, those that are in ``lengths`` of these lengths."""
 
-    def __init__(self) -> None:
-        self.counters: dict[str, Counters] = {}
+    lengths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    counters: dict[str, Counters] = field(default_factory=dict)
 
     def accept(self, _site: str, result: TaskResult, _envelope: Envelope) -> None:
-        """Add one site's counters. Raises `UpdateError` when they are not finite or do not fit the others'."""
-        self.counters[result.task] = add_counters(self.counters.get(result.task, {}), counters_of(result))
+        """Add one site's counters. Raises `UpdateError` when they are not finite, or do not fit what was asked for or the others'."""
+        mine = counters_of(result)
+        require_lengths(self.lengths.get(result.task, {}), {name: len(values) for name, values in mine.items()})
+        self.counters[result.task] = add_counters(self.counters.get(result.task, {}), mine)
+
+
+def require_lengths(known: Mapping[str, int], given: Mapping[str, int]) -> None:
+    """Raise `UpdateError` naming a counter of another length than is ``known``: whoever answers first would decide for all others."""
+    for name, length in given.items():
+        if known.get(name, length) != length:
+            raise UpdateError(
+                f"counter {name}: {length} values, {known[name]} were asked for; does the site run the same version, with the same encoder?"
+            )
 
 
 class Expected(Protocol):

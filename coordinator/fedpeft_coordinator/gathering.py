@@ -31,7 +31,7 @@ def train(plan: Round, writer: Writer, around: Around, lanes: Callable[[TaskRoun
 
 def score(done: Round, able: Able, writer: Writer, around: Around) -> dict[str, Counters]:
     """Counters of held-out rows, per task, of the sites that are ``able``. Raises `LinkError`."""
-    tally = Tally()
+    tally = Tally({name: writer.setup.tasks[name].lengths for name in able})
     _score(done, able, writer, around, tally.accept)
     return tally.counters
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from fedpeft.update import Update
 from fedpeft.wire import Envelope, masking
 from fedpeft.wire.v1.federation_pb2 import Masking, TaskResult
 from fedpeft.wire.vector import Vector
-from fedpeft_coordinator.collecting import Accept, line
+from fedpeft_coordinator.collecting import Accept, line, require_lengths
 from fedpeft_coordinator.exchange import Drops
 
 Group = tuple[str, int]
@@ -26,10 +26,12 @@ class Sums:
     """Collectors by group; ``identities`` are sites' public keys, to which those that were never seen are added.
 
     What a site sends is refused by `PrivacyError`, which makes it a drop-out; a group of which too little is left is ``given_up``.
+    ``lengths`` are those of the counters that an evaluation of each task may give.
     """
 
     collectors: dict[Group, Collector]
     identities: MutableMapping[str, str]
+    lengths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     vectors: dict[str, Vector] = field(default_factory=dict)
     counters: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     drops: Drops = field(default_factory=lambda: defaultdict(dict))
@@ -165,6 +167,7 @@ class Sums:
         """Names and lengths of an evaluation's counters: the vector holds all that any site has."""
         known = self.counters[result.task]
         given = masking.counters_of(result.masked.counters)
+        require_lengths(self.lengths.get(result.task, {}), given)
         clash = sorted(name for name, length in given.items() if known.get(name, length) != length)
         if clash:
             raise PrivacyError(f"secure aggregation: counters {clash} have other lengths than those of other sites")

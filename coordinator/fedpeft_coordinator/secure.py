@@ -91,7 +91,7 @@ class Secure:
 
     def _begin(self, kind: str, plan: Round, cohorts: Mapping[str, Sequence[tuple[str, ...]]], writer: Writer) -> Sums:
         """A machine for each group of sites in ``cohorts``."""
-        sums = Sums({}, self._identities())
+        sums = Sums({}, self._identities(), {name: self.setup.tasks[name].lengths for name in cohorts})
         for name, parted in cohorts.items():
             least = self.settings.least if len(parted) == 1 else self.settings.grouped
             purpose = writer.purpose(kind, plan, name)

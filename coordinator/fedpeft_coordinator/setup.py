@@ -13,6 +13,9 @@ from fedpeft.bases.base import OWN
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.secagg import Instance
 from fedpeft.privacy.settings import Client, Example
+from fedpeft.routing import BINS
+from fedpeft.routing.gaussians import CLOSENESS
+from fedpeft.routing.moments import MOMENTS, values_of
 from fedpeft.routing.settings import Routing
 from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
@@ -43,6 +46,12 @@ class TaskSetup:
     travel: Callable[[str], float] = lambda _role: 0.0
     counters: Mapping[str, int] = field(default_factory=dict)
     rows: str = ""
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """``counters``, and those that are never asked for under privacy."""
+        width = self.counters.get("embedding.sum", 0)
+        return {**self.counters, CLOSENESS: BINS, **({MOMENTS: values_of(width)} if width else {})}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import CohortError, ConfigError
+from fedpeft.routing.moments import MOMENTS
 from fedpeft.tensors import Tensors
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1.federation_pb2 import TaskResult
@@ -210,6 +211,22 @@ def test_a_lie_is_a_named_drop_out(fake: ModuleType, tmp_path: Path, reason: str
     assert list(row.drops) == ["west"]
     assert re.search(reason, row.drops["west"])
     assert row.counters["train.loss"] == (5.0, 4.0)
+
+
+def test_counters_of_another_length_are_a_named_drop_out_and_measure_no_task_anew(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    federation.sites["north"].twist = _embed_wider  # the first to answer: nobody else would fit
+    federation.open().run()
+    said = {row["outcomes"]["area"] for row in federation.named("answer") if row["site"] == "north" and row["kind"] == "evaluate"}
+    assert any("counter embedding.moments: 10 values, 6 were asked for" in why for why in said)
+    counts = {task: release.router.moments.own.count for task, _, release in federation.published}
+    assert counts == {"area": 2 * 5, "kind": 5}
+    assert all("mahalanobis" in release.router.counts for _, _, release in federation.published)
+
+
+def _embed_wider(result: TaskResult, _arrays: object) -> None:
+    if MOMENTS in result.counters:
+        result.counters[MOMENTS].values.extend([0.0] * 4)
 
 
 def test_a_site_that_vanishes_is_named_and_not_asked_again_until_it_returns(fake: ModuleType, tmp_path: Path) -> None:

@@ -318,6 +318,23 @@ def test_a_site_that_is_told_something_else_is_never_part_of_a_sum(fake: ModuleT
     assert any(reason in why for why in said), said
 
 
+def test_counters_of_another_length_are_a_named_drop_out(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = masked(fake, tmp_path, rounds=1)
+    east, scores = federation.sites["east"].site, fake.Site._scores
+    monkeypatch.setattr(
+        fake.Site,
+        "_scores",
+        lambda self, begin, task: scores(self, begin, task) | ({"embedding.count": (1.0, 1.0)} if self is east else {}),
+    )
+    federation.setup = replace(federation.setup, evaluate_every=1)
+    row = federation.open().run()[0].tasks["area"]
+    said = [row["outcomes"]["area"] for row in federation.named("answer") if row["site"] == "east" and row["kind"] == "evaluate"]
+    assert "counter embedding.count: 2 values, 1 were asked for" in said[0]
+    assert row.scores
+    assert row.moments
+    assert not federation.named("unscored")
+
+
 def test_a_site_with_a_new_identity_is_a_drop_out_until_it_is_listed(fake: ModuleType, tmp_path: Path) -> None:
     federation = masked(fake, tmp_path, rounds=1)
     federation.open().run()
