@@ -1,6 +1,7 @@
-"""One rank of several central jobs in one process, for `test_central.py`: ``python central_ranks.py FOLDER`` with RANK and WORLD_SIZE.
+"""One rank of several central jobs in one process, for `test_central.py`: ``python central_ranks.py FOLDER PART``, RANK and WORLD_SIZE set.
 
 Ranks of a world of one and of a world of two run this at the same time; each leaves a half-done job for the other to go on with.
+PART is ``first`` or, for what takes minutes, ``more``.
 """
 
 from __future__ import annotations
@@ -121,15 +122,21 @@ BALANCED = {
 """Jobs whose tasks weigh against each other in other ways than by default."""
 
 
-def balanced(folder: Path, world: World, stage: str) -> dict[str, object]:
-    """Each of ``BALANCED`` from end to end, and on one rank once cut short after three steps and gone on with."""
+def balanced(folder: Path, world: World, stage: str, *kinds: str) -> dict[str, object]:
+    """``kinds`` of ``BALANCED`` from end to end, and on one rank once cut short after three steps and gone on with."""
     found: dict[str, object] = {}
-    for kind, changes in BALANCED.items():
-        found[kind] = play(folder, world, f"{kind}{world.size}", deepspeed__stage=stage, **changes)
-    for kind in ("uncertainty", "coba", "pcgrad") if world.size == 1 else ():
+    for kind in kinds:
+        found[kind] = play(folder, world, f"{kind}{world.size}", deepspeed__stage=stage, **BALANCED[kind])
+    for kind in {"uncertainty", "coba", "pcgrad"} & set(kinds) if world.size == 1 else ():
         every = {"deepspeed__stage": stage, "training__save_every": "1", **BALANCED[kind]}
         play(folder, world, f"{kind}-cut{world.size}", stop=3, **every)
         found[f"{kind}-resumed"] = play(folder, world, f"{kind}-cut{world.size}", **every)
+    return found
+
+
+def ending(folder: Path, world: World, stage: str) -> dict[str, object]:
+    """The job one of whose tasks ends early, and the same left at that step."""
+    found = balanced(folder, world, stage, "ending")
     steps = found["ending"]["losses"]  # type: ignore[index]
     ended = next(number for number, step in enumerate(steps) if "animals" not in step)
     play(folder, world, f"ending-cut{world.size}", stop=ended, deepspeed__stage=stage, training__save_every="1", **BALANCED["ending"])
@@ -167,58 +174,74 @@ def others(folder: Path, world: World, stage: str) -> dict[str, object]:
 
 
 def one(folder: Path, world: World) -> dict[str, object]:
-    """A world of one."""
+    """A world of one: what `make test` looks at."""
     found: dict[str, object] = {"stage0": play(folder, world, "one0", deepspeed__stage="0")}
     half(folder, world, deepspeed__stage="1")
-    found |= {f"stage{stage}": play(folder, world, f"one{stage}", deepspeed__stage=stage) for stage in "123"}
-    found |= others(folder, world, "0")
-    found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
-    found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
-    found["scored"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
-    found["again"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
-    found |= balanced(folder, world, "0")
-    compared(folder, world)
+    found |= balanced(folder, world, "0", "uncertainty")
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found
 
 
 def two(folder: Path, world: World) -> dict[str, object]:
-    """A world of two."""
+    """A world of two: what `make test` looks at."""
     half(folder, world, deepspeed="own.json")
-    found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "0123"}
+    found: dict[str, object] = {"stage3": play(folder, world, "two3", deepspeed__stage="3")}
+    found["nf4.3"] = play(folder, world, "nf4-3", deepspeed__stage="3", base__quantization="nf4")
+    missing = {"tasks__animals__data__path": "nowhere.jsonl"} if world.rank else {}
+    found["missing"] = play(folder, world, "missing2", deepspeed__stage="2", **missing)
+    other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
+    found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
+    found |= balanced(folder, world, "2", "uncertainty")
+    waited(folder / "half1" / "left")
+    found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
+    return found
+
+
+def one_more(folder: Path, world: World) -> dict[str, object]:
+    """A world of one: the other stages, bases, packings, balances, and scores."""
+    found: dict[str, object] = {f"stage{stage}": play(folder, world, f"one{stage}", deepspeed__stage=stage) for stage in "123"}
+    found |= others(folder, world, "0")
+    found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
+    found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
+    found["scored"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
+    found["again"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
+    found |= balanced(folder, world, "0", "coba", "pcgrad", "hydra") | ending(folder, world, "0")
+    compared(folder, world)
+    return found
+
+
+def two_more(folder: Path, world: World) -> dict[str, object]:
+    """A world of two: the other stages, bases, packings, balances, and scores."""
+    found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "012"}
     found |= others(folder, world, "3")
     found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
     found["scored"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)
     found["again"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)
     found["offloaded"] = play(folder, world, "offloaded2", deepspeed__stage="2", deepspeed__offload="cpu")
-    for stage in "23":
-        found[f"nf4.{stage}"] = play(folder, world, f"nf4-{stage}", deepspeed__stage=stage, base__quantization="nf4")
+    found["nf4.2"] = play(folder, world, "nf4-2", deepspeed__stage="2", base__quantization="nf4")
     found["bf16"] = play(folder, world, "bf16", deepspeed__stage="3", base__quantization="bf16", training__steps="1")
-    missing = {"tasks__animals__data__path": "nowhere.jsonl"} if world.rank else {}
-    found["missing"] = play(folder, world, "missing2", deepspeed__stage="2", **missing)
-    other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
-    found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
-    found |= balanced(folder, world, "2")
+    found |= balanced(folder, world, "2", "coba", "pcgrad", "hydra") | ending(folder, world, "2")
     compared(folder, world)
-    waited(folder / "half1" / "left")
-    found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
     return found
+
+
+PARTS = {"first": (one, two), "more": (one_more, two_more)}
 
 
 def main() -> None:
     """Entry point."""
-    folder, world = Path(sys.argv[1]), World.of(os.environ)
+    folder, part, world = Path(sys.argv[1]), sys.argv[2], World.of(os.environ)
     assert world is not None
     os.chdir(folder)
     ZeroEngine.begin = noted  # type: ignore[method-assign]
     with joined(world, 60):
-        found = (one if world.size == 1 else two)(folder, world)
-    (folder / f"found{world.size}.{world.rank}.json").write_text(json.dumps(found))
+        found = PARTS[part][world.size - 1](folder, world)
+    (folder / f"{part}{world.size}.{world.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
