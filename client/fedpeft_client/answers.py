@@ -29,6 +29,11 @@ class Answer:
         """SHA-256 of all that travels."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    @property
+    def size(self) -> int:
+        """Bytes of all that travels."""
+        return self.result.ByteSize() + len(self.array)
+
     def to_bytes(self) -> bytes:
         """A form that `from_bytes` reads back, bit for bit."""
         head = self.result.SerializeToString(deterministic=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 from fedpeft.errors import StorageError
 from fedpeft.wire.v1.federation_pb2 import Masking, TaskPlan
@@ -16,7 +18,7 @@ LIMIT_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Departure:
-    """What one answer carried away: values and bytes per role, names of counters, weight, digest of the answer.
+    """What one answer carried away: bytes of values per role and of everything, names of counters, weight, digest of the answer.
 
     ``masked`` names the masked sum that values, weight and counters went into, and the step; empty: they left in the clear.
     ``protected`` says how they were bounded and noised; ``epsilon`` is what the task had spent at this site with this answer.
@@ -30,6 +32,7 @@ class Departure:
     tensors: dict[str, int] = field(default_factory=dict)
     counters: tuple[str, ...] = ()
     weight: float = 0.0
+    bytes: int = 0
     digest: str = ""
     repeated: bool = False
     masked: str = ""
@@ -50,6 +53,21 @@ def record(path: Path, departure: Departure) -> None:
             os.fsync(file.fileno())
     except OSError as fault:
         raise StorageError(f"{path}: the audit log cannot be written: {fault.strerror}; nothing leaves this site without it") from None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What `record` wrote to ``path`` and to the file before it, oldest first; a line that was torn by a crash is passed over."""
+    found = []
+    for file in (path.with_suffix(path.suffix + ".1"), path):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def sent_today(path: Path, today: date) -> int:
+    """Bytes that left on ``today`` (UTC)."""
+    return sum(one.get("bytes", 0) for one in read(path) if str(one.get("time", "")).startswith(today.isoformat()))
 
 
 def masked_step(task: TaskPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,44 @@ def dry_run(
     return _print(settings, found, number)
 
 
+@app.command("audit")
+def audit_(site: Site, json: Annotated[bool, typer.Option("--json", help="Print every field, as JSON.")] = False) -> None:
+    """Print what has left this site so far: when, for which round and task, how many bytes, masked or not. Nothing is sent."""
+    from fedpeft.cli import output
+    from fedpeft_client import audit
+    from fedpeft_client.config import load_site
+
+    path = load_site(site).state / "audit.jsonl"
+    found = audit.read(path)
+    if json:
+        return output.emit(found)
+    columns = ("time (UTC)", "round", "kind", "task", "bytes", "what", "masks", "outcome")
+    output.listing(columns, {f"what has left by {path}": [_left(one) for one in found]})
+    return print(f"{len(found)} answers, {output.size(sum(map(_bytes, found)))} in all; --json shows every field")
+
+
+def _left(one: dict[str, Any]) -> tuple[str, ...]:
+    """One answer as a row."""
+    counters = f"{len(one['counters'])} counters"
+    what = f"values of {', '.join(one['tensors'])}; {counters}" if one["tensors"] else counters
+    round_ = f"{one['federation']} {one['round']}"
+    return (
+        one["time"][:19],
+        round_,
+        one["kind"],
+        one["task"],
+        str(_bytes(one)),
+        what,
+        one["masked"].split(" ")[0] or "none",
+        one["outcome"],
+    )
+
+
+def _bytes(one: dict[str, Any]) -> int:
+    """All that travelled; records of old versions count values alone."""
+    return int(one.get("bytes") or sum(one["tensors"].values()))
+
+
 @app.command()
 @placed
 def start(
@@ -131,20 +170,37 @@ def start(
 
 def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
     from fedpeft.cli import output
+    from fedpeft.update import TRAIN_COUNTERS
 
     for one in found:
-        rows = [(line.name, line.role, "x".join(map(str, line.shape)), line.bytes) for line in one.tensors]
-        output.table(f"{one.task}: round {number}, phase {one.phase}", ("tensor", "role", "shape", "bytes"), [] if one.refused else rows)
+        rows = [] if one.refused else [(line.name, line.role, "x".join(map(str, line.shape)), str(line.bytes)) for line in one.tensors]
+        output.listing(("tensor", "role", "shape", "bytes"), {f"{one.task}: round {number}, phase {one.phase}": rows})
         if one.refused:
             print(f"  REFUSED, nothing leaves: {one.refused}")
         print(f"  weight   {one.examples} examples: {one.weight}")
-        print(f"  counters {', '.join(f'{name} ({count})' for name, count in one.counters.items())}")
+        beside = {name: count for name, count in one.counters.items() if name not in TRAIN_COUNTERS}
+        print(f"  counters {_counters({name: count for name, count in one.counters.items() if name in TRAIN_COUNTERS})}")
         print(f"  bytes    {one.bytes} ({output.size(one.bytes)}) of at most {site.policy.max_upload_mb:g} MB")
+        if beside:
+            print(
+                f"  routing  {_counters(beside)}: {output.size(_cost(beside, one))} in an answer of its own, before a version is published"
+            )
+        if one.scores and one.tested:
+            print(f"  scores   sums over the {one.tested} test rows for {', '.join(one.scores)}, where rounds are scored")
         if one.private and not one.refused:
             print(f"  stays    roles {', '.join(one.private)}: trained here, never sent")
         print(f"  masks    {'on: the coordinator sees the sum over sites alone' if one.masked else 'off: the coordinator sees all of it'}")
         print(f"  epsilon  {one.epsilon}")
         print(f"  policy   checked {', '.join(one.rules)}\n")
+
+
+def _cost(counts: Mapping[str, int], one: Forecast) -> int:
+    """Bytes of counters in an answer of their own: a float each, or four words under masks."""
+    return sum(counts.values()) * (16 if one.masked else 8)
+
+
+def _counters(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def _table(pairs: list[str] | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from fedpeft.tasks import Source
 from fedpeft_client.serve.settings import Serve
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+HOURS = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 
 
@@ -29,6 +30,12 @@ def _name(value: str) -> str:
 def _address(value: str) -> str:
     if not ADDRESS.fullmatch(value):
         raise ValueError("an address is host:port without a scheme, for example coordinator.example.org:8000")
+    return value
+
+
+def _hours(value: str) -> str:
+    if not HOURS.fullmatch(value):
+        raise ValueError("hours are HH:MM-HH:MM of this machine's clock, over midnight too, for example 19:00-07:00")
     return value
 
 
@@ -69,7 +76,8 @@ class Policy(Section):
     for routing beside the site's own base, by name; none where it is empty. ``modules`` are patterns of the
     tensors that may leave, as in ``*.attention.*``. ``max_epsilon`` at ``delta`` is what a task may spend at this site, over all runs.
     ``clip`` is the norm to which the site scales down what it trained before anything else is done to it, and ``noise`` the deviation,
-    in multiples of ``clip``, of Gaussian noise that it adds by itself, whatever the plan says.
+    in multiples of ``clip``, of Gaussian noise that it adds by itself, whatever the plan says. ``hours`` (HH:MM-HH:MM, this machine's
+    clock) are when it works at all; ``max_upload_mb_per_day`` counts what the audit log says left since midnight UTC.
     """
 
     bases: tuple[str, ...] = ()
@@ -87,6 +95,8 @@ class Policy(Section):
     clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_steps: int = Field(default=10_000, ge=1)
+    hours: Annotated[str, AfterValidator(_hours)] | None = None
+    max_upload_mb_per_day: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _bounded(self) -> Policy:
@@ -99,7 +109,7 @@ class SiteConfig(Section):
     """One site of a federation.
 
     ``peers`` are the public keys of all its sites (`fedpeft client identity` prints one); without them keys are believed as they are
-    first seen.
+    first seen. ``gpu_share`` is the share of the GPU's memory that the worker may take.
     """
 
     name: Name
@@ -108,6 +118,7 @@ class SiteConfig(Section):
     base: SiteBase = SiteBase()
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
+    gpu_share: float = Field(default=1.0, gt=0, le=1)
     supernode_port: int = Field(default=0, ge=0, le=65535)
     watchdog_seconds: float = Field(default=1800.0, gt=0)
     tls: Tls = Tls()

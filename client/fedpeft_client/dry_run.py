@@ -35,7 +35,7 @@ from fedpeft_client import foresight, policy
 from fedpeft_client.config import SiteConfig
 from fedpeft_client.foresight import Cost, cost
 from fedpeft_client.plan import rank_of
-from fedpeft_client.policy import Ask
+from fedpeft_client.policy import Ask, today
 from fedpeft_client.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ class Forecast:
 
     ``counters`` maps names to numbers of values; the weight is ``examples`` over the plan's cap, at most 1; ``private`` names the
     roles that train and stay, ``cost`` is what ``epsilon`` says in words. ``masked``: tensors, weight and counters leave as one vector
-    under masks, and only the sum over sites is ever opened.
+    under masks, and only the sum over sites is ever opened. ``scores`` are metrics of which sums over ``tested`` rows leave where rounds
+    are scored.
     """
 
     task: str
@@ -127,6 +128,8 @@ class Forecast:
     private: tuple[str, ...] = ()
     masked: bool = False
     cost: Cost | None = None
+    scores: tuple[str, ...] = ()
+    tested: int = 0
 
 
 def read_plan(path: Path) -> Plain:
@@ -167,7 +170,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     ring = as_ring(_codec(plain, up.size))
     bits = WORD if ring is None else ring.width(plain.expected)
     spending = cost(site, plain.model_dump(), foresight.Work(name, up, settings, examples, plain.expected, bits))
-    asked = _ask(plain, spec, upload, settings, rank, base.fingerprint.identity)
+    asked = _ask((site, plain), spec, upload, settings, rank, base.fingerprint.identity)
     asked = replace(
         asked,
         accounted=spending is not None,
@@ -187,9 +190,8 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     size = asked.upload_bytes + (beside or FLOAT_BYTES * sum(TRAIN_COUNTERS.values()))
     private = tuple(sorted(phase.private & spec.layout.roles))
     lines = tuple(Line(entry.name, entry.role, entry.shape, round(each[entry.role] * entry.size)) for entry in up.entries)
-    return Forecast(
-        name, phase.name, examples, weight, lines, counters, size, str(spending or EPSILON), rules, refused, private, plain.masked, spending
-    )
+    made = Forecast(name, phase.name, examples, weight, lines, counters, size, str(spending or EPSILON), rules, refused, private)
+    return replace(made, masked=plain.masked, cost=spending, scores=_scores(plain, task), tested=len(shelf.rows(name, "test")))
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -203,7 +205,8 @@ def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Sche
     return task, make_spec(name, base, plain.adapter_method(), task.head), scheme, plain.settings(name)
 
 
-def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, rank: int, identity: str) -> Ask:
+def _ask(sides: tuple[SiteConfig, Plain], spec: AdapterSpec, upload: int, settings: TrainSettings, rank: int, identity: str) -> Ask:
+    site, plain = sides
     return Ask(
         task=spec.task,
         base=tuple(dict.fromkeys((str(plain.base.get("model", "minilm")), identity))),
@@ -214,6 +217,7 @@ def _ask(plain: Plain, spec: AdapterSpec, upload: int, settings: TrainSettings, 
         steps=settings.steps * settings.accumulate,
         secure_aggregation=plain.masked,
         task_blind=plain.task_blind,
+        **today(site),
         encoders=tuple(model for model in config.parse(plain.routing, Routing, "routing").encoder if model != OWN),
     )
 
@@ -246,6 +250,12 @@ def _router(plain: Plain, base: Base) -> dict[str, int]:
     found = {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
     moments = settings.moments and plain.privacy in ("none", {"kind": "none"})
     return found | ({MOMENTS: values_of(width), CLOSENESS: BINS} if moments else {})
+
+
+def _scores(plain: Plain, task: Task) -> tuple[str, ...]:
+    """The metrics whose sums leave where rounds are scored; a mechanism may leave evaluations out."""
+    silent = isinstance(plain.privacy, Mapping) and plain.privacy.get("evaluation") == 0
+    return () if silent else task.metrics
 
 
 def _gates(spec: AdapterSpec) -> dict[str, int]:

@@ -77,17 +77,15 @@ def environment(site: SiteConfig) -> dict[str, str]:
 
 
 def line(site: SiteConfig, running: list[Running], trouble: str = "", steps: bool = True) -> str:
-    """The site's state in one line, for people; ``trouble`` is what the coordinator is waited for with, ``steps`` counts steps too."""
+    """The site's state in one line, for people; ``trouble`` is why the coordinator is not reached, ``steps`` counts steps too."""
     sign = status.read(site.state / "worker.json")
     parts = [f"{one.child.name} {_state(one)}" for one in running]
     if sign is not None:
-        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else _waiting(trouble)
+        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else "waiting for the coordinator"
         parts.append(f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}")
+    if trouble:
+        parts.append(f"NOT REACHED: {trouble}")
     return f"{site.name} -> {site.coordinator}: " + "; ".join(parts)
-
-
-def _waiting(trouble: str) -> str:
-    return f"waiting for the coordinator ({trouble})" if trouble else "waiting for the coordinator"
 
 
 def _state(one: Running) -> str:

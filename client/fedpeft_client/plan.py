@@ -27,7 +27,7 @@ from fedpeft.wire.codecs import CODECS, Codec, DeltaCodec, Lanes, Plain, Ring, a
 from fedpeft.wire.masking import OWN_FIELDS
 from fedpeft.wire.v1.federation_pb2 import RoundPlan, TaskPlan
 from fedpeft_client.config import SiteConfig
-from fedpeft_client.policy import Ask
+from fedpeft_client.policy import Ask, today
 from fedpeft_client.secure import NOTHING
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ def ask(work: Work, identity: str, site: SiteConfig, instance: Instance | None =
         accounted=work.promise is not None or bool(site.policy.noise),
         modules=tuple(entry.name for entry in work.answer.entries),
         task_blind=plan.task_blind,
+        **today(site),
         encoders=tuple(model for model in (models_of(plan.encoder) if plan.encoder else ()) if model != OWN),
     )
 

@@ -1,12 +1,15 @@
-"""What a plan asks of the site against what site.toml allows; pure checks, one function per rule."""
+"""What a plan asks of the site against what site.toml allows; pure checks, one function per rule, and what they need to know of today."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, time
 from fnmatch import fnmatchcase
+from typing import Any
 
 from fedpeft.errors import PolicyError
+from fedpeft_client import audit
 from fedpeft_client.config import SiteConfig
 
 
@@ -14,7 +17,7 @@ from fedpeft_client.config import SiteConfig
 class Ask:
     """What one task of a plan asks: ``base`` are identity and model name, ``modules`` the tensors that would leave.
 
-    ``encoders`` are models beside the base that would embed rows.
+    ``encoders`` are models beside the base that would embed rows. ``at`` is when it is asked, ``sent_today`` the bytes that left today.
     ``accounted``: something protects the answer and is charged; ``epsilon`` is what the task has then spent, None before that is known.
     ``cohort`` is the number of sites asked, or under secure aggregation the fewest over which the sum is opened. With
     ``task_blind`` a task that the site may not train is one that it holds nothing of.
@@ -33,6 +36,15 @@ class Ask:
     epsilon: float | None = None
     modules: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
+    at: time | None = None
+    sent_today: int = 0
+
+
+def today(site: SiteConfig) -> dict[str, Any]:
+    """When it is, and what the audit log says left today; the log is read where its bytes are limited alone."""
+    now, limited = datetime.now().astimezone(), site.policy.max_upload_mb_per_day is not None
+    sent = audit.sent_today(site.state / "audit.jsonl", now.astimezone(UTC).date()) if limited else 0
+    return {"at": now.time(), "sent_today": sent}
 
 
 Rule = Callable[[Ask, SiteConfig], str | None]
@@ -81,6 +93,20 @@ def _upload(ask: Ask, site: SiteConfig) -> str | None:
     megabytes = ask.upload_bytes / 1e6
     limit = site.policy.max_upload_mb
     return None if megabytes <= limit else f"asked {megabytes:.3f} MB, allowed at most {limit:g} MB"
+
+
+def _hours(ask: Ask, site: SiteConfig) -> str | None:
+    hours = site.policy.hours
+    if hours is None or ask.at is None:
+        return None
+    first, last = map(time.fromisoformat, hours.split("-"))
+    inside = first <= ask.at < last if first < last else ask.at >= first or ask.at < last
+    return None if inside else f"asked at {ask.at:%H:%M}, allowed {hours}"
+
+
+def _daily(ask: Ask, site: SiteConfig) -> str | None:
+    limit, total = site.policy.max_upload_mb_per_day, (ask.sent_today + ask.upload_bytes) / 1e6
+    return None if limit is None or total <= limit else f"asked, with what left today, {total:.3f} MB, allowed at most {limit:g} MB a day"
 
 
 def _cohort(ask: Ask, site: SiteConfig) -> str | None:
@@ -133,6 +159,8 @@ RULES: dict[str, Rule] = {
     "modules": _modules,
     "max_rank": _rank,
     "max_upload_mb": _upload,
+    "max_upload_mb_per_day": _daily,
+    "hours": _hours,
     "min_cohort": _cohort,
     "require_secure_aggregation": _secure,
     "require_task_blind": _blind,

@@ -32,7 +32,9 @@ def explained(site: SiteConfig, log: Path) -> str:
         last = file.read().rpartition(FIRST_WORDS)[2]
         if UNKNOWN_KEY in last:
             own = f"{site.auth.key.name} of this site" if site.auth.key else "a key of this site, which has none (auth.key)"
-            return f"the coordinator does not know {own}: {site.name}.pub belongs in its link.node_keys, and link.node_auth must be true"
+            return (
+                f"the coordinator does not know {own}, or not yet: its link.node_keys must hold {site.name}.pub, with link.node_auth = true"
+            )
     return ""
 
 

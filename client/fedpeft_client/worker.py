@@ -106,6 +106,8 @@ class Worker:
 
         if self.site.threads:
             torch.set_num_threads(self.site.threads)
+        if self.site.gpu_share < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(self.site.gpu_share)
         self.progress("loading the base", 0)
         return load_base(self.site.base.spec(), self.site.device)
 
@@ -283,14 +285,12 @@ class Worker:
         result = done.answer.result
         status = TaskResult.Status.Name(result.status).removeprefix("STATUS_").lower()
         left = audit.Departure(
-            federation=asked.federation,
-            round=asked.round,
-            kind=kind,
-            task=result.task,
+            *(asked.federation, asked.round, kind, result.task),
             outcome=f"{status}: {result.reason}" if result.reason else status,
             tensors=done.tensors,
             counters=tuple(sorted(result.counters)),
             weight=result.weight,
+            bytes=done.answer.size,
             digest=done.answer.digest,
             repeated=done.repeated,
             masked=audit.masked_step(task),

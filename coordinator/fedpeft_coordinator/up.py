@@ -11,7 +11,8 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from fedpeft import __version__
 from fedpeft.cli.output import size
@@ -28,7 +29,7 @@ from fedpeft_coordinator.rounds import Coordinator
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.status import Watched
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.supervise import LinkProcess, check_port
+from fedpeft_coordinator.supervise import LinkProcess, check_port, key_files
 from fedpeft_coordinator.transport_flower import Connect, FlowerTransport
 
 
@@ -43,11 +44,22 @@ def up(config: FederationConfig, console: Console) -> None:
         link = LinkProcess(config.link, config.state / "link", events)
         link.start()
         try:
+            console.print(greeting(config), highlight=False, soft_wrap=True)
             with controlled(config, events):
                 run(config, link.connect, events)
         finally:
             link.stop()
     summary(status.status(config), console)
+
+
+def greeting(config: FederationConfig) -> str:
+    """Where the federation listens, to whom, and what it waits for."""
+    link = config.link
+    known = ", ".join(path.stem for path in key_files(link.node_keys)) if link.node_auth else ""
+    who = f"registered sites: {known}" if link.node_auth else "any site"
+    guard = f"TLS, {who}" if link.tls else f"no TLS, {who}"
+    needed = config.cohort.expected
+    return f"{config.name} listens at {link.host}:{link.port} ({guard}); {needed} site{'s' * (needed > 1)} must join before the first round"
 
 
 def run(config: FederationConfig, connect: Connect, events: Events) -> None:
@@ -107,12 +119,12 @@ def summary(found: dict[str, Any], console: Console) -> None:
     """Print how the federation stands."""
     console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
     console.print(f"sums over sites: {'masked' if found['masked'] else 'in the clear'}", highlight=False)
-    tasks = Table("task", "rounds moved", "loss", "drift", "scores", "version", title_justify="left")
+    tasks = Table(Column("task", overflow="fold"), "rounds moved", "loss", "drift", "scores", "version")
     for name, task in found["tasks"].items():
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(task["scores"].items()))
         loss = "" if task["loss"] is None else f"{task['loss']:.4f}"
         drift = ", ".join(f"{value:.3f}" if key == "drift" else f"{key} {value:.3f}" for key, value in sorted(task["drift"].items()))
-        tasks.add_row(name, str(task["updated"]), loss, drift, scores, (task["version"] or task["last_reason"] or "")[:19])
+        tasks.add_row(name, str(task["updated"]), loss, drift, scores, (task["version"] or "")[:12] or escape(task["last_reason"] or ""))
     console.print(tasks)
     for name, task in found["tasks"].items():
         spent = task["epsilon"]
@@ -123,11 +135,14 @@ def summary(found: dict[str, Any], console: Console) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
-    sites = Table("site", "state", "tasks (rows)", "base loads", "up", "down", "training / answer", "last drop-out", title_justify="left")
+    sites = Table(Column("site", overflow="fold"), "state", "tasks (rows)", "base loads", "up", "down", "training / answer")
     for name, site in found["sites"].items():
         rows = ", ".join(f"{task} ({count})" for task, count in sorted(site["tasks"].items()))
         times = "" if site["seconds_training"] is None else f"{site['seconds_training']:.1f} / {site['seconds_answer']:.1f} s"
         traffic = size(site["bytes_up"]), size(site["bytes_down"])
-        sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times, site["last_drop_out"])
+        sites.add_row(name, site["refused"] or site["state"], rows, str(site["base_loads"]), *traffic, times)
     console.print(sites)
+    for name, site in found["sites"].items():
+        if site["last_drop_out"]:
+            console.print(f"last drop-out of {name}: {escape(site['last_drop_out'])}", highlight=False, soft_wrap=True)
     console.print(f"versions: fedpeft adapters list --registry {found['registry']}", highlight=False, soft_wrap=True)

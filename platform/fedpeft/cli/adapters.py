@@ -51,10 +51,11 @@ def _metrics(version: Any) -> str:
 
 @app.command()
 @placed
-def show(ref: Ref, registry: Place = HERE) -> None:
-    """Print one version's manifest: base, method, lineage, metrics, files."""
+def show(ref: Ref, registry: Place = HERE, json: AsJson = False) -> None:
+    """Print one version's manifest: base, method, lineage, metrics, files; --json also the numbers of its router card."""
     version = registry.open().get(ref)
-    output.emit({"digest": version.digest, "number": version.number, "path": str(version.path or ""), **version.manifest.to_json()})
+    found = {"digest": version.digest, "number": version.number, "path": str(version.path or ""), **version.manifest.to_json()}
+    output.emit(found if json else output.brief(found))
 
 
 @app.command()

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+FEW = 16
+"""A list of more numbers than these is not read by people."""
+
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; numbers are right-aligned."""
@@ -48,6 +51,15 @@ def cell(value: Any) -> str:
 def emit(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print ``value`` as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def brief(value: Any) -> Any:
+    """``value`` with every long list of numbers replaced by its length, for people."""
+    if isinstance(value, Mapping):
+        return {key: brief(item) for key, item in value.items()}
+    if isinstance(value, list) and len(value) > FEW and all(isinstance(item, int | float) for item in value):
+        return f"{len(value)} numbers"
+    return [brief(item) for item in value] if isinstance(value, list) else value
 
 
 def line(value: Mapping[str, Any]) -> str:

@@ -133,6 +133,7 @@ def test_a_setting_without_a_value_is_explained(site_file: Path, plan: Path) -> 
 
 def test_the_verbs_are_the_documented_ones() -> None:
     assert sorted(str(command.name or command.callback.__name__) for command in app.registered_commands) == [
+        "audit",
         "dry-run",
         "evaluate",
         "identity",

@@ -91,7 +91,7 @@ def test_a_site_whose_key_is_not_registered_is_told_so(tmp_path):
     log = tmp_path / "supernode.log"
     assert explained(site, log) == ""
     log.write_text("Starting Flower SuperNode\n[code: 2004] Failed to activate SuperNode.\n")
-    assert "a key of this site, which has none (auth.key): a.pub belongs in its link.node_keys" in explained(site, log)
+    assert "a key of this site, which has none (auth.key), or not yet: its link.node_keys must hold a.pub" in explained(site, log)
     own = site.model_copy(update={"auth": Auth(key=Path("a.key"))})
     assert "does not know a.key of this site" in explained(own, log)
     log.write_text(log.read_text() + "Starting Flower SuperNode\nended for another reason\n")

@@ -218,6 +218,7 @@ def test_a_centroid_of_another_base_is_that_tasks_failure(site: SiteConfig, make
         ({"max_epsilon": 2.0}, {"privacy_json": dumps(Whole(8.0, 1e-5, Mechanism(0.5, 1.0, 3)))}, ["max_epsilon"]),
         ({"modules": ("*.value.*",)}, {}, ["modules"]),
         ({"max_steps": 1}, {}, ["max_steps"]),
+        ({"max_upload_mb_per_day": 0.001}, {}, ["max_upload_mb_per_day"]),
         ({"max_steps": 1, "min_cohort": 9}, {}, ["max_steps", "min_cohort"]),
     ],
 )
