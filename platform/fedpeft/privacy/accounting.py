@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import exp, inf, isfinite, pi, sqrt
+from itertools import count
+from math import exp, inf, isfinite, log, pi, sqrt
 from typing import Any
 
 from fedpeft.errors import PrivacyError
@@ -19,8 +20,11 @@ LOOSE = 50.0
 BINS = 1e-3
 """Width of the bins of losses: the answer is an upper bound for any, at most 0.05 % above that of bins ten times finer."""
 CLOSE = 1e-3
+TINY = 1e-12
 NOISIEST = 2.0**20
 """Largest noise multiplier that `calibrate` looks at."""
+Point = tuple[float, float]
+"""Logarithms of a noise multiplier and of what it costs over the target: nearly a straight line."""
 
 
 @dataclass(frozen=True, order=True)
@@ -89,15 +93,23 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
     """
     if not (isfinite(target) and target > 0):
         raise PrivacyError(f"accounting: epsilon {target} is no budget; give a positive number (1 is strong, 8 is common)")
-    low, high = 0.0, 1.0
-    while epsilon(events(high), delta) > target:
-        low, high = high, 2 * high
-        if high > NOISIEST:
+
+    def point(place: float) -> Point:
+        return place, log(max(epsilon(events(exp(place)), delta), TINY) / target)
+
+    quiet = loud = point(0.0)
+    while loud[1] > 0:
+        if loud[0] > log(NOISIEST):
             raise PrivacyError(f"accounting: no noise keeps {len(events(1.0))} kinds of releases within epsilon {target}; release less")
-    while high - low > CLOSE * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(events(middle), delta) <= target else (middle, high)
-    return high
+        quiet, loud = loud, point(loud[0] + log(2))
+    while quiet[1] <= 0:
+        quiet, loud = point(quiet[0] - log(2)), quiet
+    for step in count(1):
+        if loud[0] - quiet[0] <= CLOSE:
+            break
+        found = point(_between(quiet, loud) if step % 3 else (quiet[0] + loud[0]) / 2)
+        quiet, loud = (quiet, found) if found[1] <= 0 else (found, loud)
+    return exp(loud[0])
 
 
 def sum_of_discrete(noise: float, deviation: float, sites: int, size: int) -> float:
@@ -113,6 +125,14 @@ def sum_of_discrete(noise: float, deviation: float, sites: int, size: int) -> fl
         raise PrivacyError(f"noise: a site's share of {deviation:.2g} steps is too coarse; at least 0.5 is needed: use a finer grid")
     gap = 10 * sum(exp(-2 * (pi * deviation) ** 2 * k / (k + 1)) for k in range(1, sites))
     return 1 / min(sqrt(1 / noise**2 + gap * size / 2), 1 / noise + gap * sqrt(size))
+
+
+def _between(quiet: Point, loud: Point) -> float:
+    """Where the line through both crosses the target, a little further from the nearer one: then the next two enclose the crossing."""
+    width = loud[0] - quiet[0]
+    share = quiet[1] / (quiet[1] - loud[1]) if isfinite(quiet[1]) else 0.5
+    beyond = CLOSE / 3 / width * (1 if share < 0.5 else -1)
+    return quiet[0] + width * min(max(share + beyond, 0.1 * CLOSE / width), 1 - 0.1 * CLOSE / width)
 
 
 def _grouped(events: Iterable[Event]) -> tuple[Event, ...]:
