@@ -14,6 +14,7 @@ import pytest
 hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True, max_examples=200)
 hypothesis.settings.load_profile(os.environ.get("FEDPEFT_HYPOTHESIS", "repeat"))
+gc.disable()  # while tests are collected: imports make a million objects and no garbage
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
 )
@@ -45,8 +46,9 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-    gc.freeze()  # a million objects of imported modules need not be walked again and again
+    gc.freeze()  # what was imported need not be walked again and again
     gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture

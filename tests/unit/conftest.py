@@ -1,9 +1,12 @@
-"""Garbled messages for the fuzz tests: valid ones with one part replaced, and a bound on the memory that reading them takes."""
+"""Garbled messages for the fuzz tests, a bound on the memory that reading them takes, and real processes to kill."""
 
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -78,6 +81,40 @@ def memory_below(limit: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < limit, "reading took more memory than the message can justify"
     finally:
         tracemalloc.stop()
+
+
+Say = Callable[..., object]
+
+
+class Child:
+    """A fork of this process that runs ``work`` and ends without any clean-up; ``said`` has what it says, line by line."""
+
+    def __init__(self, work: Callable[[Say], None]) -> None:
+        mine, its = os.pipe()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of threads, which a fork leaves behind
+            self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                work(lambda *words: os.write(its, (" ".join(map(str, words)) + "\n").encode()))
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(its)
+        self.said = os.fdopen(mine)
+
+    def end(self, kill: bool = False) -> tuple[list[str], int]:
+        """Its last lines and its exit code, minus 9 when it was killed."""
+        if kill:
+            os.kill(self.pid, signal.SIGKILL)
+        with self.said:
+            lines = self.said.read().split("\n")[:-1]
+        return lines, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture(scope="session")
+def forked() -> type[Child]:
+    return Child
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,26 +266,6 @@ def test_described_and_built_again(kind: str) -> None:
     assert build(STARTS, describe(start), "start") == start
     with pytest.raises(ValueError, match="unknown keys"):
         build(STARTS, {"kind": kind, "rank": 3}, "start")
-
-
-CHILD = """
-import sys, torch, numpy
-torch.manual_seed(int(sys.argv[2])); numpy.random.seed(int(sys.argv[2]))
-from fedpeft.adapters import make_spec
-from fedpeft.adapters.starts import make_start
-from fedpeft.bases import BaseSpec, HeadSpec, load_base
-from fedpeft.methods import Lora
-base = load_base(BaseSpec(sys.argv[1], max_tokens=32), "cpu")
-spec = make_spec("t", base, Lora(r=4, alpha=4, targets=("attention",), extra=4, held=True), HeadSpec("lm"))
-print(*(make_start(kind, base, spec, 3).digest for kind in ("pissa", "olora")))
-"""
-
-
-def test_another_process_finds_the_same_tensors(warm: Warm, folders: dict[str, Path]) -> None:
-    base = warm("causal")
-    spec = make_spec("t", base, HELD, LM)
-    done = subprocess.run([sys.executable, "-c", CHILD, str(folders["causal"]), "9"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [make_start(kind, base, spec, 3).digest for kind in ("pissa", "olora")]
 
 
 # the algebra

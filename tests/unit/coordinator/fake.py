@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,37 @@ class Federation:
         return [row for row in self.events if row["event"] == event]
 
 
+class Crash(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def crash_at(coordinator: Coordinator, point: int, before: bool) -> None:
+    """Let ``coordinator`` die at a commit, counted from 1: before it is written, or after."""
+    save, seen = coordinator.journal.save, count(1)
+
+    def crash(step: object) -> None:
+        dies = next(seen) == point
+        if not (dies and before):
+            save(step)  # type: ignore[arg-type]
+        if dies:
+            raise Crash
+
+    coordinator.journal.save = crash  # type: ignore[method-assign]
+
+
+def crash_everywhere(federation: Federation) -> int:
+    """Run to the end though a coordinator dies before and after each commit, so that none lives longer than a step; how often one died."""
+    for crashes in count():
+        coordinator = federation.open()
+        crash_at(coordinator, 1, before=crashes % 2 == 0)
+        try:
+            coordinator.run()
+        except Crash:
+            continue
+        return crashes
+    raise AssertionError
+
+
 def slow(site: Site, seconds: float) -> Site:
     def wait(_result: TaskResult, _arrays: dict[str, bytes]) -> None:
         time.sleep(seconds)
@@ -295,11 +327,11 @@ def slow(site: Site, seconds: float) -> Site:
     return replace(site, twist=wait)
 
 
-def in_memory(folder: Path, pause: float) -> None:
-    """A coordinator process over in-memory sites, each ``pause`` seconds slow; prints the final digests."""
+def in_memory(folder: Path, pause: float) -> dict[str, str]:
+    """The final digests of six rounds over in-memory sites, each ``pause`` seconds slow."""
     federation = Federation(folder, setup(rounds=6), {name: slow(site, pause) for name, site in sites().items()})
     federation.open().run()
-    print(json.dumps(federation.final()))
+    return federation.final()
 
 
 def over_flower(folder: Path, port: int, rounds: int) -> None:
@@ -345,9 +377,7 @@ def site_process(name: str, address: str, secret: Path, pause: float) -> None:
 
 if __name__ == "__main__":
     what, arguments = sys.argv[1], sys.argv[2:]
-    if what == "memory":
-        in_memory(Path(arguments[0]), float(arguments[1]))
-    elif what == "flower":
+    if what == "flower":
         over_flower(Path(arguments[0]), int(arguments[1]), int(arguments[2]))
     else:
         site_process(arguments[0], arguments[1], Path(arguments[2]), float(arguments[3]))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,32 +75,23 @@ def test_order_of_arrival_is_irrelevant(fake: ModuleType, undisturbed: dict[str,
     assert federation.final() == undisturbed
 
 
-class Crash(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
 @pytest.mark.parametrize("before", [True, False], ids=["before the commit", "after the commit"])
-@pytest.mark.parametrize("point", range(1, 25))
-def test_any_crash_point_gives_the_same_bits(
+@pytest.mark.parametrize("point", [1, 4, 9, 14, 19, 24])
+def test_a_crash_at_a_commit_gives_the_same_bits(
     fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path, point: int, before: bool
 ) -> None:
     federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
     coordinator = federation.open()
-    save, seen = coordinator.journal.save, 0
-
-    def crash(step: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == point and before:
-            raise Crash
-        save(step)
-        if seen == point:
-            raise Crash
-
-    coordinator.journal.save = crash
-    with pytest.raises(Crash):
+    fake.crash_at(coordinator, point, before)
+    with pytest.raises(fake.Crash):
         coordinator.run()
     federation.open().run()
+    assert federation.final() == undisturbed
+
+
+def test_crashes_before_and_after_every_commit_give_the_same_bits(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
+    assert fake.crash_everywhere(federation) == 2 * 24
     assert federation.final() == undisturbed
 
 
@@ -114,36 +104,22 @@ def test_crash_while_collecting(fake: ModuleType, undisturbed: dict[str, str], t
             nonlocal asked
             asked += request.kind == "train"
             if asked == count:  # noqa: B023 - used within the iteration
-                raise Crash
+                raise fake.Crash
             return None
 
-        with pytest.raises(Crash):
+        with pytest.raises(fake.Crash):
             federation.open(fault=fault).run()
         federation.open().run()
         assert federation.final() == undisturbed
 
 
-@pytest.fixture(scope="module")
-def whole(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _process(fake, tmp_path_factory.mktemp("whole"))
-
-
-def _process(fake: ModuleType, folder: Path) -> str:
-    command = [sys.executable, str(fake.__file__), "memory", str(folder), "0"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 1.0])
-def test_kill_minus_nine_of_a_real_process(fake: ModuleType, whole: str, tmp_path: Path, seconds: float) -> None:
-    script = str(fake.__file__)
-    killed = subprocess.Popen([sys.executable, script, "memory", str(tmp_path / "cut"), "0.03"], stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while not (tmp_path / "cut" / "journal.sqlite").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(seconds)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert _process(fake, tmp_path / "cut") == whole
+def test_kill_minus_nine_of_real_processes(fake: ModuleType, tmp_path: Path, forked: Callable[..., Any]) -> None:
+    """One process after the other on the same folder, each killed later than the one before."""
+    for seconds in (0.02, 0.1, 0.2, 0.3):
+        killed = forked(lambda _say: fake.in_memory(tmp_path / "cut", 0.05))
+        time.sleep(seconds)
+        assert killed.end(kill=True)[1] == -9
+    assert fake.in_memory(tmp_path / "cut", 0.0) == fake.in_memory(tmp_path / "whole", 0.0)
 
 
 def _wrong_layout(result: TaskResult, _arrays: dict[str, bytes]) -> None:

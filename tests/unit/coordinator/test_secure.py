@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -215,46 +216,41 @@ def test_a_sum_that_cannot_be_opened_is_skipped_and_the_next_round_goes_on(fake:
     assert [row.number for row in (first.tasks["area"], second.tasks["area"])] == [1, 1]
 
 
-class Crash(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-@pytest.mark.parametrize("point", range(2, 16))
-def test_any_crash_point_gives_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path, point: int) -> None:
+@pytest.mark.parametrize(("point", "before"), [(3, True), (6, False), (10, True), (13, False)])
+def test_a_crash_at_a_commit_gives_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path, point: int, before: bool) -> None:
     federation = masked(fake, tmp_path)
     coordinator = federation.open()
-    save, seen = coordinator.journal.save, 0
-
-    def crash(step: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == point and point % 2:
-            raise Crash
-        save(step)
-        if seen == point:
-            raise Crash
-
-    coordinator.journal.save = crash
-    with pytest.raises(Crash):
+    fake.crash_at(coordinator, point, before)
+    with pytest.raises(fake.Crash):
         coordinator.run()
     federation.open().run()
     assert federation.final() == plain.final()
 
 
-@pytest.mark.parametrize("step", ["secure keys", "secure shares", "train vector", "secure agree", "secure reveal", "evaluate vector"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_crash_within_a_step_gives_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path, step: str, count: int) -> None:
-    federation, seen = masked(fake, tmp_path), 0
+def test_crashes_before_and_after_every_commit_give_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path)
+    assert fake.crash_everywhere(federation) >= 2 * 15
+    assert federation.final() == plain.final()
+
+
+def test_crashes_within_every_step_give_the_same_bits(fake: ModuleType, plain: Any, tmp_path: Path) -> None:
+    """One after the other, at the first and at the third message of each step."""
+    steps = ("secure keys", "secure shares", "train vector", "secure agree", "secure reveal", "evaluate vector")
+    federation, due = masked(fake, tmp_path), {(step, count) for step in steps for count in (1, 3)}
+    seen: Counter[str] = Counter()
 
     def fault(_site: str, request: Envelope) -> Failure | None:
-        nonlocal seen
-        seen += step_of(request) == step
-        if seen == count:
-            raise Crash
+        seen[step_of(request)] += 1
+        here = (step_of(request), seen[step_of(request)])
+        if here in due:
+            due.remove(here)
+            raise fake.Crash
         return None
 
-    with pytest.raises(Crash):
-        federation.open(fault=fault).run()
+    while due:
+        seen.clear()
+        with pytest.raises(fake.Crash):
+            federation.open(fault=fault).run()
     federation.open().run()
     assert federation.final() == plain.final()
     assert federation.open().history[-1].tasks["area"].scores == plain.rounds[-1].tasks["area"].scores
@@ -472,15 +468,10 @@ def test_liars_in_one_group_do_not_move_a_rule_over_groups(fake: ModuleType, tmp
     assert away["summed"] > 10 * away["lied"] > 0
 
 
-@pytest.mark.parametrize("point", range(1, 6, 2))
-def test_any_crash_point_gives_the_same_bits_with_groups(fake: ModuleType, tmp_path: Path, point: int) -> None:
-    whole = grouped(fake, tmp_path / "whole", secure=False, rounds=1)
+def test_crashes_before_and_after_every_commit_give_the_same_bits_with_groups(fake: ModuleType, tmp_path: Path) -> None:
+    whole, federation = grouped(fake, tmp_path / "whole", secure=False, rounds=1), grouped(fake, tmp_path, rounds=1)
     whole.open().run()
-    federation = grouped(fake, tmp_path, rounds=1)
-    coordinator = federation.open()
-    for _ in range(point):
-        coordinator.step()
-    federation.open().run()
+    assert fake.crash_everywhere(federation) >= 2 * 5
     assert federation.final() == whole.final()
 
 
@@ -531,23 +522,9 @@ def test_a_budget_narrows_masked_sums_and_a_task_that_it_cannot_hold_is_skipped_
         masked(fake, tmp_path / "c", rounds=1, budget=90, secure={}).open().run()
 
 
-@pytest.mark.parametrize("point", range(2, 16, 2))
-def test_any_crash_point_gives_the_same_narrow_bits(fake: ModuleType, narrow: Any, tmp_path: Path, point: int) -> None:
-    federation, seen = masked(fake, tmp_path, rounds=4, **NARROW), 0
-    coordinator = federation.open()
-    save = coordinator.journal.save
-
-    def crash(step: object) -> None:
-        nonlocal seen
-        seen += 1
-        save(step)
-        if seen == point:
-            raise Crash
-
-    coordinator.journal.save = crash
-    with pytest.raises(Crash):
-        coordinator.run()
-    federation.open().run()
+def test_crashes_before_and_after_every_commit_give_the_same_narrow_bits(fake: ModuleType, narrow: Any, tmp_path: Path) -> None:
+    federation = masked(fake, tmp_path, rounds=4, **NARROW)
+    assert fake.crash_everywhere(federation) >= 2 * 16
     assert federation.final() == narrow.final()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -93,12 +95,13 @@ Make = Callable[[str], nn.Module]
 def make() -> Make:
     """A fresh tiny model by name: the same weights on every call, in eval mode."""
 
-    def build(name: str) -> nn.Module:
+    @lru_cache
+    def first(name: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             return MAKERS[name]().eval()
 
-    return build
+    return lambda name: copy.deepcopy(first(name))
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,33 +108,28 @@ def test_writers_take_turns(ledger):
 
 # crashes
 
-LOOP = """
-import itertools, sys
-from pathlib import Path
-from fedpeft.privacy.accounting import Event
-from fedpeft.privacy.ledger import Budget, Charge, Ledger
-print("ready", flush=True)
-for round in itertools.count(int(sys.argv[2])):
-    Ledger(Path(sys.argv[1])).spend(Charge(f"run/{round}", "area", "adapter", Event(4.0, concentrated=True)), Budget(1e6, 1e-5))
-    print(round, flush=True)
-"""
 
-
-def test_kill_nine_never_loses_what_was_released(ledger):
+def test_kill_nine_never_loses_what_was_released(ledger, forked):
     chance, released = random.Random(5), 0
-    for _ in range(2):
-        worker = subprocess.Popen([sys.executable, "-c", LOOP, str(ledger.folder), str(released)], stdout=subprocess.PIPE, text=True)
-        assert worker.stdout.readline() == "ready\n"
-        assert worker.stdout.readline()
-        time.sleep(chance.uniform(0.0, 0.15))
-        os.kill(worker.pid, signal.SIGKILL)
-        lines = worker.communicate(timeout=30)[0].split("\n")[:-1]
-        released = max([released, *(int(line) + 1 for line in lines)])
+
+    def spend(first, say):
+        for round in itertools.count(first):
+            event = Event(4.0, concentrated=True)
+            Ledger(ledger.folder).spend(Charge(f"run/{round}", "area", "adapter", event), Budget(1e6, 1e-5))
+            say(round)
+
+    for _ in range(4):
+        worker = forked(lambda say: spend(released, say))  # noqa: B023 - used within the iteration
+        assert worker.said.readline()
+        time.sleep(chance.uniform(0.0, 0.1))
+        lines, code = worker.end(kill=True)
+        assert code == -9
+        released = max([released + 1, *(int(line) + 1 for line in lines)])
         found = {entry.charge.id for entry in ledger.entries()}
         assert {f"run/{round}" for round in range(released)} <= found
         assert len(found) <= released + 1
         assert ledger.verify() == []
-    assert released > 2
+    assert released > 4
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
