@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedpeft.cli.changes import table
 from fedpeft.cli.registries import HERE, placed
 from fedpeft.control.place import Place
 
@@ -53,7 +54,7 @@ def serve(
     from fedpeft.cli.main import INTERRUPTED
     from fedpeft_client.serve.run import serve as run
 
-    run(site, registry, _table(overrides))
+    run(site, registry, table(overrides, "policy.max_rank=16"))
     return INTERRUPTED
 
 
@@ -72,7 +73,7 @@ def evaluate(
     from fedpeft_client.config import load_site
     from fedpeft_client.own_scores import score
 
-    found = score(load_site(site, _table(overrides)), registry.open())
+    found = score(load_site(site, table(overrides, "policy.max_rank=16")), registry.open())
     if json:
         return output.emit([asdict(one) for one in found])
     for one in found:
@@ -94,7 +95,7 @@ def dry_run(
     from fedpeft_client.config import load_site
     from fedpeft_client.dry_run import as_json, forecast, read_plan
 
-    settings = load_site(site, _table(overrides))
+    settings = load_site(site, table(overrides, "policy.max_rank=16"))
     found = forecast(settings, read_plan(plan), number)
     if json:
         return output.emit(as_json(found))
@@ -201,15 +202,6 @@ def _cost(counts: Mapping[str, int], one: Forecast) -> int:
 
 def _counters(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
-
-
-def _table(pairs: list[str] | None) -> dict[str, str]:
-    from fedpeft.errors import ConfigError
-
-    wrong = [pair for pair in pairs or [] if "=" not in pair]
-    if wrong:
-        raise ConfigError(f"--set {wrong[0]}: needs the form a.b=value, for example policy.max_rank=16")
-    return dict(pair.split("=", 1) for pair in pairs or [])
 
 
 class _Display:

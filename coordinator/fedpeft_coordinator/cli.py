@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.changes import table
 from fedpeft.cli.registries import AsJson, Who
 from fedpeft.control.place import Place
 
@@ -25,15 +26,6 @@ Where = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: KEY=VALUE, for example cohort.deadline=60.")]
 
 
-def _overrides(settings: list[str] | None) -> dict[str, str]:
-    from fedpeft.errors import ConfigError
-
-    pairs = dict(setting.partition("=")[::2] for setting in settings or [])
-    if "" in pairs or any("=" not in setting for setting in settings or []):
-        raise ConfigError(f"--set {settings}: needs KEY=VALUE, for example --set cohort.deadline=60")
-    return pairs
-
-
 @app.command()
 def up(file: File, set_: Set = None) -> None:
     """Run the federation, from the start or from the last committed step; ends when the last round is published."""
@@ -42,7 +34,7 @@ def up(file: File, set_: Set = None) -> None:
     from fedpeft_coordinator.config import load_federation
     from fedpeft_coordinator.up import up as run
 
-    run(load_federation(file, _overrides(set_)), Console())
+    run(load_federation(file, table(set_, "cohort.deadline=60")), Console())
 
 
 @app.command()
@@ -88,7 +80,7 @@ def serve(
     from fedpeft_coordinator.control.process import run
     from fedpeft_coordinator.control.settings import standalone
 
-    settings = standalone(registry, config, _overrides(set_))
+    settings = standalone(registry, config, table(set_, "cohort.deadline=60"))
     control = settings.control
     by = "TLS, roles by token" if control.tokens else "mutual TLS, roles by certificate"
     kind = by if control.tls else f"no TLS, everybody is {control.role}"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft.cli import output, sharing
+from fedpeft.cli.changes import values
 from fedpeft.cli.registries import HERE, AsJson, Ref, Root, placed
 from fedpeft.control.place import Place
 
@@ -85,7 +86,7 @@ def export(
     from fedpeft.bases import BaseSpec, load_base
     from fedpeft.exporting import Export, exported, make_format
 
-    table, adapter = _settings(settings or []), _adapter(ref, registry)
+    table, adapter = values(settings, "rank=16"), _adapter(ref, registry)
     spec = BaseSpec(table.pop("base", adapter.spec.base_model), table.pop("quantization", "none"))
     chosen = make_format({"kind": form, **table})
     loaded = load_base(spec) if chosen.needs_base or (check and form != "gguf") else None
@@ -148,7 +149,7 @@ def merge(
     from fedpeft.adapters import save
     from fedpeft.merging import make_rule, merged
 
-    rule = make_rule({"kind": how, **_settings(settings or [])})
+    rule = make_rule({"kind": how, **values(settings, "rank=16")})
     shares = [_weighted(ref, 1.0 / len(refs)) for ref in refs]
     adapters = [_adapter(ref, registry) for ref, _ in shares]
     done = merged(adapters, [share for _, share in shares], rule, origin=_adapter(origin, registry) if origin else None)
@@ -171,7 +172,7 @@ def cluster(
     from fedpeft.merging import make_rule
     from fedpeft.merging.clusters import clusters, cosines
 
-    rule = make_rule({"kind": how, **_settings(settings or [])})
+    rule = make_rule({"kind": how, **values(settings, "rank=16")})
     names = refs or sorted({version.task for version in registry.open().list()})
     adapters = [_adapter(ref, registry) for ref in names]
     similar = cosines([adapter.tensors for adapter in adapters])
@@ -208,18 +209,6 @@ def _weighted(ref: str, share: float) -> tuple[str, float]:
         return (name, float(text)) if found else (ref, share)
     except ValueError:
         return ref, share
-
-
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """``key=value`` with TOML values. Raises `ConfigError` on another form."""
-    import tomllib
-
-    from fedpeft.errors import ConfigError
-
-    try:
-        return tomllib.loads("\n".join(texts))
-    except tomllib.TOMLDecodeError as fault:
-        raise ConfigError(f"--set {' '.join(texts)}: {fault}; write key=value, as in rank=16") from None
 
 
 def _adapter(ref: str, registry: Place) -> Any:

@@ -173,7 +173,7 @@ with safe_open(source / "adapter_model.safetensors", "np") as file:
 
 @pytest.fixture
 def converter(tmp_path):
-    """A program with the command line of llama.cpp's converter, which is not to be had here; it writes a file's header alone."""
+    """A program with the command line of llama.cpp's converter; it writes a file's header alone (`test_llama_cpp` runs the real one)."""
 
     def make(drop: int = 0) -> str:
         path = tmp_path / f"convert_{drop}.py"
@@ -223,3 +223,15 @@ def test_the_command_writes_checks_and_says_so(bases, made, tmp_path, capsys):
         assert (tmp_path / form / file).is_file()
     assert run([*words[:3], str(tmp_path / "x"), "--set", "max_rank=8", *words[-2:]]) == ConfigError.exit_code
     assert "unknown keys ['max_rank']" in capsys.readouterr().err
+
+
+def test_a_path_needs_no_quotes_on_the_command_line(bases, made, tmp_path, converter, capsys):
+    from fedpeft.adapters import save
+    from fedpeft.cli.main import run
+
+    save(made(bases("stories260k"), r=4), tmp_path / "adapter")
+    words = ["adapters", "export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--format", "gguf", "--check"]
+    assert run([*words, "--set", f"converter={converter()}"]) == 0
+    assert "tensors are in the file" in capsys.readouterr().out
+    assert run([*words, "--set", "converter"]) == ConfigError.exit_code
+    assert "--set converter: needs the form key=value" in capsys.readouterr().err

@@ -1,7 +1,11 @@
-"""Laws of stores and histories, and a whole registry over each pair of them."""
+"""Laws of stores and histories, and a whole registry over each pair of them.
+
+Stores are also tested behind the URL in FEDPEFT_TEST_STORE, where it names one, such as s3://bucket.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 
@@ -15,9 +19,14 @@ from fedpeft.registry.store import FolderStore, UrlStore
 FILES = {"adapter_model.safetensors": b"0123456789", "manifest.json": b"{}", "manifest.sig": b"s"}
 
 
-@pytest.fixture(params=["folder", "memory", "file"])
+REMOTE = os.environ.get("FEDPEFT_TEST_STORE", "")
+NEEDS = pytest.mark.skipif(not REMOTE, reason="set FEDPEFT_TEST_STORE to an fsspec URL, such as s3://bucket")
+
+
+@pytest.fixture(params=["folder", "memory", "file", pytest.param("remote", marks=NEEDS)])
 def store(request, tmp_path):
     made = {"folder": tmp_path / "here", "memory": f"memory://{uuid.uuid4().hex}", "file": f"file://{tmp_path}/there"}
+    made["remote"] = f"{REMOTE}/{uuid.uuid4().hex}"
     return open_store(made[request.param])
 
 
@@ -110,3 +119,10 @@ def test_a_registry_over_any_store_is_the_same_registry(store, tmp_path, make_ad
     assert registry.verify() == (f"{store.where(first.digest)}: the version's folder is missing",)
     registry.publish(make_adapter(1), Manifest(round=1), "run/1")
     assert registry.verify() == ()
+
+
+def test_faults_of_any_kind_name_the_place_and_no_password(monkeypatch):
+    store = UrlStore("memory://ann:secret@host/place")
+    monkeypatch.setattr(type(store._place[0]), "find", lambda *_: (_ for _ in ()).throw(LookupError("no credentials\nof a trace")))
+    with pytest.raises(StorageError, match=r"^memory://ann:\*\*\*@host/place/: LookupError: no credentials; check the URL"):
+        store.names()
