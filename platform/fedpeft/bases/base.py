@@ -23,8 +23,8 @@ OWN = "base"
 class Base:
     """The frozen model in memory.
 
-    ``model`` is what was loaded (a causal LM, or an encoder's classification form, whose head is not used), ``trunk`` the part that all
-    shells share, ``device`` ``cpu``, ``cuda`` or ``meta``. At most one adapter is attached at a time; ``holder`` names its task.
+    ``model`` is what was loaded (a language model, or an encoder's classification form, whose head is not used), ``trunk`` the part that
+    all shells share, ``device`` ``cpu``, ``cuda`` or ``meta``. At most one adapter is attached at a time; ``holder`` names its task.
     """
 
     spec: BaseSpec
@@ -40,7 +40,7 @@ class Base:
     def shell(self, head: HeadSpec) -> nn.Module:
         """A transformers model with ``head`` on the shared trunk; the head's values are fixed, an adapter overwrites them.
 
-        Classification gives the architecture's sequence-classification form with ``len(head.labels)`` labels, ``lm`` the causal model.
+        Classification gives the architecture's sequence-classification form with ``len(head.labels)`` labels, ``lm`` the language model.
 
         Raises:
             BaseError: this family has no such head, or an adapter is attached.
@@ -50,8 +50,30 @@ class Base:
         self.require_free("shell")
         return shell(self, head)
 
+    def before(self, labels: Sequence[int]) -> int:
+        """What the decoder of an encoder-decoder reads before it says ``labels``, as transformers shifts them.
+
+        Raises:
+            BaseError: the model's config does not say.
+        """
+        import torch
+
+        model: Any = self.model
+        try:
+            return int(model.prepare_decoder_input_ids_from_labels(torch.tensor([list(labels)]))[0, 0])
+        except (AttributeError, ValueError, TypeError):
+            start = getattr(self.config, "decoder_start_token_id", None)
+        if start is None:
+            raise BaseError(f"base {self.spec.model}: its config.json names no decoder_start_token_id; set it (T5: the padding token's)")
+        return int(start)
+
+    @property
+    def reader(self) -> nn.Module:
+        """The part of the trunk that reads a text: all of it, or an encoder-decoder's encoder."""
+        return self.trunk.get_encoder() if self.family == "seq2seq" else self.trunk  # type: ignore[operator]
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Sentence embeddings (N, D): last hidden state, mean over the mask, L2-normalised; the bare base, without adapter.
+        """Sentence embeddings (N, D): last hidden state of what reads, mean over the mask, L2-normalised; the bare base, without adapter.
 
         Raises:
             BaseError: an adapter is attached (embeddings must not depend on it), or this is a meta base.

@@ -49,7 +49,7 @@ def _forward(base: Base, rows: Sequence[list[int]]) -> NDArray[np.float32]:
     for index, row in enumerate(rows):
         ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
     ids, mask = ids.to(base.device), mask.to(base.device)
-    hidden = base.trunk(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    hidden = base.reader(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     mean = torch.einsum("ntd,nt->nd", hidden, mask.float()) / mask.sum(1, keepdim=True)
     result: NDArray[np.float32] = nn.functional.normalize(mean).cpu().numpy()
     return result

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
@@ -27,7 +35,11 @@ from fedpeft.bases.spec import HALF, BaseSpec, Family, Fingerprint
 from fedpeft.errors import BaseError
 
 FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, MemoryError, SafetensorError)
-LOADERS: dict[Family, Any] = {"encoder": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
+LOADERS: dict[Family, Any] = {
+    "encoder": AutoModelForSequenceClassification,
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 
 
 def load(spec: BaseSpec, device: str = "auto", zero: Mapping[str, Any] | None = None) -> Base:
@@ -66,6 +78,8 @@ def blueprint(spec: BaseSpec) -> Base:
     base.fingerprint = fingerprint(spec)
     base.tokenizer = _tokenizer(resolve_model(spec.model, spec.revision), base.config, spec)
     _check_length(base.tokenizer, base.config, spec)
+    if base.family == "seq2seq":
+        base.before([int(base.tokenizer.pad_token_id == 0)])  # any token that is not padding
     return base
 
 
@@ -137,13 +151,25 @@ def _family(config: Any, spec: BaseSpec) -> Family:
     """Encoder before causal: BERT's kind is in the causal mapping too, for its use as a decoder."""
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise BaseError(f"base {spec.model}: {name} is an encoder-decoder, which is not supported yet; use an encoder or a causal model")
+        return _seq2seq(config, spec)
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not masked:
         return "causal"
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return "encoder"
     raise BaseError(f"base {spec.model}: {name} has neither a causal nor a classification form; use a text encoder or a causal model")
+
+
+def _seq2seq(config: Any, spec: BaseSpec) -> Family:
+    """An encoder-decoder over text, both halves under one config. Raises `BaseError` for any other."""
+    name = type(config).__name__
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise BaseError(f"base {spec.model}: {name} is an encoder-decoder that writes no text; use one of text, such as T5 or BART")
+    if hasattr(config, "encoder") or hasattr(config, "text_config"):
+        raise BaseError(
+            f"base {spec.model}: {name} has a config of its own for each half; use one with one for both, such as T5, mT5, BART or mBART"
+        )
+    return "seq2seq"
 
 
 def _tokenizer(folder: Path, config: Any, spec: BaseSpec) -> Any:
@@ -179,5 +205,19 @@ def _check_complete(base: Base, model: nn.Module, report: dict[str, Any]) -> Non
 def _trunk(spec: BaseSpec, model: nn.Module) -> nn.Module:
     trunk = getattr(model, str(model.base_model_prefix), None)
     if not isinstance(trunk, nn.Module):
-        raise BaseError(f"base {spec.model}: {type(model).__name__} has no trunk {model.base_model_prefix!r}; use another architecture")
+        return _gathered(spec, model)
     return trunk
+
+
+def _gathered(spec: BaseSpec, model: Any) -> nn.Module:
+    """The trunk of a model that holds its parts itself, as T5's does: the architecture's bare form around these very parts."""
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            trunk: nn.Module = AutoModel.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
+        for name, _ in list(trunk.named_children()):
+            setattr(trunk, name, model.get_submodule(name))
+    except FAULTS:
+        raise BaseError(
+            f"base {spec.model}: {type(model).__name__} has no trunk {model.base_model_prefix!r}; use another architecture"
+        ) from None
+    return trunk.requires_grad_(False).eval()

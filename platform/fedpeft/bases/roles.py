@@ -20,8 +20,11 @@ def module_roles(model: nn.Module) -> dict[str, list[str]]:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of the direct children beside the trunk that hold parameters."""
+    """Names of the direct children beside the trunk that hold parameters; of a model that is its own trunk, the output layer."""
     trunk = getattr(model, "base_model_prefix", "")
+    if not isinstance(getattr(model, trunk, None), nn.Module) and hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return [name for name, child in model.named_children() if head is not None and child is head]
     return [name for name, child in model.named_children() if name != trunk and next(child.parameters(), None) is not None]
 
 

@@ -23,13 +23,17 @@ def shell(base: Base, head: HeadSpec) -> nn.Module:
     """The model for ``head`` on ``base.trunk``. Raises `BaseError` when the base's family has no such head."""
     if head.kind == "classification":
         return _classifier(base, len(head.labels))
-    if base.family != "causal":
-        raise BaseError(f"base {base.spec.model}: an {base.family} generates no text; use a causal model, or a classification task")
+    if base.family == "encoder":
+        raise BaseError(
+            f"base {base.spec.model}: an encoder generates no text; use a causal model or an encoder-decoder, or classification"
+        )
     return base.model
 
 
 def _classifier(base: Base, labels: int) -> nn.Module:
     """Built on the meta device, so that nothing of the trunk is ever allocated twice."""
+    if base.family == "seq2seq":
+        _require_end(base)
     config = copy.deepcopy(base.config)
     config.quantization_config = None
     config.num_labels, config.problem_type = labels, "single_label_classification"
@@ -44,6 +48,16 @@ def _classifier(base: Base, labels: int) -> nn.Module:
             _materialise(model, name, base)
     frozen: nn.Module = model.requires_grad_(False).eval()
     return frozen
+
+
+def _require_end(base: Base) -> None:
+    """An encoder-decoder's classifier pools where the end token stands. Raises `BaseError` when it cannot be told from padding."""
+    end, pad = base.config.eos_token_id, base.config.pad_token_id
+    if not isinstance(end, int) or end == pad:
+        raise BaseError(
+            f"base {base.spec.model}: its classifier reads where the end token stands, and eos_token_id is {end}, pad_token_id {pad}; "
+            "give it one end token that is not the padding token, or use a generation or choice task"
+        )
 
 
 def _share(base: Base, model: Any) -> None:

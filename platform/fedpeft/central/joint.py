@@ -91,7 +91,8 @@ class JointModel(nn.Module):
         owners = part.owners.to(device)
         self._use(part)
         if self.pool.generative:
-            losses, owners = single_forward(self.inner, part.batch), owners[part.batch.labels.to(device) != -100]
+            whose = owners if owners.dim() == 2 else owners[:, None].expand(part.batch.labels.shape)
+            losses, owners = single_forward(self.inner, part.batch), whose[part.batch.labels.to(device) != -100]
         else:
             inputs = {name: value.to(device) for name, value in part.batch.inputs.items()}
             logits = self.inner(**inputs).logits.float()
@@ -101,10 +102,10 @@ class JointModel(nn.Module):
     def _use(self, part: Part) -> None:
         """One adapter a token of a packed row, or a row of padded sequences."""
         names, owners = self.pool.names, part.owners
-        if self.pool.generative and packs(self.inner):
+        if owners.dim() == 2 and packs(self.inner):
             gates = Gates.tokens(names, nn.functional.one_hot(owners, len(names)).float())
         else:
-            owners = owners[part.batch.inputs["position_ids"] == 0] if self.pool.generative else owners
+            owners = owners[part.batch.inputs["position_ids"] == 0] if owners.dim() == 2 else owners
             gates = Gates.rows([names[owner] for owner in owners.tolist()])
         self.bank.use(gates, lanes=owners.flatten().tolist() if self.split else None)
 

@@ -25,7 +25,8 @@ Places = NDArray[np.int64]
 class Part:
     """What one rank computes of one micro-batch: ``owners`` says whose each term of the loss is, by number of the task.
 
-    Language models: one packed row, ``owners`` (1, N) of every token. Classification: ``owners`` (B,) of every row.
+    Causal language models: one packed row, ``owners`` (1, N) of every token. Encoder-decoders and classification: ``owners`` (B,) of
+    every row.
     """
 
     batch: Batch
@@ -96,10 +97,11 @@ class Pool:
         picks = np.asarray(picks, np.int64)
         chosen, owners = self._chosen(picks), torch.from_numpy(self.owners_of(picks))
         if self.generative:
-            from fedpeft.tasks.likelihood import packed
+            from fedpeft.tasks.likelihood import batch_of
 
             lengths = torch.tensor([len(ids) for ids in chosen.ids])
-            return Part(packed(chosen, range(len(picks)), len(picks)), owners.repeat_interleave(lengths)[None])
+            owners = owners if chosen.paired else owners.repeat_interleave(lengths)[None]
+            return Part(batch_of(chosen, range(len(picks)), len(picks)), owners)
         return Part(_padded(chosen), owners)
 
     def _chosen(self, picks: Places) -> Encoded:
@@ -112,13 +114,14 @@ class Pool:
             ids.append(data.ids[place])
             labels.append(label)
             starts.append(int(data.starts[place]))
-        return Encoded(tuple(ids), np.array(labels, np.int64), np.array(starts, np.int64), np.arange(len(ids)), self.data[0].pad)
+        first, places = self.data[0], np.arange(len(ids))
+        return Encoded(tuple(ids), np.array(labels, np.int64), np.array(starts, np.int64), places, first.pad, paired=first.paired)
 
 
 def _padded(chosen: Encoded) -> Batch:
     import torch
 
-    from fedpeft.tasks.likelihood import padded
+    from fedpeft.tasks.filled import padded
 
     inputs: dict[str, Any] = padded([torch.from_numpy(ids).long() for ids in chosen.ids], chosen.pad)
     return Batch(inputs, torch.from_numpy(chosen.labels), len(chosen), int(inputs["attention_mask"].sum()), chosen.pad)

@@ -13,7 +13,7 @@ from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import DataError
 from fedpeft.tasks import metrics as measures
 from fedpeft.tasks.arrange import shuffled
-from fedpeft.tasks.encoding import encode_pair, pad_id, require_causal
+from fedpeft.tasks.encoding import encode_pair, pad_id, require_writer
 from fedpeft.tasks.forms import Pair, Question, question
 from fedpeft.tasks.protocol import Batch, Encoded, Loss, Row
 
@@ -57,18 +57,18 @@ class Choice:
         return question(row, 1).prompt
 
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
-        """Tokenise the prompt with every choice. Raises `DataError` on a wrong form or no row, `BaseError` unless the base is causal."""
-        require_causal(base, f"task {self.name}")
+        """Tokenise the prompt with every choice. Raises `DataError` on a wrong form or no row, `BaseError` unless the base writes."""
+        require_writer(base, f"task {self.name}")
         if not rows:
             raise DataError(f"task {self.name}: no rows; give the source rows of this split")
         return _encoded([question(row, number) for number, row in enumerate(rows, 1)], base)
 
     def batches(self, data: Encoded, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """The right choices of ``size`` examples, packed into one row."""
-        from fedpeft.tasks.likelihood import packed
+        """The right choices of ``size`` examples, in the form of the base's family."""
+        from fedpeft.tasks.likelihood import batch_of
 
         for places in shuffled(len(data), size, seed, epoch):
-            yield packed(data, data.labels[places].tolist(), len(places))
+            yield batch_of(data, data.labels[places].tolist(), len(places))
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Cross-entropy in nats of the right choice's tokens, summed."""
@@ -117,19 +117,20 @@ def _encoded(questions: Sequence[Question], base: Base) -> Encoded:
     firsts = np.cumsum(widths) - widths
     labels = firsts + np.array([asked.answer for asked in questions])
     starts = np.array([start for _, start in encoded], np.int64)
-    return Encoded(tuple(ids for ids, _ in encoded), labels, starts, np.repeat(np.arange(len(questions)), widths), pad_id(base))
+    ids, owners = tuple(ids for ids, _ in encoded), np.repeat(np.arange(len(questions)), widths)
+    return Encoded(ids, labels, starts, owners, pad_id(base), paired=base.family == "seq2seq")
 
 
 def _likelihoods(model: torch.nn.Module, data: Encoded) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood in nats and number of tokens of every choice (S,)."""
     import torch
 
-    from fedpeft.tasks.likelihood import owners, packed, token_losses
+    from fedpeft.tasks.likelihood import batch_of, owners, token_losses
 
     sums, counts = np.zeros(len(data.ids)), np.zeros(len(data.ids), np.int64)
     with torch.no_grad():
         for start in range(0, len(data.ids), EVALUATION_BATCH):
-            batch = packed(data, range(start, min(start + EVALUATION_BATCH, len(data.ids))), 0)
+            batch = batch_of(data, range(start, min(start + EVALUATION_BATCH, len(data.ids))), 0)
             sequences = owners(batch).numpy() + start
             np.add.at(sums, sequences, token_losses(model, batch).double().cpu().numpy())
             np.add.at(counts, sequences, 1)

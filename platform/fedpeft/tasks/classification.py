@@ -12,7 +12,7 @@ from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import DataError
 from fedpeft.tasks import metrics as measures
 from fedpeft.tasks.arrange import Places, bucketed, by_length
-from fedpeft.tasks.encoding import pad_id, token_limit
+from fedpeft.tasks.encoding import ended, pad_id, token_limit
 from fedpeft.tasks.forms import excerpt, field, text_label
 from fedpeft.tasks.protocol import Batch, Encoded, Ids, Loss, Row
 
@@ -121,6 +121,7 @@ class Classification:
 
 def _tokenise(base: Base, texts: list[str]) -> tuple[Ids, ...]:
     found = base.tokenizer(texts, truncation=True, max_length=token_limit(base), padding=False)["input_ids"]
+    found = [ended(base, ids) for ids in found] if base.family == "seq2seq" else found
     return tuple(np.asarray(ids or [pad_id(base)], np.int32) for ids in found)
 
 
@@ -131,7 +132,7 @@ def _lengths(data: Encoded) -> Places:
 def _batch(data: Encoded, places: Places) -> Batch:
     import torch
 
-    from fedpeft.tasks.likelihood import padded
+    from fedpeft.tasks.filled import padded
 
     inputs = padded([torch.from_numpy(data.ids[place]).long() for place in places], data.pad)
     tokens = int(inputs["attention_mask"].sum())
@@ -140,7 +141,7 @@ def _batch(data: Encoded, places: Places) -> Batch:
 
 def _logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, K) in float32 and labels (B,) on the model's device."""
-    from fedpeft.tasks.likelihood import device_of
+    from fedpeft.tasks.filled import device_of
 
     device = device_of(model)
     output = model(**{name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()})

@@ -1,4 +1,4 @@
-"""Causal generation: fine-tuning on completions only, scored by ROUGE-L, exact match and perplexity."""
+"""Generation: fine-tuning on completions only, scored by ROUGE-L, exact match and perplexity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import DataError
 from fedpeft.tasks import metrics as measures
 from fedpeft.tasks.arrange import by_length, shuffled
-from fedpeft.tasks.encoding import encode_pair, pad_id, prompt_ids, require_causal
+from fedpeft.tasks.encoding import encode_pair, opening, pad_id, require_writer
 from fedpeft.tasks.forms import Pair, pairs, request
 from fedpeft.tasks.protocol import Batch, Encoded, Loss, Row
 
@@ -60,21 +60,22 @@ class Generation:
         return request(row)
 
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
-        """Tokenise prompts and completions. Raises `DataError` on an unknown form or no row, `BaseError` unless the base is causal."""
-        require_causal(base, f"task {self.name}")
+        """Tokenise prompts and completions. Raises `DataError` on an unknown form or no row, `BaseError` unless the base writes text."""
+        require_writer(base, f"task {self.name}")
         found = [self._form(pair) for number, row in enumerate(rows, 1) for pair in pairs(row, number)]
         if not found:
             raise DataError(f"task {self.name}: no rows; give the source rows of this split")
         encoded = [encode_pair(base, pair) for pair in found]
         places = np.arange(len(found))
         starts = np.array([start for _, start in encoded], np.int64)
-        return Encoded(tuple(ids for ids, _ in encoded), places, starts, places, pad_id(base), tuple(pair.completion for pair in found))
+        ids, said = tuple(ids for ids, _ in encoded), tuple(pair.completion for pair in found)
+        return Encoded(ids, places, starts, places, pad_id(base), said, paired=base.family == "seq2seq")
 
     def batches(self, data: Encoded, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """``size`` examples one after the other in one row."""
-        from fedpeft.tasks.likelihood import packed
+        """``size`` examples at a time, in the form of the base's family."""
+        from fedpeft.tasks.likelihood import batch_of
 
-        yield from (packed(data, places.tolist(), len(places)) for places in shuffled(len(data), size, seed, epoch))
+        yield from (batch_of(data, places.tolist(), len(places)) for places in shuffled(len(data), size, seed, epoch))
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Cross-entropy in nats, summed over the labelled tokens."""
@@ -96,12 +97,12 @@ class Generation:
         """``loss`` over ``count`` labelled tokens, ``examples``; and ``exact``, ``rouge``, ``generated`` where a metric asks for them."""
         import torch
 
-        from fedpeft.tasks.likelihood import packed
+        from fedpeft.tasks.likelihood import batch_of
 
         total, count = 0.0, 0
         with torch.no_grad():
             for places in by_length(np.array([len(ids) for ids in data.ids]), EVALUATION_BATCH):
-                loss = self.loss(model, packed(data, places.tolist(), len(places)))
+                loss = self.loss(model, batch_of(data, places.tolist(), len(places)))
                 total, count = total + float(loss.total), count + loss.count
         counters = {"loss": (total,), "count": (float(count),), "examples": (float(len(data)),)}
         return counters | (self._texts(model, data, base) if self._generates else {})
@@ -111,11 +112,10 @@ class Generation:
         return measures.scores(counters, self.metrics)
 
     def answer(self, model: torch.nn.Module, base: Base, text: str) -> str:
-        """The greedy continuation of a prompt."""
+        """The greedy answer to a prompt."""
         from fedpeft.tasks.greedy import generate
 
-        ids = np.asarray(prompt_ids(base, self._form(Pair(text, "")).prompt), np.int32)
-        return generate(model, base, [ids], self.max_new_tokens)[0]
+        return generate(model, base, [opening(base, self._form(Pair(text, "")).prompt)], self.max_new_tokens)[0]
 
     def _texts(self, model: torch.nn.Module, data: Encoded, base: Base) -> dict[str, tuple[float, ...]]:
         from fedpeft.tasks.greedy import generate

@@ -1,4 +1,6 @@
-"""The loss of causal language models: sequences packed into one row, output layer on labelled positions only, no logits kept.
+"""The loss of language models, and causal ones': sequences packed into one row, output layer on labelled positions only, no logits kept.
+
+What an encoder-decoder's batch is, `paired` says.
 
 Shape suffixes in comments: N tokens of the packed row, K labelled positions, S sequences, T longest sequence, V vocabulary.
 """
@@ -15,9 +17,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedpeft.tasks.chunked import head_of, losses_at
+from fedpeft.tasks.filled import IGNORED, device_of, filled, padded
+from fedpeft.tasks.paired import is_paired, paired, paired_losses, paired_owners, paired_parts
 from fedpeft.tasks.protocol import Batch, Encoded, Ids
 
-IGNORED = -100
 PACK = 2048
 """Most tokens of one packed forward on a CPU: attention over a packed row can cost the square of its length."""
 PACK_CUDA = 8192
@@ -36,16 +39,9 @@ def padding(wanted: bool = True) -> Iterator[None]:
         _padding.reset(token)
 
 
-def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
-
-
-def padded(sequences: Sequence[torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (S, T) of sequences filled up at the end."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=pad)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()}
+def batch_of(data: Encoded, places: Sequence[int], examples: int) -> Batch:
+    """The sequences ``places`` of ``data`` as what one forward needs, in the form that the base's family takes."""
+    return (paired if data.paired else packed)(data, places, examples)
 
 
 def packed(data: Encoded, places: Sequence[int], examples: int) -> Batch:
@@ -67,19 +63,23 @@ def _shifted(ids: Ids, start: int) -> torch.Tensor:
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy (K,) in nats of every labelled token of a packed batch, in its order."""
-    forward = _packed_losses if packs(model) else _padded_losses
+    """Cross-entropy (K,) in nats of every labelled token of a batch, in its order."""
+    parts = paired_parts if is_paired(batch) else _parts
     limit = PACK if device_of(model).type == "cpu" else PACK_CUDA
-    return torch.cat([forward(model, part) for part in _parts(batch, limit)])
+    return torch.cat([single_forward(model, part) for part in parts(batch, limit)])
 
 
 def single_forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """As `token_losses`, in one call of the model whatever its length: ranks that share a model must call it equally often."""
+    if is_paired(batch):
+        return paired_losses(model, batch)
     return (_packed_losses if packs(model) else _padded_losses)(model, batch)
 
 
 def owners(batch: Batch) -> torch.Tensor:
     """For each labelled token (K,) the number of its sequence in the batch."""
+    if is_paired(batch):
+        return paired_owners(batch)
     sequence = (batch.inputs["position_ids"] == 0).cumsum(1) - 1
     return sequence[batch.labels != IGNORED]
 
@@ -114,9 +114,7 @@ def _packed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def _padded_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     device, lengths = device_of(model), _lengths(batch)
     inputs = padded(batch.inputs["input_ids"][0].split_with_sizes(lengths), batch.pad)
-    labels = torch.nn.utils.rnn.pad_sequence(list(batch.labels[0].split_with_sizes(lengths)), batch_first=True, padding_value=IGNORED).to(
-        device
-    )
+    labels = filled(batch.labels[0].split_with_sizes(lengths), IGNORED).to(device)
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
     logits = logits[:, -labels.shape[1] :]  # virtual tokens stand before the text: (S, T, V)
     return cross_entropy(logits[labels != IGNORED].float(), labels[labels != IGNORED], reduction="none")

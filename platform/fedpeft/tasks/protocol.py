@@ -30,6 +30,7 @@ class Encoded:
         owners: (S,) the example that each sequence belongs to.
         pad: token id that fills up shorter sequences.
         references: (N,) the expected text, where generated text is compared with it.
+        paired: an encoder reads up to the last token before ``starts``, which is the decoder's first; False: one model reads all.
     """
 
     ids: Sequence[Ids]
@@ -38,6 +39,7 @@ class Encoded:
     owners: NDArray[np.int64]
     pad: int
     references: tuple[str, ...] = ()
+    paired: bool = False
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -48,9 +50,10 @@ class Encoded:
 class Batch:
     """What one forward needs, on the CPU; `Task.loss` moves it to the model's device.
 
-    Classification: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,). Language models: sequences one after the other,
-    ``input_ids`` and ``position_ids`` (1, N) with positions restarting at 0, and ``labels`` (1, N): the token to predict
-    at each position, already shifted, -100 where none is.
+    Classification: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,). Causal language models: sequences one after the
+    other, ``input_ids`` and ``position_ids`` (1, N) with positions restarting at 0, and ``labels`` (1, N): the token to predict
+    at each position, already shifted, -100 where none is. Encoder-decoders: ``input_ids`` and ``attention_mask`` (B, T) of the
+    encoder, ``decoder_input_ids`` and ``labels`` (B, U), -100 where the row is over.
     """
 
     inputs: Mapping[str, torch.Tensor]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import PrivacyError
+from fedpeft.tasks.paired import is_paired, paired_singles
 from fedpeft.tasks.protocol import Batch
 from fedpeft.training.dp_recorder import Recorder
 from fedpeft.training.dp_rows import Rows
@@ -61,7 +62,7 @@ def add_weighted(recorder: Recorder, live: Live, weights: Tensor) -> None:
 
 
 def rows_of(batch: Batch) -> Rows:
-    """How ``batch`` holds its examples: one a row, or one after the other in a packed row.
+    """How ``batch`` holds its examples: one a row (of encoder and decoder), or one after the other in a packed row.
 
     Raises:
         PrivacyError: a packed row holds another number of sequences than of examples.
@@ -81,6 +82,8 @@ def terms_of(batch: Batch) -> Tensor:
     """The number of loss terms of each example (N,), 1 where there is none."""
     if batch.labels.dim() == 1:
         return torch.ones(batch.examples)
+    if is_paired(batch):
+        return (batch.labels >= 0).sum(1).clamp(min=1).float()
     labelled = torch.split(batch.labels[0] >= 0, list(_lengths(batch)))
     return torch.stack([part.sum() for part in labelled]).clamp(min=1).float()
 
@@ -91,6 +94,9 @@ def singles(batch: Batch) -> Iterator[Batch]:
         cuts = [torch.split(value, list(_lengths(batch)), 1) for value in (*batch.inputs.values(), batch.labels)]
         for *inputs, labels in zip(*cuts, strict=True):
             yield Batch(dict(zip(batch.inputs, inputs, strict=True)), labels, 1, labels.shape[1], batch.pad)
+        return
+    if is_paired(batch):
+        yield from paired_singles(batch)
         return
     for row in range(batch.examples):
         tokens = int(batch.inputs["attention_mask"][row].sum())

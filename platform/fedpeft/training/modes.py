@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -54,7 +55,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _wake(model: nn.Module, checkpointing: bool) -> None:
     """Set the layers that wrap a frozen ``base_layer`` (peft's form, and ours) or host a ``mixture`` to training, frozen layers inside not.
 
-    transformers checkpoints only layers whose own flag says training; the flag of their children (dropout) stays off.
+    transformers checkpoints only layers whose own flag says training (`_still`); the flag of their children (dropout) stays off.
     """
     for module in list(model.modules()):
         if isinstance(getattr(module, "base_layer", None), nn.Module):
@@ -89,8 +90,22 @@ def _checkpointing(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
     run = checkpointer(settings.offload_activations)
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            object.__setattr__(module, "_gradient_checkpointing_func", run)
+            own = run if settings.base_dropout else partial(_still, run, module)
+            object.__setattr__(module, "_gradient_checkpointing_func", own)
     try:
         yield
     finally:
         getattr(inner, DISABLE)()
+
+
+def _still(run: Callable[..., Any], layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Checkpoint a layer that must seem to train, while its forward sees that it does not: BART's and OPT's drop out by their own flag."""
+
+    def still(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return run(still, *inputs)

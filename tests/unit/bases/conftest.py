@@ -55,7 +55,9 @@ def tiny(kind: str) -> object:
         "distilbert": lambda: AutoModelForMaskedLM.from_config(DistilBertConfig(vocab_size=len(WORDS), **distil)),
         "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**small, num_key_value_heads=2)),
         "gpt2": lambda: AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(WORDS), n_embd=64, n_layer=2, n_head=4, n_positions=64)),
-        "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), d_model=64, num_layers=1, num_heads=4, d_ff=128, d_kv=16)),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=len(WORDS), d_model=64, num_layers=1, num_heads=4, d_ff=128, d_kv=16)
+        ),  # begins with nothing
         "vit": lambda: ViTModel(
             ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, image_size=32)
         ),

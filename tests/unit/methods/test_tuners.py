@@ -169,7 +169,7 @@ REFUSALS = {
     ("osf", "gpt2"): "found nothing to train",
     ("miss", "gpt2"): "Conv1D",
     ("llama-adapter", "bert"): "not for bert",
-    ("shadow", "t5"): "decoder layers",
+    ("shadow", "t5"): "two stacks of blocks",
     ("p-tuning", "llama-classifier"): "last token",
     ("multitask-prompt", "t5"): "encoder-decoder",
     ("cartridge", "distilbert"): "past_key_values",

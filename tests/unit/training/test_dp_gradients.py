@@ -27,7 +27,7 @@ from transformers import (
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import PrivacyError
 from fedpeft.methods import METHODS
-from fedpeft.tasks.likelihood import IGNORED
+from fedpeft.tasks.filled import IGNORED
 from fedpeft.tasks.protocol import Batch
 from fedpeft.training import dp_rows, dp_rules
 from fedpeft.training.dp_recorder import Recorder

@@ -119,6 +119,8 @@ def _where(model: nn.Module, kind: str, place: Place, arguments: dict[str, Any])
         return {"target_modules": [_embedding(model)]}
     if place == "attention":
         return _attention(model, kind, arguments)
+    if place == "blocks" and getattr(model.config, "is_encoder_decoder", False):
+        raise AdapterError(f"{kind}: {type(model).__name__} has two stacks of blocks, and the network beside them follows one; use lora")
     return {}
 
 

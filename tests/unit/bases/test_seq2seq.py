@@ -1,0 +1,95 @@
+"""Encoder-decoders as bases: one trunk under both heads, transformers' own answers, quantization, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base, meta_base, module_roles, outline_base
+from fedpeft.bases.quantize import is_quantized
+from fedpeft.errors import BaseError
+
+Folder = Callable[[str], Path]
+LABELS, LM = HeadSpec("classification", ("a", "b", "c")), HeadSpec("lm")
+IDS = torch.tensor([[10, 11, 12, 13, 1], [20, 21, 1, 0, 0]])
+INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
+
+
+def load(folder: Path, quantization: str = "none") -> Base:
+    return load_base(BaseSpec(str(folder), quantization, max_tokens=32), "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_both_heads_share_the_trunk_and_answer_as_transformers_does(seq2seq_folder: Folder, kind: str) -> None:
+    base, meta = load(seq2seq_folder(kind)), meta_base(BaseSpec(str(seq2seq_folder(kind)), max_tokens=32))
+    assert (base.family, base.width, base.fingerprint) == ("seq2seq", 32, meta.fingerprint)
+    writer, classifier = base.shell(LM), base.shell(LABELS)
+    assert getattr(classifier, classifier.base_model_prefix) is base.trunk
+    assert writer.get_encoder() is base.trunk.get_encoder() is base.reader
+    assert not any(p.requires_grad for p in (*writer.parameters(), *base.trunk.parameters()))
+    for ours, form in ((writer, AutoModelForSeq2SeqLM), (classifier, AutoModelForSequenceClassification)):
+        peer = form.from_pretrained(seq2seq_folder(kind), num_labels=3, dtype=torch.float32).eval()
+        head = {name: value for name, value in ours.state_dict().items() if name.startswith("classification_head")}
+        peer.load_state_dict(head, strict=False)
+        inputs = INPUTS | ({"decoder_input_ids": IDS} if form is AutoModelForSeq2SeqLM else {})
+        with torch.no_grad():
+            assert torch.equal(ours(**inputs).logits, peer(**inputs).logits)
+    for head in (LM, LABELS):
+        shapes = [[(name, p.shape) for name, p in one.shell(head).named_parameters()] for one in (base, meta)]
+        assert shapes[0] == shapes[1]
+    assert module_roles(outline_base(base.spec).model) == module_roles(writer)
+    assert module_roles(writer)["head"] == ["lm_head"]
+    assert not module_roles(writer)["outside"]
+
+
+def test_embeddings_are_the_encoders_mean_whatever_stands_beside(seq2seq_folder: Folder) -> None:
+    base = load(seq2seq_folder("t5"))
+    found = base.embed(["w1 w2 w3", "w4"])
+    with torch.no_grad():
+        hidden = base.trunk.get_encoder()(input_ids=torch.tensor([[5, 6, 7, 1]])).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(found[0], hidden / hidden.norm(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(base.embed(["w4"])[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "ao-int8"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_blocks_are_quantized_but_for_what_t5_keeps_wide(seq2seq_folder: Folder, kind: str, quantization: str) -> None:
+    base = load(seq2seq_folder(kind), quantization)
+    roles = module_roles(base.model)
+    kept = {name for name in roles["mlp"] if name.endswith(".wo")} if quantization != "ao-int8" else set()
+    small = {name for name, module in base.model.named_modules() if is_quantized(module)}
+    assert small == set(roles["attention"] + roles["mlp"]) - kept
+    plain = load(seq2seq_folder(kind)).model
+    with torch.no_grad():
+        for name in small:  # the weights that are meant, read off the layers
+            layer, dense = base.model.get_submodule(name), plain.get_submodule(name)
+            dense.weight.copy_((layer(torch.eye(layer.in_features)) - (0 if layer.bias is None else layer.bias)).T)
+        wanted, found = (model(**INPUTS, decoder_input_ids=IDS).logits for model in (plain, base.shell(LM)))
+    assert float((found - wanted).norm() / wanted.norm()) < (0.1 if quantization == "int8" else 1e-4)
+    assert base.shell(LABELS)(**INPUTS).logits.dtype == torch.float32
+
+
+def spoilt(folder: Path, to: Path, **settings: object) -> Path:
+    copy = Path(shutil.copytree(folder, to))
+    table = json.loads((copy / "config.json").read_text()) | settings
+    (copy / "config.json").write_text(json.dumps(table))
+    return copy
+
+
+def test_what_is_no_encoder_decoder_of_text_or_cannot_tell_its_end_is_refused(seq2seq_folder: Folder, tmp_path: Path) -> None:
+    whisper = spoilt(seq2seq_folder("bart"), tmp_path / "whisper", model_type="whisper")
+    with pytest.raises(BaseError, match="WhisperConfig is an encoder-decoder that writes no text; use one of text"):
+        load(whisper)
+    table = {"model_type": "t5gemma", "encoder": {}, "decoder": {}}
+    with pytest.raises(BaseError, match="T5GemmaConfig has a config of its own for each half"):
+        load(spoilt(seq2seq_folder("t5"), tmp_path / "gemma", **table))
+    endless = load(spoilt(seq2seq_folder("t5"), tmp_path / "endless", eos_token_id=0))
+    with pytest.raises(BaseError, match="its classifier reads where the end token stands, and eos_token_id is 0"):
+        endless.shell(LABELS)
