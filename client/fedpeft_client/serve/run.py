@@ -89,7 +89,7 @@ def source(settings: Serve) -> Source:
 def _base_of(settings: Serve) -> BaseSpec:
     """The base that the newest versions were trained on. Raises `AdapterError` when nothing is served there."""
     versions = source(settings)
-    return base_of({task: versions.get(task) for task in versions.tasks()[:1]})
+    return base_of({task: versions.get(task) for task in list(versions.heads())[:1]})
 
 
 def _listen(settings: Serve) -> socket.socket:

@@ -54,6 +54,14 @@ class RegistryService(RegistryServicer):
         """One version."""
         return await self.run(lambda: self._message(self._find(request.ref)))  # type: ignore[no-any-return]
 
+    async def Heads(self, request: pb.HeadsRequest, context: Any) -> pb.HeadsResponse:
+        """What each task serves now, from the histories that the feed has read."""
+        found, caller = await self.feed.look(), CALLER.get()
+        last = {task: entries[-1] for task, (entries, _) in sorted(found.items()) if caller.sees(task)}
+        answer = pb.HeadsResponse(heads=[pb.Head(task=task, number=entry.number, digest=entry.digest) for task, entry in last.items()])
+        etag = sha256(answer.SerializeToString(deterministic=True))
+        return pb.HeadsResponse(etag=etag, heads=[] if etag == request.etag else answer.heads)
+
     async def History(self, request: pb.HistoryRequest, context: Any) -> pb.HistoryResponse:
         """A task's events, the youngest that fit a message."""
         events = await self.run(_found, self.registry.history, request.task)

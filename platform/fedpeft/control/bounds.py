@@ -17,6 +17,7 @@ TEXTS = {
     "task": 100,
     "ref": 256,
     "digest": 64,
+    "etag": 64,
     "alias": 32,
     "origin": 256,
     "page_token": 200,

@@ -20,6 +20,7 @@ from fedpeft.v1 import registry_pb2 as pb
 from fedpeft.v1 import router_pb2 as router
 
 if TYPE_CHECKING:
+    from fedpeft.registry.version import Head
     from fedpeft.routing import Route, RouterCard
 
 
@@ -28,6 +29,7 @@ class RemoteRegistry:
 
     def __init__(self, link: Link, cache: Cache) -> None:
         self.link, self.cache = link, cache
+        self._heads: tuple[str, dict[str, Head]] = ("", {})
 
     def get(self, ref: str) -> Version:
         """The version that ``ref`` names. Raises `AdapterError` when there is none, `LinkError`, `PolicyError`."""
@@ -37,9 +39,16 @@ class RemoteRegistry:
         """The digest that ``ref`` names. Raises as `get` does."""
         return self.get(ref).digest
 
+    def heads(self) -> dict[str, Head]:
+        """What each task serves now; where nothing changed since the last time, the answer is an etag alone. Raises `LinkError`."""
+        answer = self.link.unary("Registry", "Heads", pb.HeadsRequest(etag=self._heads[0]))
+        if answer.etag != self._heads[0]:
+            self._heads = answer.etag, {head.task: (head.number, head.digest) for head in answer.heads}
+        return dict(self._heads[1])
+
     def tasks(self) -> tuple[str, ...]:
         """Tasks with a version."""
-        return tuple(sorted({version.task for version in self.list()}))
+        return tuple(self.heads())
 
     def served(self) -> dict[str, tuple[Version, RouterCard]]:
         """Each task's current version and its router card, verified. Raises `StorageError`, `LinkError`."""

@@ -12,6 +12,7 @@ SEE = frozenset({"monitor", "operator"})
 ALLOWED: dict[str, frozenset[str]] = {
     "/fedpeft.v1.Registry/List": LOOK,
     "/fedpeft.v1.Registry/Get": LOOK,
+    "/fedpeft.v1.Registry/Heads": LOOK,
     "/fedpeft.v1.Registry/History": LOOK,
     "/fedpeft.v1.Registry/Pull": LOOK,
     "/fedpeft.v1.Registry/Aliases": LOOK,

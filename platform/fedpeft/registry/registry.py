@@ -30,7 +30,7 @@ from fedpeft.registry.manifest import NAME, SIGNATURE, Manifest, complete
 from fedpeft.registry.objects import Objects
 from fedpeft.registry.router_cards import derived, router_card
 from fedpeft.registry.store import FolderStore, Store
-from fedpeft.registry.version import Source, Version, log_name, moves_name
+from fedpeft.registry.version import Head, Source, Version, log_name, moves_name
 from fedpeft.routing import FILE, RouterCard
 from fedpeft.signing import Keys
 
@@ -198,6 +198,11 @@ class Registry:
         """Tasks with at least one event."""
         logs = [name for name in self.histories.names() if name.endswith("/log")]
         return tuple(sorted(name.split("/")[1] for name in logs if self.histories.lines(name)))
+
+    def heads(self) -> dict[str, Head]:
+        """Number and digest of each task's current version; no manifest is read. Raises `StorageError` when a history is broken."""
+        last = {task: self.events(task)[-1] for task in self.tasks()}
+        return {task: (entry.number, entry.digest) for task, entry in last.items()}
 
     def served(self) -> dict[str, tuple[Version, RouterCard]]:
         """Each task's current version and its router card. Raises `StorageError` when one is damaged."""

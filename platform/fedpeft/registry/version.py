@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fedpeft.adapters import Adapter
     from fedpeft.routing import RouterCard
 
+Head = tuple[int, str]
+"""The number of a task's last event, and the digest of the version that it made current."""
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,99}")
 
 
@@ -48,6 +50,10 @@ class Source(Protocol):
 
 class Library(Source, Protocol):
     """A registry's verbs that are the same here and far away; all raise `AdapterError`, `StorageError`, and `LinkError` where it is far."""
+
+    def heads(self) -> Mapping[str, Head]:
+        """What each task serves now; cheap to ask again and again."""
+        ...
 
     def tasks(self) -> tuple[str, ...]:
         """Tasks with a version."""

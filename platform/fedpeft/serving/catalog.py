@@ -14,6 +14,7 @@ from fedpeft.adapters import Adapter
 from fedpeft.adapters.folder import digest_in, parse
 from fedpeft.errors import AdapterError, BaseError, FedpeftError, LinkError, StorageError
 from fedpeft.registry import Version, router_card
+from fedpeft.registry.version import Head
 from fedpeft.routing import RouterCard
 from fedpeft.serving.requests import Mixture
 
@@ -26,8 +27,8 @@ log = logging.getLogger("fedpeft.serving")
 class Source(Protocol):
     """Where versions come from: a `Registry`, or anything that answers like one."""
 
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks that have a version."""
+    def heads(self) -> Mapping[str, Head]:
+        """Number and digest of each task's current version."""
         ...
 
     def get(self, ref: str) -> Version:
@@ -88,7 +89,7 @@ class Catalog:
         self._routers: dict[str, RouterCard] = {}
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
-        self._seen: dict[str, tuple[int, str]] = {}
+        self._seen: dict[str, Head] = {}
         self.generation = 0
 
     def served(self) -> dict[str, Served]:
@@ -137,7 +138,7 @@ class Catalog:
     def refresh(self) -> list[str]:
         """Bring in every task's new version; one that cannot be served leaves the old one at work. Returns the names swapped in."""
         with self._refreshing:
-            return [name for task in self.source.tasks() if (name := self._refresh(task))]
+            return [name for task, head in self.source.heads().items() if self._seen.get(task) != head and (name := self._refresh(task))]
 
     def sweep(self) -> None:
         """Take out the retired versions that nobody uses any more."""
@@ -153,8 +154,6 @@ class Catalog:
     def _refresh(self, task: str) -> str | None:
         try:
             version = self.source.get(task)
-            if self._seen.get(task) == (version.number, version.digest):
-                return None
             self._seen[task] = (version.number, version.digest)
             self._bring(task, version)
         except FedpeftError as fault:

@@ -44,6 +44,11 @@ class RegistryStub:
                 request_serializer=fedpeft_dot_v1_dot_registry__pb2.GetRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_registry__pb2.Version.FromString,
                 _registered_method=True)
+        self.Heads = channel.unary_unary(
+                '/fedpeft.v1.Registry/Heads',
+                request_serializer=fedpeft_dot_v1_dot_registry__pb2.HeadsRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_registry__pb2.HeadsResponse.FromString,
+                _registered_method=True)
         self.History = channel.unary_unary(
                 '/fedpeft.v1.Registry/History',
                 request_serializer=fedpeft_dot_v1_dot_registry__pb2.HistoryRequest.SerializeToString,
@@ -98,6 +103,13 @@ class RegistryServicer:
 
     def Get(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Heads(self, request, context):
+        """What each task serves now, for those who ask again and again: nothing but the etag where that is the one that they have.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -169,6 +181,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=fedpeft_dot_v1_dot_registry__pb2.GetRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_registry__pb2.Version.SerializeToString,
+            ),
+            'Heads': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heads,
+                    request_deserializer=fedpeft_dot_v1_dot_registry__pb2.HeadsRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_registry__pb2.HeadsResponse.SerializeToString,
             ),
             'History': grpc.unary_unary_rpc_method_handler(
                     servicer.History,
@@ -265,6 +282,33 @@ class Registry:
             '/fedpeft.v1.Registry/Get',
             fedpeft_dot_v1_dot_registry__pb2.GetRequest.SerializeToString,
             fedpeft_dot_v1_dot_registry__pb2.Version.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.Registry/Heads',
+            fedpeft_dot_v1_dot_registry__pb2.HeadsRequest.SerializeToString,
+            fedpeft_dot_v1_dot_registry__pb2.HeadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

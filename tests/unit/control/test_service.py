@@ -19,6 +19,7 @@ from fedpeft.errors import AdapterError, BaseError, LinkError, PolicyError, Stor
 from fedpeft.registry import Manifest, Registry, judging
 from fedpeft.registry.manifest import NAME, SIGNATURE
 from fedpeft.routing import Request, make_router
+from fedpeft.serving.catalog import Catalog
 from fedpeft.v1 import registry_pb2 as pb
 from fedpeft.v1 import router_pb2 as router
 from fedpeft.v1.registry_pb2_grpc import RegistryStub
@@ -74,6 +75,45 @@ def test_a_far_registry_says_what_the_near_one_says(running, far, made, monkeypa
     far.alias("area", "prod", "2")
     assert far.aliases("area") == near.aliases("area") == {"prod": near.resolve("area@2")}
     assert same(far.get("area@prod"), near.get("area@2"))
+
+
+@pytest.fixture
+def counted(far, monkeypatch):
+    """Calls of the far registry from now on: methods, and bytes of what was asked and answered."""
+    calls, unary = [], far.link.unary
+
+    def count(what, method, request, **more):
+        answer = unary(what, method, request, **more)
+        calls.append((method, request.ByteSize() + answer.ByteSize()))
+        return answer
+
+    monkeypatch.setattr(far.link, "unary", count)
+    return calls
+
+
+def test_looking_whether_something_is_new_costs_the_same_however_many_versions_there_are(running, far, made, counted):
+    made.fill(running.registry, *range(3, 13))
+    made.fill(running.registry, 1, task="kind")
+    assert far.heads() == running.registry.heads() == {task: (n, running.registry.resolve(task)) for task, n in (("area", 12), ("kind", 1))}
+    listed = len(far.list()) and sum(size for _, size in counted[1:])
+    del counted[:]
+    for _ in range(3):
+        assert far.tasks() == ("area", "kind")
+    assert counted == [("Heads", 2 * 66)] * 3  # an etag up and an etag down, where a list is kilobytes
+    assert listed > 10_000
+    running.registry.rollback("area", "1")
+    assert far.heads()["area"] == (13, running.registry.resolve("area@1"))
+    assert far.heads() == running.registry.heads()
+
+
+def test_a_catalog_that_is_up_to_date_asks_one_small_thing(running, far, made, counted):
+    catalog = Catalog(far, made.base, None)
+    catalog.refresh()  # what the task is made of is not told, so nothing can be served, and no more is asked of it
+    assert set(catalog.faults) == {"area"}
+    del counted[:]
+    for _ in range(3):
+        assert catalog.refresh() == []
+    assert [method for method, _ in counted] == ["Heads"] * 3
 
 
 def test_a_near_registry_pulls_from_a_far_one(running, far, tmp_path):
