@@ -271,7 +271,7 @@ class Registry:
         if whole:
             return self.at(*whole[-1])
         every = (self.at(task, entry) for task in self.tasks() for entry in self.events(task))
-        found = {version.digest: version for version in every if _names(version, prefix)}
+        found = {version.digest: version for version in every if version.begins(prefix)}
         if len(found) == 1:
             return next(iter(found.values()))
         if not found or not prefix:
@@ -297,7 +297,3 @@ class Registry:
     @cached_property
     def _alias_keys(self) -> Keys:
         return Keys(self.root / "keys", "alias v1")
-
-
-def _names(version: Version, prefix: str) -> bool:
-    return version.digest.startswith(prefix) or version.manifest.adapter.startswith(prefix)

@@ -35,6 +35,10 @@ class Version:
     origin: str
     created: str
 
+    def begins(self, prefix: str) -> bool:
+        """Whether its digest, or its adapter's, begins so."""
+        return self.digest.startswith(prefix) or self.manifest.adapter.startswith(prefix)
+
 
 class Source(Protocol):
     """What versions are pulled from: another registry, here or far away."""
