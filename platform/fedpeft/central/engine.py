@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -15,12 +17,15 @@ from torch import nn
 from fedpeft.central.balancing import Balancing
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
-from fedpeft.central.together import add_up, require_equal
+from fedpeft.central.together import add_up, gathered, require_equal
 from fedpeft.central.world import World
 from fedpeft.central.zero import sized
 from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.training.engine import Arrays, Sums, autocast, optimizer_of, rate, schedule
 from fedpeft.training.settings import TrainJob, TrainSettings
+
+WAYS = "ways"
+"""The checkpoint's array of how each rank multiplied, from the first step on, so that a job goes on to the same bits in another process."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class ZeroRun:
                 self._rate(number)
             zero.step()
         self._steps += 1
+        self.live.bank.choices.settled = True
         self._require_present()
         losses = np.array([self.losses.get(name, np.nan) for name in self.task.pool.names])
         self.balancing.learn(zero, number, losses, self.settings.batch_size)
@@ -87,13 +93,14 @@ class ZeroRun:
 
     def state(self) -> Arrays | None:
         """See `Run.state`: all ranks gather, rank 0 has it."""
+        ways = {WAYS: _coded(gathered(self.world, self.live.bank.choices.kept))}
         if self._zero is None:
             arrays: Arrays = {f"{name}|value": self.live.bank.flat(name).cpu().numpy().copy() for name in self.live.specs}
-            return arrays | self._moments | self.balancing.arrays() if self.world.rank == 0 else None
+            return arrays | self._moments | self.balancing.arrays() | ways if self.world.rank == 0 else None
         arrays = get_values(self.live.bank)
         for name in self.live.specs:
             arrays |= gather_moments(self._zero, self.live.bank, name)
-        arrays |= self.balancing.arrays() | {"steps": np.array(self._steps)}
+        arrays |= self.balancing.arrays() | {"steps": np.array(self._steps)} | ways
         return arrays if self.world.rank == 0 else None
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -103,6 +110,9 @@ class ZeroRun:
         self.balancing.restore(arrays)
         self._moments = {key: value for key, value in arrays.items() if key.rpartition("|")[2] in MOMENTS}
         self._steps = int(arrays["steps"]) if "steps" in arrays else 0
+        if WAYS in arrays:
+            said = json.loads(arrays[WAYS].tobytes())
+            self.live.bank.choices.recall(said[self.world.rank] if len(said) == self.world.size else dict(ChainMap(*said)))
 
     @property
     def ended(self) -> bool:
@@ -158,6 +168,11 @@ class ZeroRun:
             raise AdapterError(
                 f"adapters {off} were switched off during training; under ZeRO every adapter takes part in every step, use gates (Bank.use)"
             )
+
+
+def _coded(value: Any) -> NDArray[np.uint8]:
+    """A plain value as bytes of JSON."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def _groups(live: Joint, settings: TrainSettings) -> list[dict[str, Any]]:

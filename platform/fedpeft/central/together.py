@@ -25,7 +25,7 @@ def together(world: World, work: Callable[[], T]) -> T:
         result = work()
     except FedpeftError as found:
         fault = found
-    said = _gathered(world, None if fault is None else (type(fault).exit_code, str(fault)))
+    said = gathered(world, None if fault is None else (type(fault).exit_code, str(fault)))
     if fault is not None:
         raise fault
     for rank, other in enumerate(said):
@@ -36,7 +36,7 @@ def together(world: World, work: Callable[[], T]) -> T:
 
 def require_equal(world: World, what: str, value: str) -> None:
     """Raise `DataError` on all ranks unless ``value`` is the same on all of them."""
-    said = _gathered(world, value)
+    said = gathered(world, value)
     other = next((rank for rank, seen in enumerate(said) if seen != said[0]), None)
     if other is not None:
         raise DataError(
@@ -53,7 +53,7 @@ def add_up(world: World, values: Tensor) -> None:
         dist.all_reduce(values)
 
 
-def _gathered(world: World, value: Any) -> list[Any]:
+def gathered(world: World, value: Any) -> list[Any]:
     """Every rank's ``value``: text, numbers and None, as JSON."""
     import json
 

@@ -13,7 +13,7 @@ from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import AdapterError
-from fedpeft.mixtures.choice import check_way
+from fedpeft.mixtures.choice import Choices, check_way
 from fedpeft.mixtures.compile import compiled, everyone, heads_of
 from fedpeft.mixtures.dense import Own
 from fedpeft.mixtures.gates import Gates
@@ -90,6 +90,11 @@ class Bank:
     def names(self) -> tuple[str, ...]:
         """The adapters that gates may name."""
         return tuple(self.store.place)
+
+    @property
+    def choices(self) -> Choices:
+        """Which ways were taken; settle them where another process must go on bit for bit."""
+        return self.state.choices
 
     def spec(self, name: str) -> AdapterSpec:
         """The spec of one adapter. Raises `AdapterError` when it is not here."""

@@ -1,13 +1,17 @@
 """Which way runs for which shape: measured once per shape on the device at hand, and kept; a setting overrides it.
 
-All ways give the same numbers up to rounding; where runs must agree bit for bit (a resumed job), name the way.
+All ways give the same numbers up to rounding. Where two processes must agree bit for bit, name the way, or hand the `Choices` of one to
+the other, as a checkpoint does.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,8 +26,10 @@ PAIRED: dict[str, Paired] = {"batched": Batched, "segments": Segments, "grouped"
 WAYS = ("auto", "loop", *PAIRED)
 ROUNDS = 3
 log = logging.getLogger("fedpeft.mixtures")
-FASTEST: dict[tuple[object, ...], str] = {}
-"""The way that was fastest, by shape."""
+FASTEST: dict[str, str] = {}
+"""The way that was fastest in this process, by `key_of` it."""
+AFTER = "segments"
+"""What runs for every shape, where nothing else is known to."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +53,58 @@ def check_way(name: str, device: str) -> str:
     return name
 
 
-def way_for(share: Share, name: str, shape: Shape) -> tuple[Way, Tensor | None]:
-    """The way for a share, and its weights."""
+def way_for(share: Share, name: str, shape: Shape, auto: Callable[[Pairs, Shape], str]) -> tuple[Way, Tensor | None]:
+    """The way for a share, and its weights; ``auto`` names it where ``name`` leaves that open."""
     plan = share.plan
     if name == "loop":
         return Loop(share.matrix), share.matrix
     if isinstance(plan, Blend):
         return Stacked(plan), plan.weights
-    return PAIRED[fastest(plan, shape) if name == "auto" else name](plan), plan.weights
+    return PAIRED[auto(plan, shape) if name == "auto" else name](plan), plan.weights
+
+
+@dataclass
+class Choices:
+    """What one bank's products take, by shape; once ``settled``, a shape that was not met before is timed no more.
+
+    It then takes the way of most others, so that all that is taken from there on follows from ``kept``.
+    """
+
+    kept: dict[str, str] = field(default_factory=dict)
+    settled: bool = False
+    _later: dict[str, str] = field(default_factory=dict)
+
+    def recall(self, kept: Mapping[str, str]) -> None:
+        """Go on with what another process took, as far as it runs here."""
+        here = {key: way for key, way in kept.items() if way in PAIRED and (way != "fused" or available(key.partition(" ")[0]))}
+        self.kept, self.settled = {**self.kept, **here}, True
+
+    def __call__(self, plan: Pairs, shape: Shape) -> str:
+        """The way for this plan and shape."""
+        key = key_of(plan, shape)
+        if key in self.kept:
+            return self.kept[key]
+        if not self.settled:
+            return self.kept.setdefault(key, fastest(plan, shape))
+        if key not in self._later:
+            votes = Counter(self.kept.values())
+            usual = max(sorted(votes), key=votes.__getitem__, default=AFTER)
+            runs = _seconds(PAIRED[usual](plan), plan, shape) < inf
+            self._later[key] = usual if runs else AFTER
+        return self._later[key]
+
+
+def key_of(plan: Pairs, shape: Shape) -> str:
+    """What is measured once: plans of about as many tokens, pairs and slots share it."""
+    bucket = (shape.tokens.bit_length(), len(plan.slots).bit_length(), len(plan.runs).bit_length(), plan.uniform is None)
+    return f"{plan.slots.device.type} {bucket} {shape.dtype} {shape.rank} {shape.width_in} {shape.width_out} {shape.training}"
 
 
 def fastest(plan: Pairs, shape: Shape) -> str:
-    """The way with the least time for this plan and shape; plans of about as many tokens, pairs and slots share a measurement."""
-    device = plan.slots.device.type
-    bucket = (shape.tokens.bit_length(), len(plan.slots).bit_length(), len(plan.runs).bit_length(), plan.uniform is None)
-    key = (device, bucket, shape.dtype, shape.rank, shape.width_in, shape.width_out, shape.training)
+    """The way with the least time for this plan and shape on the device at hand, measured once in this process."""
+    key = key_of(plan, shape)
     if key not in FASTEST:
-        names = [name for name in PAIRED if name != "fused" or available(device)]
+        names = [name for name in PAIRED if name != "fused" or available(plan.slots.device.type)]
         seconds = {name: _seconds(PAIRED[name](plan), plan, shape) for name in names}
         FASTEST[key] = min(seconds, key=seconds.__getitem__)
     return FASTEST[key]
@@ -76,7 +117,7 @@ def _seconds(way: Way, plan: Pairs, shape: Shape) -> float:
     y = torch.zeros(shape.tokens, shape.width_out, dtype=shape.dtype, device=device)
     a = torch.zeros(plan.capacity, shape.rank, shape.width_in, dtype=shape.dtype, device=device)
     b = torch.zeros(plan.capacity, shape.width_out, shape.rank, dtype=shape.dtype, device=device)
-    best = float("inf")
+    best = inf
     try:
         _layer(way, (x, y, a, b), shape.training)
         for _ in range(ROUNDS):
@@ -85,7 +126,7 @@ def _seconds(way: Way, plan: Pairs, shape: Shape) -> float:
             best = min(best, _now(device) - began)
     except Exception as fault:  # noqa: BLE001 - a kernel may fail to compile in its own ways; the loop's ways always run
         log.warning("mixture: way %s cannot run here (%s: %s); another one is taken", type(way).__name__, type(fault).__name__, fault)
-        return float("inf")
+        return inf
     return best
 
 

@@ -198,7 +198,8 @@ def _addends(x: Tensor, members: Sequence[Host], share: Share) -> list[Addend]:
     rank, width = found[0].a.shape[1:]
     training = torch.is_grad_enabled() and slab.trained
     shape = Shape(x.numel() // x.shape[-1], _dtype(x), rank, width, found[0].b.shape[1], training)
-    way, weights = way_for(share, members[0].state.way, shape)
+    state = members[0].state
+    way, weights = way_for(share, state.way, shape, state.choices)
     return [Addend(way, tuple(found), weights, slab.dropout if members[0].layer.training else 0.0)]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import AdapterError
+from fedpeft.mixtures.choice import Choices
 from fedpeft.mixtures.gates import Term
 from fedpeft.mixtures.plans import Share, blend_of
 from fedpeft.mixtures.slabs import Slab, Store
@@ -56,7 +57,7 @@ class Routed:
 
 @dataclass(eq=False)
 class State:
-    """The mixture in use."""
+    """The mixture in use; ``choices`` are the ways that were taken where ``way`` leaves them open."""
 
     store: Store
     way: str = "auto"
@@ -65,6 +66,7 @@ class State:
     routed: tuple[Routed, ...] = ()
     heads: tuple[str | None, ...] | None = None
     version: int = 0
+    choices: Choices = field(default_factory=Choices)
 
     def resting(self, module: str) -> list[Slab]:
         """The slabs that act on ``module`` under other gates than these."""

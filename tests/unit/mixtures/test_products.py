@@ -15,6 +15,7 @@ from fedpeft.methods import Lora
 from fedpeft.mixtures import Gates
 from fedpeft.mixtures.compile import compiled, everyone
 from fedpeft.mixtures.hosts import Family, Host
+from fedpeft.mixtures.plans import pairs_of_rows
 from fedpeft.mixtures.slabs import Store
 from fedpeft.mixtures.state import State
 from fedpeft.tensors import Entry, Layout, Tensors
@@ -259,6 +260,31 @@ def test_the_measured_way_is_kept_and_can_be_named(monkeypatch):
     assert set(choice.FASTEST.values()) == {"segments"}
     forward(own, Gates.rows(["a", "b", "a", None]), x, "batched")
     assert len(asked) == 3
+
+
+def test_settled_choices_are_those_of_another_process_and_nothing_is_timed_for_them(monkeypatch):
+    from fedpeft.mixtures import choice
+
+    plan = pairs_of_rows([0, 1], 2, torch.device("cpu"))
+    times = {"Batched": 3.0, "Segments": 1.0, "Grouped": 2.0}
+    monkeypatch.setattr(choice, "FASTEST", {})
+    monkeypatch.setattr(choice, "_seconds", lambda way, plan, shape: times[type(way).__name__])
+    shapes = [choice.Shape(2**power, torch.float32, 2, 8, 8, True) for power in range(5)]
+    first = choice.Choices()
+    assert [first(plan, shape) for shape in shapes[:3]] == ["segments"] * 3
+    first.settled = True
+    times |= {"Segments": 9.0}
+    choice.FASTEST.clear()
+    second, stranger = choice.Choices(), choice.Choices()
+    second.recall({**first.kept, "cpu nowhere": "fused", "cpu then": "no way"})
+    assert second.kept == first.kept
+    for each in (first, second):
+        assert [each(plan, shape) for shape in shapes] == ["segments"] * 5  # the last two as most others, whatever is fastest now
+        assert len(each.kept) == 3
+    assert stranger(plan, shapes[0]) == "grouped"
+    times["Grouped"] = float("inf")
+    third = choice.Choices({"x": "grouped", "y": "grouped", "z": "batched"}, settled=True)
+    assert third(plan, shapes[0]) == choice.AFTER  # what most take cannot run for this shape
 
 
 def test_a_way_that_the_device_lacks_is_never_chosen(monkeypatch):
