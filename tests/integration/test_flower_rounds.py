@@ -1,4 +1,7 @@
-"""Real processes on loopback: the guarded SuperLink, real SuperNodes, our own executors, and kill -9 of each of them."""
+"""Real processes on loopback: the guarded SuperLink, real SuperNodes, our own executors, and kill -9 of each of them alone.
+
+In the default tests test_chaos.py kills all of them in one run, and test_masked_rounds.py tries the public port and keeps a stranger out.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ import httpx
 import pytest
 
 from fedpeft.issuing import issue
-from fedpeft_coordinator.supervise import free_port, listens
+from fedpeft_coordinator.supervise import free_port
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 FAKE = Path(__file__).parents[1] / "unit" / "coordinator" / "fake.py"
 ROUNDS = 4
 
@@ -136,22 +139,6 @@ def undisturbed(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> d
     return dict(federation.final())
 
 
-def test_the_public_port_knows_only_the_fleet(stage: Stage, undisturbed: dict[str, str]) -> None:
-    stage.wait_for(lambda: listens("127.0.0.1", stage.port))
-    settings = json.loads((stage.folder / "link" / "link.json").read_text())
-    public, private = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{settings['private_port']}"
-    stage.wait_for(lambda: listens("127.0.0.1", settings["private_port"]))
-    assert httpx.get(f"{public}/health").status_code == 200
-    for path in ("/v1/control/start-run", "/v1/control/list-nodes", "/v1/runtime/acquire-task", "/docs", "/openapi.json"):
-        assert httpx.post(f"{public}{path}", content=b"").status_code == 404, path
-        assert httpx.post(f"{private}{path}", content=b"").status_code == 404, f"{path} without the secret"
-    for path in ("/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "//v1/control/start-run"):
-        assert httpx.post(f"{public}{path}", content=b"").status_code in (404, 405), path
-    assert httpx.post(f"{public}/v1/fleet/push-object", content=iter([b"of unknown length"])).status_code == 413
-    assert stage.finish() == undisturbed
-
-
-@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_the_coordinator(stage: Stage, undisturbed: dict[str, str]) -> None:
     for moment in (1, 5):
         stage.wait_for(lambda moment=moment: len(stage.events("answer")) >= moment)  # type: ignore[misc]
@@ -161,28 +148,24 @@ def test_kill_the_coordinator(stage: Stage, undisturbed: dict[str, str]) -> None
     assert stage.finish() == undisturbed
 
 
-@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_the_superlink(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: len(stage.events("answer")) >= 2)
     os.kill(int(str([row for row in stage.events("link") if "pid" in row][-1]["pid"])), signal.SIGKILL)
     assert stage.finish() == undisturbed
 
 
-@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_a_supernode(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
     stage.nodes["west"].process.send_signal(signal.SIGKILL)
     assert stage.finish() == undisturbed
 
 
-@pytest.mark.slow  # test_chaos.py kills all of them in one run of the default tests
 def test_kill_a_worker(stage: Stage, undisturbed: dict[str, str]) -> None:
     stage.wait_for(lambda: any(row["step"] == "collecting" for row in stage.events("step")))
     stage.workers["west"].process.send_signal(signal.SIGKILL)
     assert stage.finish() == undisturbed
 
 
-@pytest.mark.slow
 def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path) -> None:
     names = sorted(fake.HOLDINGS)
     issue(tmp_path / "keys", ["127.0.0.1"], names)
@@ -198,7 +181,6 @@ def test_tls_and_registered_keys(fake: ModuleType, undisturbed: dict[str, str], 
     assert "Unregistered" not in (tmp_path / "coordinator.log").read_text()
 
 
-@pytest.mark.slow  # test_tls.py keeps a stranger outside in the default tests
 def test_a_stranger_without_a_registered_key_stays_outside(fake: ModuleType, tmp_path: Path) -> None:
     names = sorted(fake.HOLDINGS)
     issue(tmp_path / "keys", ["127.0.0.1"], names)
