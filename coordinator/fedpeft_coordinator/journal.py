@@ -32,7 +32,7 @@ class Journal:
     """Opens, or creates, the journal at an SQLAlchemy URL. Raises `StorageError` when it cannot."""
 
     def __init__(self, url: str) -> None:
-        self._engine = open_engine(url, f"journal {url}", "sqlite:///state/journal.sqlite", poolclass=NullPool)
+        self._engine = open_engine(url, "journal", "sqlite:///state/journal.sqlite", poolclass=NullPool)
         with self._begin() as connection:
             SCHEMA.create_all(connection)
 

@@ -16,12 +16,13 @@ def open_engine(url: str, what: str, example: str, **settings: Any) -> Engine:
     """An engine for the SQLAlchemy ``url``; the folder of a SQLite file is made where it is absent.
 
     Raises:
-        StorageError: it cannot be opened; the line says ``what`` and gives an ``example`` of a URL.
+        StorageError: it cannot be opened; the line says ``what``, the URL without its password, and gives an ``example``.
     """
+    parsed: object = "at no URL"
     try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        parsed = place = make_url(url)
+        if place.get_backend_name() == "sqlite" and place.database:
+            Path(place.database).parent.mkdir(parents=True, exist_ok=True)
         return create_engine(url, **settings)
     except (SQLAlchemyError, ImportError, OSError) as fault:
-        raise StorageError(f"{what}: cannot be opened: {fault}; give an SQLAlchemy URL such as {example}") from None
+        raise StorageError(f"{what} {parsed}: cannot be opened: {fault}; give an SQLAlchemy URL such as {example}") from None

@@ -136,10 +136,11 @@ def test_arrays_come_back(tmp_path: Path) -> None:
 
 
 def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
-    for url in ("nonsense", f"sqlite:///{tmp_path}/file/x/journal.sqlite", "postgresql+nodriver://localhost/x"):
+    for url in ("nonsense:secret", f"sqlite:///{tmp_path}/file/x/journal.sqlite", "postgresql+nodriver://ann:secret@localhost/x"):
         (tmp_path / "file").write_text("not a folder")
-        with pytest.raises(StorageError, match="journal"):
+        with pytest.raises(StorageError, match="journal") as fault:
             Journal(url)
+        assert "secret" not in str(fault.value)
 
 
 def test_what_a_site_writes_cannot_garble_a_screen() -> None:
