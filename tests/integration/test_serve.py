@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from fedpeft.adapters import Adapter, attach, initial, make_spec
 from fedpeft.bases import BaseSpec, HeadSpec, load_base
 from fedpeft.config import describe
 from fedpeft.methods import METHODS, Lora
-from fedpeft.registry import Manifest, Registry
+from fedpeft.mixtures import Bank
+from fedpeft.mixtures.routers import routed
+from fedpeft.registry import Manifest, Registry, router_card
 from fedpeft.routing import make_card
 from fedpeft.routing.cards import centroid, histogram
 from fedpeft.routing.learned import BIAS
+from fedpeft.routing.policies import token_router
 from fedpeft.tasks import Classification, Generation
 from fedpeft.tensors import Tensors
 from fedpeft_client.serve.run import opened, server
@@ -465,6 +469,29 @@ def test_versions_are_swapped_under_load_without_a_dropped_request(serving, fres
     assert set(by_version) == {f"cats@{number}" for number in adapters}
     assert all(len(texts) == 1 for texts in by_version.values()), "one version said two things"
     assert len({next(iter(texts)) for texts in by_version.values()}) == versions
+
+
+def test_a_router_over_tokens_is_asked_by_every_token_beside_callers_of_one_task(serving, fresh, base, alone, tmp_path):
+    from fedpeft.tasks.encoding import prompt_ids
+    from fedpeft.tasks.greedy import generate
+
+    store, names = Registry(tmp_path / "registry"), [f"{name}@1" for name in TEXTS]
+    for seed, name in enumerate(TEXTS):
+        publish(store, base, Generation(name), seed, f"tokens/{name}")
+    api = serving(fresh(), store.root, router="spectr")
+    router = token_router("spectr", {name: router_card(store, name) for name in names})
+    with Bank.attach(base, HeadSpec("lm"), {name: store.load(name) for name in names}) as bank:
+        bank.use(routed(router))
+        want = generate(bank.model, base, [np.array(prompt_ids(base, [PROMPT]), np.int32)], 12)[0]
+    assert want not in alone.values()
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(api.chat, model, temperature=0, max_tokens=12) for model in ("auto", "task:cats", "auto")]
+        found, cats, again = (one.result() for one in asked)
+    for one in (found, again):
+        assert one["choices"][0]["message"]["content"].strip() == want
+        assert set(one["fedpeft"]["mixture"]) == set(names)
+        assert (one["fedpeft"]["route"]["kind"], one["fedpeft"]["route"]["level"]) == ("spectr", "token")
+    assert cats["choices"][0]["message"]["content"].strip() == alone["cats"]
 
 
 def test_a_trained_router_of_a_version_that_cannot_be_served_routes_to_those_that_are(serving, fresh, base, tmp_path):

@@ -21,13 +21,14 @@ BASE, AUTO, TASK = "base", "auto", "task:"
 class Target:
     """What answers: ``shares`` of tasks (none is the base alone), how that was decided, and the only task, where it is one.
 
-    ``own`` is what the site's private pair counts beside the only task's version.
+    ``own`` is what the site's private pair counts beside the only task's version; ``router`` is the one that weighs every token anew.
     """
 
     shares: Mapping[str, float]
     route: Mapping[str, Any]
     served: Served | None = None
     own: float = 0.0
+    router: str = ""
 
     @property
     def kind(self) -> str:
@@ -81,14 +82,19 @@ async def _named(backend: Backend, model: str, ours: Ours | None, text: str) -> 
 def hold(backend: Backend, target: Target) -> Iterator[Held]:
     """The versions that serve ``target`` now; requests made inside share them. Raises `ApiError` (404) when a task is gone."""
     try:
-        mixture = backend.catalog.take(target.shares)
-        held = Held(target, backend.with_own(mixture, target.own) if target.served else mixture)
+        held = Held(target, _mixed(backend, target, backend.catalog.take(target.shares)))
     except AdapterError as fault:
         raise ApiError(404, str(fault), "model_not_found", "model") from None
     try:
         yield held
     finally:
         backend.catalog.release(held.mixture)
+
+
+def _mixed(backend: Backend, target: Target, mixture: Mixture) -> Mixture:
+    if target.served:
+        return backend.with_own(mixture, target.own)
+    return backend.weighed(mixture, target.router) if target.router else mixture
 
 
 async def _routed(backend: Backend, text: str) -> Target:
@@ -99,8 +105,9 @@ async def _routed(backend: Backend, text: str) -> Target:
     route = await asyncio.wrap_future(asked)
     if isinstance(route, FedpeftError):
         raise ApiError(500, f"routing failed: {route}", "routing_failed")
-    said = {"kind": route.router, "why": route.why, "task": route.task, "score": route.score, "scores": dict(route.scores)}
-    return _target(backend, backend.shares(route), said)
+    said = {"kind": route.router, "why": route.why, "task": route.task, "level": route.level, "score": route.score}
+    target = _target(backend, backend.shares(route), {**said, "scores": dict(route.scores)})
+    return replace(target, router=route.router) if route.level == "token" and len(target.shares) > 1 else target
 
 
 def _target(backend: Backend, shares: Mapping[str, float], route: Mapping[str, Any]) -> Target:

@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedpeft.adapters import Adapter
 from fedpeft.errors import AdapterError
 from fedpeft.routing import Route, XLoraRouter
+from fedpeft.routing.policies import token_router
 from fedpeft.serving.beside import OWN, Beside
 from fedpeft.serving.catalog import Catalog, Served, Source
 from fedpeft.serving.decoder import Decoder
 from fedpeft.serving.engine import Engine
 from fedpeft.serving.heads import Heads, bare
 from fedpeft.serving.oneshot import Oneshots, Question, Routing, Text
-from fedpeft.serving.requests import ClosedError, Mixture, Request
+from fedpeft.serving.requests import ClosedError, Mixture, Request, TokenMixture
 from fedpeft.serving.scheduler import Limits, Scheduler
 
 if TYPE_CHECKING:
     from fedpeft.bases import Base, HeadSpec
+    from fedpeft.mixtures import Gates
     from fedpeft.serving.bank import Bank
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ class Backend:
         self.base, self._router, self._beside = base, router, beside
         self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None
+        self._weighing: tuple[tuple[str, tuple[str, ...]], Gates] | None = None
         self._lock = threading.Lock()
         self._front = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
         self._open = ExitStack()
@@ -153,7 +156,19 @@ class Backend:
             return {}
         if served[route.task].task.kind != "generation":
             return {route.task: 1.0}
-        return {name: weight for name, weight in route.weights.items() if name in served and served[name].task.kind == "generation"}
+        every = route.scores if route.level == "token" else route.weights
+        return {name: route.weights.get(name, 0.0) for name in every if name in served and served[name].task.kind == "generation"}
+
+    def weighed(self, mixture: Mixture, kind: str) -> Mixture:
+        """``mixture``, held, as the router ``kind`` over its versions weighs it, token by token."""
+        from fedpeft.mixtures.routers import routed
+
+        key = kind, tuple(sorted(mixture))
+        with self._lock:
+            if self._weighing is None or self._weighing[0] != key:
+                router = token_router(kind, {name: self.catalog.card(name) for name in mixture})
+                self._weighing = key, routed(router, self.base.device)
+            return TokenMixture(mixture, self._weighing[1])
 
     def _routing(self) -> Routing:
         """The router over what is served now; made again when that changes."""

@@ -84,6 +84,7 @@ class Catalog:
 
     def __post_init__(self) -> None:
         self._served: dict[str, Served] = {}
+        self._cards: dict[str, RouterCard] = {}
         self._uses: Counter[str] = Counter()
         self._retired: set[str] = set()
         self._routers: dict[str, RouterCard] = {}
@@ -124,6 +125,11 @@ class Catalog:
             self._uses.update(mixture.keys())
         return mixture
 
+    def card(self, name: str) -> RouterCard:
+        """The router card of a version that is held."""
+        with self._lock:
+            return self._cards[name]
+
     def share(self, mixture: Mixture) -> Mixture:
         """Hold once more what is held already, whatever has been published since."""
         with self._lock:
@@ -146,7 +152,7 @@ class Catalog:
             names = [name for name in self._retired if self._uses[name] <= 0]
             for name in names:
                 self._retired.discard(name)
-                del self._uses[name]
+                del self._uses[name], self._cards[name]
         for name in names:
             self.host.remove(name)
             self.swaps.retired += 1
@@ -182,7 +188,7 @@ class Catalog:
         with self._lock:
             self._routers.pop(task, None)
             old = self._served.get(task)
-            self._served[task] = served
+            self._served[task], self._cards[served.name] = served, served.card
             self.generation += 1
             if old is not None:
                 self._retired.add(old.name)

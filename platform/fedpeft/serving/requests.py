@@ -5,13 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedpeft.errors import FedpeftError
+
+if TYPE_CHECKING:
+    from fedpeft.mixtures import Gates
 
 Mixture = Mapping[str, float]
 """Name of an adapter -> its weight; empty is the base alone."""
 Reason = Literal["stop", "length", "cancelled"]
+
+
+class TokenMixture(dict[str, float]):
+    """A mixture that every token at every module weighs anew, by ``gates``; its weights are the means over the prompt, for people."""
+
+    def __init__(self, weights: Mapping[str, float], gates: Gates) -> None:
+        super().__init__(weights)
+        self.gates = gates
 
 
 class OverloadedError(FedpeftError):

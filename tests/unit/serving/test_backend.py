@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from fedpeft.adapters import Adapter, attach, initial, make_spec
-from fedpeft.bases import BaseSpec, load_base
+from fedpeft.bases import BaseSpec, HeadSpec, load_base
 from fedpeft.config import describe
 from fedpeft.errors import AdapterError
 from fedpeft.methods import METHODS
-from fedpeft.registry import Manifest, Registry
+from fedpeft.mixtures import Bank, Gates
+from fedpeft.mixtures.routers import routed
+from fedpeft.registry import Manifest, Registry, router_card
+from fedpeft.routing import derive
+from fedpeft.routing.cardfile import lora_modules
+from fedpeft.routing.policies import token_router
 from fedpeft.serving import ClosedError, End, Failed, Limits, OverloadedError, Piece, Request, Sampling
 from fedpeft.serving.backend import Backend
 from fedpeft.tasks import TASKS
@@ -111,6 +116,41 @@ def test_a_version_in_use_stays_until_its_last_request_has_ended(stories, tmp_pa
         assert (catalog.swaps.loaded, catalog.swaps.retired) == (2, 1)
         store.rollback("say", "say@1")
         assert catalog.refresh() == ["say@3"]
+
+
+@pytest.mark.parametrize("kind", ["gate", "arrow", "spectr"])
+def test_tokens_weigh_adapters_anew_in_a_mixed_batch_as_in_a_forward_of_their_own(stories, tmp_path, kind):
+    free, store = stories(), Registry(tmp_path / "registry")
+    for seed, name in enumerate(("a", "b", "c")):
+        adapter, gates = moved(free, TASKS["generation"](name), "lora", seed, r=4), np.random.default_rng(seed)
+        own = {module: gates.normal(size=size).astype(np.float32) for module, size in lora_modules(adapter.spec.layout).items()}
+        manifest = Manifest(task_settings=describe(TASKS["generation"](name)))
+        store.publish(adapter, manifest, origin=name, router=derive(adapter.tensors, gates=own))
+    rows = [[5, 9, 11, 40, 8], [7, 301, 20], [5, 9, 11, 40, 8], [6, 12, 13, 14]]
+    with Backend(stories(), store, Limits()) as backend:
+        backend.catalog.refresh()
+        mixture = backend.catalog.take({"a": 0.5, "b": 0.5, "c": 0.0})
+        weighed = backend.weighed(mixture, kind)
+        assert dict(weighed) == mixture
+        assert backend.weighed(mixture, kind).gates is weighed.gates
+
+        def mixed() -> Any:
+            decoder = backend._scheduler.rows
+            seats = [decoder.open(one) for one in (weighed, mixture, {}, weighed)]
+            decoder.forward([(seat, row[:-1]) for seat, row in zip(seats, rows, strict=True)])
+            return decoder.forward([(seat, row[-1:]) for seat, row in zip(seats, rows, strict=True)])
+
+        found = backend.engine.call(mixed)
+    router = token_router(kind, {f"{name}@1": router_card(store, name) for name in "abc"})
+    with Bank.attach(free, HeadSpec("lm"), {f"{name}@1": store.load(name) for name in "abc"}) as bank, torch.no_grad():
+        plain = Gates.weights(["a@1", "b@1"], torch.tensor([[0.5, 0.5]]))
+        for row, gates, logits in zip(rows, (routed(router), plain, Gates(), routed(router)), found, strict=True):
+            bank.use(gates)
+            want = bank.model(input_ids=torch.tensor([row])).logits[0, -1].numpy()
+            np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
+        bank.use(plain)
+        means = bank.model(input_ids=torch.tensor([rows[0]])).logits[0, -1].numpy()
+    assert np.abs(found[0] - means).max() > 1e-3 * np.abs(means).max()  # or whole requests would do
 
 
 def test_what_cannot_be_served_is_named_and_another_task_is_not_hurt(stories, tmp_path):
