@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from fedpeft.errors import ConfigError
 from fedpeft.registry import Registry, router_card
 from fedpeft.routing import Request, make_router
 from fedpeft.routing.cardfile import lora_modules
+from fedpeft.service import Service
+from fedpeft.serving import Limits
+from fedpeft.serving.backend import Backend
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_client.config import load_site
 from fedpeft_client.dry_run import forecast, read_plan
@@ -110,6 +114,28 @@ def test_gates_under_masks_are_those_in_the_clear_and_a_restart_changes_nothing(
     assert done.tasks["kinds"].gates
     request = Request(watch=lambda: base.watch(f"the {WORDS[0]}", sorted(modules)))
     assert make_router("gate", {"kinds": card}).route(request).weights == {"kinds": pytest.approx(1.0)}
+
+
+def test_two_encoders_side_by_side_embed_from_the_round_to_the_route(
+    tmp_path: Path, base: Base, shared_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = str(shared_models / "stories260k")
+    ours = Federation(tmp_path / "two", base, routing={"encoder": ["base", small]}, secure_aggregation={"enabled": False})
+    for name in SITES:
+        with (ours.folder / f"{name}.toml").open("a") as file:
+            file.write(f'[policy]\nencoders = ["{small}"]\n')
+    ours.open().run()
+    card = ours.card()
+    assert [part.partition("@")[0] for part in card.card.encoder.split("+")] == ["base", small]
+    assert len(card.card.centroid) == card.moments.own.width == 384 + 64
+    assert sum(card.counts["mahalanobis"]) == training_rows(ours) / 2
+    monkeypatch.setattr("fedpeft.service.load_base_of", lambda *_: base)
+    service = Service.open(Registry(ours.config.registry_folder))
+    near, far = (service.route(text) for text in (f"the {WORDS[0]} 3", "quarterly revenue fell short of the forecast"))
+    assert (near.router, near.task, far.task) == ("mahalanobis", "kinds", None)
+    with Backend(replace(base), service.registry, Limits()) as backend:
+        backend.catalog.refresh()
+        assert backend.route(f"the {WORDS[0]} 3").result().score == pytest.approx(near.score, abs=1e-4)
 
 
 def training_rows(federation: Federation) -> int:
