@@ -17,8 +17,12 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.job import run
+from fedpeft.central.joint import JointModel
+from fedpeft.central.pool import Part
 from fedpeft.central.progress import Report, Scores
 from fedpeft.central.world import World, joined
 from fedpeft.cli.transfers import show
@@ -73,7 +77,8 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
 def moment_bytes(run: ZeroRun) -> int:
     """What this rank's optimizer remembers."""
     optimizer = getattr(run._zero.optimizer, "optimizer", run._zero.optimizer)
-    kept = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq") if name in state]
+    names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+    kept = [state[name] for state in optimizer.state.values() for name in names if name in state]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
@@ -162,6 +167,43 @@ def ending(folder: Path, world: World, stage: str) -> dict[str, object]:
     return found
 
 
+BYTES = {"training__optimizer": "adamw8bit", "training__save_every": "1", "method": '{ kind = "lora", r = 16, targets = ["all"] }'}
+"""Wide enough that moments are held in codes: below 4096 values they are not."""
+
+
+def bytewise(folder: Path, world: World, stage: str, after: str) -> dict[str, object]:
+    """A job whose moments are a byte each, and one cut short after two steps in ``stage`` that goes on in stage ``after``."""
+    name = f"bytes{world.size}"
+    found: dict[str, object] = {"bytes": play(folder, world, name, deepspeed__stage=stage, **BYTES)}
+    play(folder, world, f"{name}-cut", stop=2, deepspeed__stage=stage, **BYTES)
+    return found | {"bytes-resumed": play(folder, world, f"{name}-cut", deepspeed__stage=after, **BYTES)}
+
+
+FP16 = {"training__precision": "fp16", "training__save_every": "1"}
+OVERFLOWS = 1
+"""The step, from 0, whose gradients overflow in jobs of ``FP16``: on the last rank alone."""
+forward = JointModel.forward
+
+
+def overflowing(self: JointModel, part: Part) -> torch.Tensor:
+    """`JointModel.forward`, whose backward may overflow as that of fp16 does."""
+    found, run = forward(self, part), RUNS[-1]
+    last = run.world.rank == run.world.size - 1
+    if run.scaler is not None and last and run._steps == OVERFLOWS and run.settings.save_every == 1 and found.requires_grad:
+        found.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
+    return found
+
+
+def scaled(folder: Path, world: World, stage: str, cut: bool = False) -> dict[str, object]:
+    """A job in fp16, and one left after three steps and gone on with."""
+    name = f"scaled{world.size}-{stage}"
+    found: dict[str, object] = {f"scaled{stage}": play(folder, world, name, deepspeed__stage=stage, **FP16)}
+    if not cut:
+        return found
+    play(folder, world, f"{name}-cut", stop=3, deepspeed__stage=stage, **FP16)
+    return found | {f"scaled{stage}-resumed": play(folder, world, f"{name}-cut", deepspeed__stage=stage, **FP16)}
+
+
 def half(folder: Path, world: World, **changes: str) -> None:
     """Leave a job, whose rows are streamed, after two of its steps, and say so."""
     play(folder, world, f"half{world.size}", stop=2, **STREAMED, **changes)
@@ -199,7 +241,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
-    found |= balanced(folder, world, "0", "uncertainty")
+    found |= balanced(folder, world, "0", "uncertainty") | scaled(folder, world, "0", cut=True)
     waited(folder / "half2" / "left")
     found["resumed"] = play(folder, world, "half2", deepspeed__stage="0", **STREAMED)
     return found
@@ -214,7 +256,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
     found["missing"] = play(folder, world, "missing2", deepspeed__stage="2", **missing)
     other = {"tasks__animals__data__path": "colours.jsonl"} if world.rank else {}
     found["other"] = play(folder, world, "other2", deepspeed__stage="2", **other)
-    found |= balanced(folder, world, "2", "uncertainty")
+    found |= balanced(folder, world, "2", "uncertainty") | scaled(folder, world, "2") | bytewise(folder, world, "2", "2")
     waited(folder / "half1" / "left")
     found["resumed"] = play(folder, world, "half1", deepspeed__stage="2", **STREAMED)
     return found
@@ -229,6 +271,8 @@ def one_more(folder: Path, world: World) -> dict[str, object]:
     found["scored"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
     found["again"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
     found |= balanced(folder, world, "0", "coba", "pcgrad", "hydra") | ending(folder, world, "0")
+    found |= scaled(folder, world, "1") | scaled(folder, world, "3", cut=True) | bytewise(folder, world, "1", "0")
+    found["floats"] = play(folder, world, "floats1", deepspeed__stage="0", **BYTES | {"training__optimizer": "adamw"})
     compared(folder, world)
     return found
 
@@ -243,7 +287,9 @@ def two_more(folder: Path, world: World) -> dict[str, object]:
     found["again"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)
     found["offloaded"] = play(folder, world, "offloaded2", deepspeed__stage="2", deepspeed__offload="cpu")
     found["nf4.2"] = play(folder, world, "nf4-2", deepspeed__stage="2", base__quantization="nf4")
-    found["bf16"] = play(folder, world, "bf16", deepspeed__stage="3", base__quantization="bf16", training__steps="1")
+    for kind in ("bf16", "fp16"):
+        found[kind] = play(folder, world, kind, deepspeed__stage="3", base__quantization=kind, training__steps="1")
+    found |= scaled(folder, world, "0") | scaled(folder, world, "3")
     found |= balanced(folder, world, "2", "coba", "pcgrad", "hydra") | ending(folder, world, "2")
     compared(folder, world)
     return found
@@ -258,6 +304,7 @@ def main() -> None:
     assert world is not None
     os.chdir(folder)
     ZeroEngine.begin = noted  # type: ignore[method-assign]
+    JointModel.forward = overflowing  # type: ignore[method-assign]
     with joined(world, 60):
         found = PARTS[part][world.size - 1](folder, world)
     (folder / f"{part}{world.size}.{world.rank}.json").write_text(json.dumps(found))

@@ -57,6 +57,10 @@ class Conflicts:
         add_up(self.world, self.sinks)
         self.sinks /= self.world.size
         gram = (self.sinks.double() @ self.sinks.double().t()).cpu().numpy()
+        if not np.isfinite(gram).all():  # the step overflows and is left out
+            self.cosines = {}
+            self.sinks.zero_()
+            return
         self.cosines = self._named(cosines(gram))
         if self.handling == "pcgrad":
             dice = np.random.default_rng([self.seed, number, len(gram)])

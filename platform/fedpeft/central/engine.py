@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpeft.central import scaling
 from fedpeft.central.balancing import Balancing
+from fedpeft.central.codes import SCALES
 from fedpeft.central.joint import Joint, JointTask, Mixed
 from fedpeft.central.moments import MOMENTS, gather_moments, get_values, set_moments
 from fedpeft.central.together import add_up, gathered, require_equal
@@ -22,10 +24,13 @@ from fedpeft.central.world import World
 from fedpeft.central.zero import sized
 from fedpeft.errors import AdapterError, UpdateError
 from fedpeft.training.engine import Arrays, Sums, autocast, optimizer_of, rate, schedule
+from fedpeft.training.scaling import Scaler, scaled
 from fedpeft.training.settings import TrainJob, TrainSettings
 
 WAYS = "ways"
 """The checkpoint's array of how each rank multiplied, from the first step on, so that a job goes on to the same bits in another process."""
+MOVED = "moved"
+"""What a checkpoint calls the steps that the optimizer took: all but those that were skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,12 @@ class ZeroRun:
         self.balancing = engine.balancing
         self.groups = _groups(live, settings)
         self.base_lr = [group["lr"] for group in self.groups]
+        device = torch.device(live.bank.store.device)
+        self.scaler = Scaler() if scaled(settings, live.bank.model, device) else None
         self.losses: dict[str, float] = {}
         self.tokens = 0
         self._moments: dict[str, NDArray[Any]] = {}
-        self._steps = 0
+        self._steps = self._moved = 0
         self._zero: Any = None
 
     def step(self, number: int, window: Sequence[Mixed]) -> Sums:
@@ -73,34 +80,35 @@ class ZeroRun:
         device = self.live.bank.store.device
         weights = self.balancing.weights(counts > 0).astype(np.float32)
         scale = torch.tensor(weights / np.maximum(counts, 1) * self.world.size * len(window), device=device)
+        scale *= scaling.begin(zero, self.scaler)
         sums = torch.zeros(len(counts), device=device)
         for place, mixed in enumerate(window):
             with autocast(self.settings, torch.device(device)):
                 found = zero(mixed.part(self.world.rank, self.world.size))
             zero.backward((found * scale.to(found.dtype)).sum())
             sums += found.detach()
-            if place == len(window) - 1:
-                self._check(number, sums, counts)
-                self.balancing.settle(zero, number)
-                self._rate(number)
-            zero.step()
-        self._steps += 1
+            if place < len(window) - 1:
+                zero.step()
+        self._check(number, sums, counts)
+        self.balancing.settle(zero, number)
+        self._rate(number)
+        skipped = self._skipped(number, scaling.finish(zero, self.scaler, self.world))
+        self._steps, self._moved = self._steps + 1, self._moved + (not skipped)
         self.live.bank.choices.settled = True
         self._require_present()
         losses = np.array([self.losses.get(name, np.nan) for name in self.task.pool.names])
         self.balancing.learn(zero, number, losses, self.settings.batch_size)
-        return Sums(float(sums.sum()), int(counts.sum()))
+        return Sums(float(sums.sum()), int(counts.sum()), skipped)
 
     def state(self) -> Arrays | None:
         """See `Run.state`: all ranks gather, rank 0 has it."""
         ways = {WAYS: _coded(gathered(self.world, self.live.bank.choices.kept))}
         if self._zero is None:
             arrays: Arrays = {f"{name}|value": self.live.bank.flat(name).cpu().numpy().copy() for name in self.live.specs}
-            return arrays | self._moments | self.balancing.arrays() | ways if self.world.rank == 0 else None
+            return arrays | self._moments | self.balancing.arrays() | ways | self._scale() if self.world.rank == 0 else None
         arrays = get_values(self.live.bank)
-        for name in self.live.specs:
-            arrays |= gather_moments(self._zero, self.live.bank, name)
-        arrays |= self.balancing.arrays() | {"steps": np.array(self._steps)} | ways
+        arrays |= gather_moments(self._zero, self.live.bank, self.world.size)
+        arrays |= self.balancing.arrays() | {"steps": np.array(self._steps)} | ways | self._scale()
         return arrays if self.world.rank == 0 else None
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -108,8 +116,11 @@ class ZeroRun:
         for name in self.live.specs:
             self.live.bank.flat(name).copy_(torch.from_numpy(np.array(arrays[f"{name}|value"])))
         self.balancing.restore(arrays)
-        self._moments = {key: value for key, value in arrays.items() if key.rpartition("|")[2] in MOMENTS}
+        if self.scaler:
+            self.scaler.restore(arrays)
+        self._moments = {key: value for key, value in arrays.items() if key == SCALES or key.rpartition("|")[2] in MOMENTS}
         self._steps = int(arrays["steps"]) if "steps" in arrays else 0
+        self._moved = int(arrays.get(MOVED, self._steps))
         if WAYS in arrays:
             said = json.loads(arrays[WAYS].tobytes())
             self.live.bank.choices.recall(said[self.world.rank] if len(said) == self.world.size else dict(ChainMap(*said)))
@@ -121,8 +132,8 @@ class ZeroRun:
 
     @property
     def told(self) -> Mapping[str, float]:
-        """What `Balancing.told` says of the last step."""
-        return self.balancing.told
+        """What `Balancing.told` says of the last step, and the loss scale of the next."""
+        return self.balancing.told | ({"loss scale": self.scaler.scale} if self.scaler else {})
 
     def gradient(self, steps: int) -> None:
         """A joint job keeps no mean gradient."""
@@ -138,9 +149,13 @@ class ZeroRun:
                 model=self.live.model, optimizer=optimizer, config=sized(self.table, self.live.spec.layout.size)
             )
             if self._moments:
-                set_moments(self._zero, self.live.bank, self._moments, self._steps)
+                set_moments(self._zero, self.live.bank, self._moments, self._moved, (self.world.rank, self.world.size))
                 self._moments = {}
         return self._zero
+
+    def _scale(self) -> Arrays:
+        """What a scaled job adds to a checkpoint: the scale, and how many steps the optimizer did take."""
+        return self.scaler.arrays() | {MOVED: np.array(self._moved)} if self.scaler else {}
 
     def _check(self, number: int, sums: torch.Tensor, counts: NDArray[np.int64]) -> None:
         """Sum ``sums`` over the ranks; raise on all of them when it is not finite, before the optimizer moves."""
@@ -153,6 +168,17 @@ class ZeroRun:
                 f"training: step {number + 1} of {self.settings.steps} has losses {wrong}; lower training.lr (now {self.settings.lr:g}), "
                 "set training.clip, or look for broken rows; the last checkpoint is good"
             )
+
+    def _skipped(self, number: int, finite: bool) -> bool:
+        """Whether step ``number`` was left out. Raises `UpdateError` where that is not to be made good by another scale."""
+        if self.scaler is not None:
+            self.scaler.learn(number, finite)
+        elif not finite:
+            raise UpdateError(
+                f"training: step {number + 1} of {self.settings.steps} has gradients that are not finite; lower training.lr (now "
+                f"{self.settings.lr:g}), set training.clip, or look for broken rows; the last checkpoint is good"
+            )
+        return not finite
 
     def _rate(self, number: int) -> None:
         """A task that has ended rests at rate 0, where neither momentum nor decay moves it."""

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedpeft.central.codes import gathered_scales, narrowed, scales_of, widened
 from fedpeft.errors import StorageError
 from fedpeft.mixtures import Bank
 
@@ -39,9 +40,18 @@ def full_value(parameter: Any) -> Tensor:
     return value
 
 
-def gather_moments(zero: Any, bank: Bank, name: str) -> dict[str, NDArray[np.float32]]:
-    """What the optimizer remembers of one adapter."""
+def gather_moments(zero: Any, bank: Bank, ranks: int) -> dict[str, NDArray[np.float32]]:
+    """What the optimizer remembers of each adapter, in float32, and the scales of what it holds in codes; a collective."""
+    inner, found = _inner(zero), dict[str, NDArray[np.float32]]()
+    with widened(inner):
+        _link(zero)
+        for name in bank.names:
+            found |= _gathered(zero, bank, name)
     _link(zero)
+    return found | gathered_scales(inner, list(_stepped(zero)), ranks)
+
+
+def _gathered(zero: Any, bank: Bank, name: str) -> dict[str, NDArray[np.float32]]:
     own = bank.parameters(name)
     found: dict[str, NDArray[np.float32]] = {}
     for moment in MOMENTS:
@@ -51,8 +61,8 @@ def gather_moments(zero: Any, bank: Bank, name: str) -> dict[str, NDArray[np.flo
     return found
 
 
-def set_moments(zero: Any, bank: Bank, arrays: Mapping[str, NDArray[Any]], steps: int) -> None:
-    """Give the optimizer what `gather_moments` found, after ``steps`` steps."""
+def set_moments(zero: Any, bank: Bank, arrays: Mapping[str, NDArray[Any]], steps: int, place: tuple[int, int] = (0, 1)) -> None:
+    """Give the optimizer what `gather_moments` found, after ``steps`` steps of its own; ``place`` is this rank and the number of ranks."""
     kinds = [moment for moment in MOMENTS if any(key.endswith(f"|{moment}") for key in arrays)]
     _make_room(zero, kinds, steps)
     for name in bank.names:
@@ -61,6 +71,9 @@ def set_moments(zero: Any, bank: Bank, arrays: Mapping[str, NDArray[Any]], steps
             spans = bank.spec(name).layout.spans
             for key, parameter in bank.parameters(name).items():
                 _set(zero, parameter, flat[spans[key]], moment)
+    if hasattr(_inner(zero), "name2qmap"):
+        narrowed(_inner(zero), list(_stepped(zero)), steps, scales_of(arrays, *place))
+        _link(zero)
 
 
 def set_gradient(zero: Any, parameter: Any, value: Tensor) -> None:
@@ -131,7 +144,7 @@ def _link(zero: Any) -> None:
 
 
 def _inner(zero: Any) -> Any:
-    """Torch's optimizer, which ZeRO wraps."""
+    """The optimizer that ZeRO wraps: torch's, or bitsandbytes'."""
     return getattr(zero.optimizer, "optimizer", zero.optimizer)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases.spec import QUANTIZED
 from fedpeft.central.zero_keys import KNOWN, OFFLOAD, OURS, REFUSED, STAGE
 from fedpeft.errors import ConfigError
+from fedpeft.training.scaling import LEAST, START, WINDOW
 
 if TYPE_CHECKING:
     from fedpeft.training.config import CentralConfig, DeepSpeed
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 BUCKET = 50_000_000
 """Most values of gradients that ranks add up at once; DeepSpeed's own 500 million are 2 GB on every GPU, however small the adapters."""
+
+
+SCALING = {"loss_scale": 0, "initial_scale_power": log2(START), "loss_scale_window": WINDOW, "min_loss_scale": LEAST}
+"""Our loss scaling in DeepSpeed's words; 0 is a scale that moves."""
 
 
 def zero_of(config: CentralConfig, ranks: int) -> dict[str, Any]:
@@ -44,11 +50,6 @@ def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict
     """
     if settings.proximal:
         raise ConfigError(f"training.proximal = {settings.proximal}: FedProx holds sites together, a central job has none; set it to 0")
-    if settings.optimizer == "adamw8bit":
-        raise ConfigError(
-            "training.optimizer = 'adamw8bit': checkpoints of a central job fit any number of ranks, moments in blocks of codes do not; "
-            "set 'adamw', whose moments ZeRO divides among the ranks"
-        )
     if settings.batch_size % ranks:
         raise ConfigError(
             f"training.batch_size = {settings.batch_size} examples cannot be divided among {ranks} ranks; "
@@ -63,7 +64,12 @@ def zero_json(deepspeed: DeepSpeed, settings: TrainSettings, ranks: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
     }
-    return made if deepspeed.config is None else _merged(made, _read(deepspeed.config), deepspeed.config, settings, ranks)
+    table = made if deepspeed.config is None else _merged(made, _read(deepspeed.config), deepspeed.config, settings, ranks)
+    if settings.optimizer == "adamw8bit" and offload_of(table["zero_optimization"], "optimizer") == "nvme":
+        raise ConfigError(
+            "training.optimizer = 'adamw8bit' and optimizer states offloaded to 'nvme': DeepSpeed swaps float32; set 'adamw', or 'cpu'"
+        )
+    return table
 
 
 def offload_of(zero: Mapping[str, Any], what: str) -> str:
@@ -166,7 +172,7 @@ def _misplaced(own: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[str]
 
 def _asked(settings: TrainSettings, ranks: int) -> dict[str, Any]:
     """What the TOML makes of each key that it decides; a set of keys stands for a table of which more may be said."""
-    kind = {"sgd": "SGD"}.get(settings.optimizer, "AdamW")
+    kind = {"sgd": "SGD", "adamw8bit": "AdamW8bit"}.get(settings.optimizer, "AdamW")
     return {
         "train_micro_batch_size_per_gpu": settings.batch_size // ranks,
         "train_batch_size": settings.batch_size * settings.accumulate,
@@ -174,7 +180,7 @@ def _asked(settings: TrainSettings, ranks: int) -> dict[str, Any]:
         "gradient_clipping": settings.clip,
         "optimizer": {"type": kind, "params": {"lr": settings.lr, "weight_decay": settings.weight_decay}},
         "scheduler": None,
-        "fp16": {"enabled": False},
+        "fp16": {"enabled": settings.precision == "fp16"} | (SCALING if settings.precision == "fp16" else {}),
         "bf16": {"enabled": settings.precision == "bf16"},
     }
 

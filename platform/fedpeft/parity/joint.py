@@ -35,8 +35,6 @@ def cannot(plan: Plan) -> str | None:
     differ = sorted(key for key, value in first.items() if key not in OWN and any(other[key] != value for other in others))
     if differ:
         return f"tasks have their own training settings ({', '.join(differ)})"
-    if first["optimizer"] == "adamw8bit":
-        return "training.optimizer = 'adamw8bit' has moments that no number of ranks can share"
     return None
 
 

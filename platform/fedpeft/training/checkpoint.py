@@ -40,6 +40,7 @@ class Tally:
     examples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from fedpeft.privacy.noise import FINE, SecureNoise
 from fedpeft.training import dp_check
 from fedpeft.training.dp_recorder import Recorder
 from fedpeft.training.dp_sampling import Source, batches_of
-from fedpeft.training.dp_sums import add_clipped
+from fedpeft.training.dp_sums import Bound, add_clipped
 from fedpeft.training.engine import Arrays, LocalRun, Sums
 from fedpeft.training.gradients import gradient_of
+from fedpeft.training.scaling import START
 from fedpeft.training.settings import TrainJob, TrainSettings
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ class DpRun:
         self.source, self._job, self._moved = source, job, False
         self._grid = engine.noise_multiplier * engine.clip / FINE
         size = sum(param.numel() for param in self.trained.values())
-        self._bound = engine.clip * (1.0 - FLOAT) - self._grid * sqrt(size)
-        if self._bound <= 0.0:
+        norm = engine.clip * (1.0 - FLOAT) - self._grid * sqrt(size)
+        if norm <= 0.0:
             raise PrivacyError(
                 f"example-level privacy: noise_multiplier {engine.noise_multiplier} is too much for {size} trained values; train fewer"
             )
+        self._bound = Bound(norm, START if self.local.scaler else 1.0)
 
     def windows(self, data: Encoded) -> Iterator[Sequence[Batch]]:
         """See `Private.windows`. Raises `DataError` without examples, `PrivacyError` where the check of `dp_check` fails."""

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedpeft.errors import PrivacyError
 from fedpeft.training.dp_recorder import Recorder
 from fedpeft.training.dp_sampling import batches_of
-from fedpeft.training.dp_sums import add_weighted, record, singles
+from fedpeft.training.dp_sums import RETREAT, add_weighted, record, singles
 from fedpeft.training.modes import evaluating
+from fedpeft.training.scaling import START, of_sum, scaled
 from fedpeft.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -78,13 +79,17 @@ def _stir(live: Live) -> None:
 def _compare(recorder: Recorder, live: Live, task: Task, batch: Batch) -> None:
     settings, weights = TrainSettings(), torch.tensor(WEIGHTS)[: batch.examples].to(live.flat.device)
     live.grad.zero_()
-    record(recorder, live, task, settings, batch)
+    scale = START / RETREAT if scaled(settings, live.model, live.flat.device) else 1.0
+    record(recorder, live, task, settings, batch, scale)
     squares = recorder.squares()
     add_weighted(recorder, live, weights)
     found, expected, norms = live.grad.clone(), torch.zeros_like(live.grad), []
     for weight, alone in zip(weights, singles(batch), strict=True):
         live.grad.zero_()
-        task.loss(live.model, alone).total.backward()  # type: ignore[no-untyped-call]
+        loss = task.loss(live.model, alone)
+        factor = of_sum(scale, loss.count) if scale > 1.0 else 1.0
+        (loss.total * factor).backward()  # type: ignore[no-untyped-call]
+        live.grad /= factor
         norms.append(live.grad.square().sum())
         expected.add_(live.grad * weight)
     bound = FULL if _full(live) else HALF

@@ -28,15 +28,15 @@ class Recorder(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter], method: str) -> None:
         super().__init__()
         self.parameters, self.method = dict(parameters), method
-        self.rows = Rows(0)
+        self.rows, self.scale = Rows(0), 1.0
         self.found: dict[str, PerExample] = {}
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self._names: dict[int, tuple[str, float, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def expect(self, rows: Rows) -> Recorder:
-        """Start over, for a forward of these examples."""
-        self.rows, self.found = rows, {}
+        """Start over, for a forward of these examples; whoever multiplies their loss says by what in ``scale``."""
+        self.rows, self.scale, self.found = rows, 1.0, {}
         return self
 
     def __enter__(self) -> Recorder:
@@ -87,7 +87,7 @@ class Recorder(TorchFunctionMode):
     def squares(self) -> Tensor:
         """Squared norms (N,) of the examples' gradients over all trained tensors."""
         squares = [gradients.squares() for gradients in self.found.values()]
-        return torch.stack(squares).sum(0) if squares else self._anchor.new_zeros(self.rows.count)
+        return torch.stack(squares).sum(0) / self.scale**2 if squares else self._anchor.new_zeros(self.rows.count)
 
     def _guard(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
         def refuse(gradient: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from fedpeft.tasks.protocol import Batch
 from fedpeft.training.dp_recorder import Recorder
 from fedpeft.training.dp_rows import Rows
 from fedpeft.training.engine import Sums, autocast
+from fedpeft.training.scaling import of_sum
 from fedpeft.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -22,33 +24,52 @@ if TYPE_CHECKING:
     from fedpeft.tasks import Task
 
 
-def add_clipped(recorder: Recorder, live: Live, task: Task, settings: TrainSettings, batch: Batch, clip: float) -> Sums:
-    """Add ``sum_n g_n min(1, clip / |g_n|)`` to the trained tensors' gradients, g_n being that of example n's mean loss per term.
+RETREAT = 16.0
+"""By what the loss scale of an example is divided as long as its gradient overflows."""
 
-    An example whose gradient is not finite adds nothing; each of its batch is then run alone, since in a masked product it spoils
-    the others. The loss's sum and number of terms stay with the caller.
+
+@dataclass(frozen=True)
+class Bound:
+    """The ``norm`` that no example's gradient exceeds, and the ``scale`` of losses where gradients pass through fp16.
+
+    Unlike `scaling.Scaler`'s, this scale remembers nothing: what it would learn from one example would show in how others are rounded,
+    and a step that is skipped would tell that somebody's gradient is large.
+    """
+
+    norm: float
+    scale: float = 1.0
+
+
+def add_clipped(recorder: Recorder, live: Live, task: Task, settings: TrainSettings, batch: Batch, bound: Bound) -> Sums:
+    """Add ``sum_n g_n min(1, norm / |g_n|)`` to the trained tensors' gradients, g_n being that of example n's mean loss per term.
+
+    Where an example's gradient is not finite each of its batch is run alone, since in a masked product it spoils the others; then at
+    smaller scales; if it is not finite at any, it adds nothing. The loss's sum and number of terms stay with the caller.
 
     Raises:
         PrivacyError: the examples cannot be told apart.
     """
-    sums = record(recorder, live, task, settings, batch)
+    sums = record(recorder, live, task, settings, batch, bound.scale)
     terms = terms_of(batch).to(live.flat.device)
     norms = recorder.squares().sqrt() / terms
     if bool(torch.isfinite(norms).all()):
-        add_weighted(recorder, live, clip / norms.clamp(min=clip) / terms)
+        add_weighted(recorder, live, bound.norm / norms.clamp(min=bound.norm) / terms)
     elif batch.examples > 1:
         for alone in singles(batch):
-            add_clipped(recorder, live, task, settings, alone, clip)
+            add_clipped(recorder, live, task, settings, alone, bound)
+    elif bound.scale > 1.0:
+        add_clipped(recorder, live, task, settings, batch, replace(bound, scale=bound.scale / RETREAT))
     return sums
 
 
-def record(recorder: Recorder, live: Live, task: Task, settings: TrainSettings, batch: Batch) -> Sums:
-    """One forward and backward of ``batch`` under ``recorder``."""
+def record(recorder: Recorder, live: Live, task: Task, settings: TrainSettings, batch: Batch, scale: float = 1.0) -> Sums:
+    """One forward and backward of ``batch`` under ``recorder``, its mean loss multiplied by ``scale``."""
     with recorder.expect(rows_of(batch)):
         with autocast(settings, live.flat.device):
             loss = task.loss(live.model, batch)
         if loss.count:
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            recorder.scale = 1.0 if scale == 1.0 else of_sum(scale, loss.count)
+            (loss.total * recorder.scale).backward()  # type: ignore[no-untyped-call]
     return Sums(float(loss.total.detach()), loss.count)
 
 
@@ -57,7 +78,7 @@ def add_weighted(recorder: Recorder, live: Live, weights: Tensor) -> None:
     for name, gradients in recorder.found.items():
         gradient = live.parameters[name].grad
         assert gradient is not None
-        gradient.add_(gradients.weighted(weights).view_as(gradient))
+        gradient.add_(gradients.weighted(weights / recorder.scale).view_as(gradient))
     recorder.found = {}
 
 

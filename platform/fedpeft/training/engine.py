@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import UpdateError
 from fedpeft.privacy.accounting import Event
 from fedpeft.training.gradients import Gradients
+from fedpeft.training.scaling import Scaler, half_of, scaled
 from fedpeft.training.settings import TrainJob, TrainSettings
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Sums:
-    """Loss summed over ``count`` terms (labelled tokens or examples) of one optimizer step."""
+    """Loss summed over ``count`` terms (labelled tokens or examples) of one optimizer step, which may have been ``skipped`` (`scaling`)."""
 
     loss: float
     count: int
+    skipped: bool = False
 
 
 class Run(Protocol):
@@ -98,14 +100,17 @@ class LocalRun:
         groups = [{"params": [param], "lr": self.base_lr[role], "role": role} for role, param in self.params.items()]
         self.optimizer = optimizer_of(groups, settings)
         self.gradients = Gradients(self.params, live.spec.layout, settings, job)
+        self.scaler = Scaler() if scaled(settings, live.model, live.flat.device) else None
 
     def step(self, number: int, window: Sequence[Batch]) -> Sums:
         """See `Run.step`."""
         self.gradients.clear()
-        total, count = self._backward(window)
+        total, count, scale = self._backward(window)
         if count == 0:
             return Sums(0.0, 0)
-        norm = self.gradients.condition(count)
+        if self._overflows(number, total):
+            return Sums(float(total), count, skipped=True)
+        norm = self.gradients.condition(count * scale)
         loss, size = torch.stack((total, norm)).tolist()
         if not (isfinite(loss) and isfinite(size)):
             raise UpdateError(
@@ -131,10 +136,12 @@ class LocalRun:
             if role in self.gradients.total:
                 tensors["gradient"] = self.gradients.total[role]
             arrays |= {f"{role}.{key}": _array(value) for key, value in tensors.items()}
-        return arrays
+        return arrays | (self.scaler.arrays() if self.scaler else {})
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See `Run.restore`."""
+        if self.scaler:
+            self.scaler.restore(arrays)
         for role, param in self.params.items():
             prefix = f"{role}."
             found = {name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)}
@@ -149,17 +156,27 @@ class LocalRun:
         """See `Run.gradient`."""
         return self.gradients.mean(steps)
 
-    def _backward(self, window: Sequence[Batch]) -> tuple[torch.Tensor, int]:
-        """Accumulate the gradient of the summed loss; the sum and its number of terms."""
-        total, count = torch.zeros((), device=self.live.flat.device), 0
+    def _backward(self, window: Sequence[Batch]) -> tuple[torch.Tensor, int, float]:
+        """Accumulate the gradient of the summed loss; the sum, its number of terms, and what the gradients are multiplied by."""
+        total, count, scale = torch.zeros((), device=self.live.flat.device), 0, 1.0
         for batch in window:
             with autocast(self.settings, self.live.flat.device):
                 loss = self.task.loss(self.live.model, batch)
             if loss.count:
-                loss.total.backward()  # type: ignore[no-untyped-call]
+                if self.scaler and not count:
+                    scale = self.scaler.of_sum(loss.count * len(window))
+                (loss.total * scale).backward()  # type: ignore[no-untyped-call]
                 total += loss.total.detach()
                 count += loss.count
-        return total, count
+        return total, count, scale
+
+    def _overflows(self, number: int, total: torch.Tensor) -> bool:
+        """Whether a finite loss has gradients that are not, by their scale alone as far as anyone knows. Raises as `Scaler.learn`."""
+        if self.scaler is None or not bool(total.isfinite()):
+            return False
+        finite = self.gradients.finite()
+        self.scaler.learn(number, finite)
+        return not finite
 
 
 def rate(settings: TrainSettings, method: Any, role: str) -> float:
@@ -214,7 +231,6 @@ def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bf16 on accelerators; CPUs multiply bf16 many times slower than fp32."""
-    if settings.precision == "bf16" and device.type != "cpu":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    """Autocast to half precision on accelerators; CPUs multiply in it many times slower than in fp32."""
+    half = half_of(settings, device)
+    return nullcontext() if half is None else torch.autocast(device.type, half)

@@ -38,8 +38,12 @@ class Gradients:
         for param in self.params.values():
             gradient_of(param).zero_()
 
-    def condition(self, count: int) -> torch.Tensor:
-        """Make the summed gradients of ``count`` terms ready for the optimizer; the norm before clipping, without a device sync."""
+    def finite(self) -> bool:
+        """Whether every value is; waits for the device."""
+        return bool(torch.stack([gradient_of(param).isfinite().all() for param in self.params.values()]).all())
+
+    def condition(self, count: float) -> torch.Tensor:
+        """Make the gradients, of a mean loss times ``count``, ready for the optimizer; the norm before clipping, without a device sync."""
         for role, param in self.params.items():
             self._shape(role, param, gradient_of(param).div_(count))
         norms = [torch.linalg.vector_norm(gradient_of(param)) for param in self.params.values()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedpeft.errors import DataError
+from fedpeft.errors import DataError, UpdateError
 from fedpeft.training import checkpoint
 from fedpeft.training.checkpoint import Checkpoint, Tally
 from fedpeft.training.dp import DpEngine
@@ -37,7 +37,7 @@ def train(live: Live, task: Task, data: Encoded, settings: TrainSettings, job: T
     checkpoint stays; `checkpoint.clear` removes it once the result is safe.
 
     Raises:
-        UpdateError: a loss or gradient is not finite, or the adapter has no such role.
+        UpdateError: a loss or gradient is not finite, all steps were skipped, or the adapter has no such role.
         DataError: ``data`` holds no example.
         StorageError: the checkpoint cannot be written or read.
         PrivacyError: the engine cannot give the privacy that it is for.
@@ -111,6 +111,7 @@ def _step(run: Run, window: Sequence[Batch], tally: Tally, job: TrainJob) -> Tal
         count=tally.count + sums.count,
         examples=tally.examples + sum(batch.examples for batch in window),
         tokens=tally.tokens + sum(batch.tokens for batch in window),
+        skipped=tally.skipped + sums.skipped,
     )
 
 
@@ -133,10 +134,15 @@ def _resume(run: Run, job: TrainJob, identity: str) -> Tally:
 
 
 def _result(tally: Tally, start: Tally, run: Run) -> TrainResult:
-    """What may leave: of a private run no sum over the examples that were drawn."""
+    """What may leave: of a private run no sum over the examples that were drawn. Raises `UpdateError` when no step was done."""
+    if tally.skipped and tally.skipped == tally.step:
+        raise UpdateError(
+            f"training: all {tally.step} steps were skipped, since their gradients overflow fp16; "
+            "set training.precision = 'bf16' or 'fp32', more training.steps, or look for broken rows"
+        )
     private = run.spent(tally.step) if isinstance(run, Private) else None
     fields = asdict(Tally(step=tally.step, seconds=tally.seconds) if private else tally)
-    steps, gradient = fields.pop("step"), run.gradient(tally.step)
+    steps, gradient = fields.pop("step"), run.gradient(tally.step - tally.skipped)
     return TrainResult(steps=steps, **fields, resumed_from=start.step, gradient=gradient, private=private)
 
 

@@ -37,7 +37,7 @@ def training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
             stack.enter_context(lever)
         stack.enter_context(_checkpointing(model, settings))
         stack.enter_context(fused_kernels(model, settings.fused_kernels))
-        stack.enter_context(tensor_cores(settings.precision == "bf16"))
+        stack.enter_context(tensor_cores(settings.precision != "fp32"))
         model.train(settings.base_dropout)
         if not settings.base_dropout:
             _wake(model, settings.checkpoint_activations)

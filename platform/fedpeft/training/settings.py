@@ -32,7 +32,9 @@ class TrainSettings:
     is FedProx's mu (Li et al. 2020, arXiv 1812.06127, eq. 2). FedProx and SCAFFOLD are published with ``optimizer = "sgd"``,
     which takes ``momentum`` and counts ``weight_decay`` as gradient; AdamW decouples it. With ``base_dropout`` the frozen
     model's own dropout is on as well; off is the default, because it regularises weights that do not train and costs 15 times
-    the adapter's own work on a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast; a CPU goes on in fp32.
+    the adapter's own work on a CPU. ``precision = "bf16"`` is autocast on devices that multiply bf16 fast, ``"fp16"`` for cards
+    that have only that (Turing: T4, RTX 20xx), with the loss scaled (`scaling`); such a card takes ``"bf16"`` for ``"fp16"``, and a CPU
+    goes on in fp32.
 
     Memory and speed: ``checkpoint_activations`` keeps one hidden state a layer and computes the rest again in the backward pass,
     ``offload_activations`` keeps even these in host memory; ``packing`` lays a language model's sequences one after the other in one
@@ -50,7 +52,7 @@ class TrainSettings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     accumulate: Count = 1
     clip: Amount = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpoint_activations: bool = False
     offload_activations: bool = False
     packing: bool = True
@@ -91,7 +93,7 @@ class TrainSettings:
         AdamW's steps are of about ``lr`` where a gradient keeps its sign (Kingma & Ba 2015, section 2.1), and clipped SGD's below it.
         """
         longest = self.steps * self.lr_by_role.get(role, self.lr)
-        if self.optimizer == "adamw":
+        if self.optimizer != "sgd":
             return longest
         return longest * self.clip / (1 - self.momentum)
 
@@ -137,6 +139,7 @@ class TrainResult:
     """What was done, resumed parts included: ``loss_sum`` over ``count`` loss terms, examples, tokens (no padding), seconds.
 
     ``gradient`` (P,) is the mean over the steps of the gradient as the loss gave it: before correction, FedProx and clipping.
+    ``skipped`` steps, which count among the others, were not done, since their gradients overflowed fp16.
     With ``private``, what the job cost an accountant, it protected its examples: then loss, examples and tokens are zero here,
     since nothing protects them, and ``gradient`` is the noisy one.
     """
@@ -150,6 +153,7 @@ class TrainResult:
     resumed_from: int
     gradient: NDArray[np.float32] | None = None
     private: Event | None = None
+    skipped: int = 0
 
     @property
     def loss(self) -> float:

@@ -14,7 +14,7 @@ from fedpeft.bases import BaseSpec
 from fedpeft.central import launch
 from fedpeft.central.launch import Rank, first_node, here, hosts, slurm, supervise
 from fedpeft.central.world import World
-from fedpeft.central.zero import sized, stage_of, zero_json, zero_of
+from fedpeft.central.zero import offload_of, sized, stage_of, zero_json, zero_of
 from fedpeft.errors import ConfigError
 from fedpeft.training.config import DeepSpeed
 from fedpeft.training.settings import TrainSettings
@@ -52,6 +52,7 @@ def test_the_users_file_wins_where_it_does_not_contradict(tmp_path):
         ({"train_batch_size": 8}, "contradicts training.batch_size, which makes it 16"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "contradicts training.optimizer"),
         ({"bf16": {"enabled": True}}, "contradicts training.precision"),
+        ({"fp16": {"enabled": True}}, "contradicts training.precision"),
         ({"scheduler": {"type": "WarmupLR"}}, "contradicts training.schedule"),
         ({"checkpoint": {"load_universal": True}}, "'checkpoint' is decided by our own checkpoints"),
         ({"zero_optimization": {"stagee": 3}}, "zero_optimization has no key 'stagee' that a job may set"),
@@ -68,6 +69,16 @@ def test_the_users_file_wins_where_it_does_not_contradict(tmp_path):
 def test_unknown_and_contradictory_keys_are_refused(tmp_path, table, said):
     with pytest.raises(ConfigError, match=said):
         zero_json(own(tmp_path, table), SETTINGS, 2)
+
+
+def test_a_table_of_fp16_says_what_our_loss_scaling_does_or_is_refused(tmp_path):
+    usual = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1}
+    half = replace(SETTINGS, precision="fp16")
+    for settings, table in ((half, usual), (half, {"enabled": True}), (SETTINGS, usual), (SETTINGS, {"enabled": False, "loss_scale": 8})):
+        assert "fp16" not in zero_json(own(tmp_path, {"fp16": table}), settings, 2)  # DeepSpeed's own would hold the adapters in fp16
+    for table in ({"enabled": False}, {"loss_scale": 128}, {"initial_scale_power": 12}, {"loss_scale_window": 50}):
+        with pytest.raises(ConfigError, match=r"contradicts training\.precision"):
+            zero_json(own(tmp_path, {"fp16": table}), half, 2)
 
 
 def test_all_faults_of_the_users_file_are_named_at_once(tmp_path):
@@ -97,10 +108,20 @@ def test_a_bucket_is_no_larger_than_what_trains():
     assert sized(table, 1 << 40)["zero_optimization"] == table["zero_optimization"]
 
 
-@pytest.mark.parametrize("change", [{"proximal": 0.1}, {"optimizer": "adamw8bit"}])
-def test_settings_of_no_meaning_here_are_refused(change):
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        zero_json(DeepSpeed(), replace(SETTINGS, **change), 2)
+def test_settings_of_no_meaning_here_are_refused():
+    with pytest.raises(ConfigError, match="proximal"):
+        zero_json(DeepSpeed(), replace(SETTINGS, proximal=0.1), 2)
+
+
+def test_moments_of_a_byte_lie_on_the_gpu_or_in_host_memory(tmp_path):
+    settings = replace(SETTINGS, optimizer="adamw8bit")
+    for stage in range(4):
+        assert zero_json(DeepSpeed(stage=stage), settings, 2)["zero_optimization"]["stage"] == stage
+    assert offload_of(zero_json(DeepSpeed(stage=2, offload="cpu"), settings, 2)["zero_optimization"], "optimizer") == "cpu"
+    with pytest.raises(ConfigError, match="'adamw8bit' and optimizer states offloaded to 'nvme'"):
+        zero_json(DeepSpeed(stage=3, offload="nvme", nvme=tmp_path), settings, 2)
+    with pytest.raises(ConfigError, match=r"contradicts training\.optimizer"):
+        zero_json(own(tmp_path, {"optimizer": {"type": "AdamW"}}), settings, 2)
 
 
 def test_a_world_is_what_a_launcher_set_and_half_of_it_is_refused():

@@ -133,6 +133,39 @@ def test_one_example_more_moves_the_sum_by_no_more_than_the_clip(live):
     assert 0.0 < np.linalg.norm(sums[1] - sums[0]) <= 0.05 + 1e-5
 
 
+class Narrow(torch.autograd.Function):
+    """The identity, whose gradient goes through fp16."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.half().float()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_clipping_acts_on_gradients_that_are_not_scaled_and_an_overflow_takes_a_smaller_scale(live, monkeypatch, narrow):
+    """Alone, one loss term has the whole scale, 2^16, which fp16 does not hold; nobody is skipped for it."""
+    data = Encoded((np.array([5, 60, 7], np.int32),), np.arange(1), np.array([2]), np.arange(1), 0)
+    (batch,) = batches_of(TASK, data, np.arange(1), 1)
+    assert terms_of(batch).tolist() == [1.0]
+    original, found = Generation.loss, []
+    for precision in ("fp32", "fp16"):
+        place(live)
+        run = private(live, replace(SGD, precision=precision), source=Seeded(scale=0.0))
+        assert run.state().keys() == {"A.value", "B.value"} | ({"(scale)"} if precision == "fp16" else set())
+        if narrow:
+            monkeypatch.setattr(Generation, "loss", lambda *a: replace((loss := original(*a)), total=Narrow.apply(loss.total)))
+        with training(live.model, SGD):
+            run.step(0, [batch])
+        found.append(live.flat.clone())
+    assert torch.equal(*found)
+    place(live)
+    assert not torch.equal(live.flat, found[0])
+
+
 def test_an_example_with_a_gradient_that_is_not_finite_adds_nothing(live, monkeypatch):
     data = rows(4)
     (batch,) = batches_of(TASK, data, np.arange(4), 4)

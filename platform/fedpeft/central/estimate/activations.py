@@ -61,7 +61,7 @@ class Activations:
 def shape_of(base: Base, settings: TrainSettings, width: int, ranks: Mapping[str, int]) -> Shape:
     """The shape of ``base`` held in ``width`` bytes a value; ``ranks`` are the adapters' ranks at each layer, all tasks' together."""
     hidden = int(base.config.get_text_config().hidden_size)
-    narrow = 2 if settings.precision == "bf16" else width
+    narrow = width if settings.precision == "fp32" else 2
     roles, norms = module_roles(base.model), _norms(base.model, hidden)
     groups: dict[str, dict[str, list[Any]]] = {}
     for role in ("attention", "mlp"):
