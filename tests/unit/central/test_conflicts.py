@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.central.conflicts import cosines, projected
+from fedpeft.central.conflicts import Conflicts, cosines, projected
+from fedpeft.central.world import World
 
 
 def vectors(seed, tasks, size=7):
@@ -57,3 +62,13 @@ def test_orthogonal_and_aligned_gradients_are_summed(seed, tasks):
 def test_cosines_of_nothing_are_nothing():
     grads = np.array([[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
     np.testing.assert_array_equal(cosines(grads @ grads.T), [[1, -1, 0], [-1, 1, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("handling", ["report", "pcgrad"])
+def test_gradients_that_overflow_have_no_cosines_and_leave_no_trace(handling):
+    sinks = torch.tensor([[torch.inf, 1.0], [1.0, -torch.inf]])
+    live = SimpleNamespace(split=lambda: sinks, pool=SimpleNamespace(names=("a", "b")))
+    conflicts = Conflicts(live, handling, World(), 0)
+    conflicts.settle(None, 0)
+    assert conflicts.cosines == {}
+    assert not sinks.any()
