@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,10 @@ def inject(model: nn.Module, config: Any, attached: Attached) -> None:
     """
     from peft import inject_adapter_in_model
 
+    # on a base without weights peft would draw every value, only to throw it away
+    place = torch.device("meta") if next(model.parameters()).is_meta else nullcontext()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), place:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as fault:
         eject(model)
