@@ -9,6 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
+unexport PYTHONDONTWRITEBYTECODE   # tests start many processes: each would compile our packages again
 
 .PHONY: install demo test fuzz check format bench protos clean
 
@@ -25,14 +26,14 @@ demo: $(STAMP)
 # Unit tests on every core, one compute thread each; then the tests with real processes, one more at once than cores, since they often wait.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration' tests/unit
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow and not integration' tests/unit
 	$(BIN)/python -m pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --dist loadfile --no-loadscope-reorder -m 'integration and not gpu and not slow' tests/integration tests/unit/control
 
 # The unit tests with other examples in every run. What it finds becomes an `@example` of the test, or a test of its own.
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: export FEDPEFT_HYPOTHESIS = search
 fuzz: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not slow and not integration' tests/unit
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow and not integration' tests/unit
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ def test_the_bound_is_where_the_p_value_meets_the_error():
     assert epsilon_bound(100, 100, 50, 1e-5, 0.95) == 0.0
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.floats(0.2, 3.0), st.integers(0, 2**31))
 def test_randomised_response_is_not_refuted_more_often_than_stated(epsilon, seed):
     draws = np.random.default_rng(seed)
@@ -151,7 +151,7 @@ def test_an_overfitted_adapter_is_found_out(subject):
 
 
 def test_shadows_are_an_attack_of_their_own(subject):
-    found = audit_membership(subject(steps=60), mislabelled(TASK, ROWS[:32], 0), Coins(shadows=2))
+    found = audit_membership(subject(steps=40), mislabelled(TASK, ROWS[:32], 0), Coins(shadows=2))
     assert {finding.attack for finding in found.findings} == {"loss", "likelihood ratio"}
     assert found.findings[-1].auc > 0.6
 
@@ -222,7 +222,7 @@ def test_the_command_prints_its_bound_beside_what_is_stated(job, capsys):
 
 
 def test_a_refuted_ledger_is_exit_code_12(job, capsys):
-    arguments = ["--set", "training.steps=200", "--set", "training.optimizer=adamw", "--stated", "0.01"]
+    arguments = ["--set", "training.steps=100", "--set", "training.optimizer=adamw", "--stated", "0.01"]
     assert run(["audit", "membership", str(job), *arguments]) == PrivacyError.exit_code
     assert "the ledger states 0.010" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def adapters(base: Base) -> dict[str, Adapter]:
 @pytest.fixture(scope="module")
 def alone(base: Base, adapters: dict[str, Adapter]) -> Any:
     """Greedy tokens by Hugging Face's generate with one adapter attached, made before the bank takes the base."""
-    prompts = [[1, 300 + 7 * n, 20 + n, *range(30, 30 + 9 * n)] for n in range(3)]
+    prompts = [[1, 300 + 7 * n, 20 + n, *range(30, 30 + 9 * n)] for n in (0, 2)]
     said = {}
     for name, adapter in [(None, None), *adapters.items()]:
         live = None if adapter is None else attach(base, adapter.spec)
@@ -60,7 +60,7 @@ def alone(base: Base, adapters: dict[str, Adapter]) -> Any:
         model: Any = base.shell(LM) if live is None else live.model
         for prompt in prompts:
             out = model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=14, min_new_tokens=14
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=8, min_new_tokens=8
             )
             said[(name, tuple(prompt))] = out[0, len(prompt) :].tolist()
         if live is not None:
@@ -94,12 +94,12 @@ def answers(base: Base, bank: Any, asked: list[tuple[dict[str, float], tuple[int
 
 
 def test_a_mixed_running_batch_says_what_generate_says_for_each_adapter(base, bank, alone):
-    asked = [({name: 1.0} if name else {}, prompt, 14, 2 * n) for n, (name, prompt) in enumerate(alone)]
+    asked = [({name: 1.0} if name else {}, prompt, 8, 2 * n) for n, (name, prompt) in enumerate(alone)]
     for limits in (Limits(rows=32), Limits(rows=3, bite=5), Limits(rows=32, alike=True)):
         assert answers(base, bank, asked, limits) == list(alone.values())
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     asked=st.lists(
         st.tuples(

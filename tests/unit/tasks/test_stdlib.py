@@ -131,7 +131,8 @@ def test_texts_are_short_prose_without_the_name() -> None:
     assert masked("Popen: a Popen-like thing, not Popenx", "Popen") == "…: a …-like thing, not Popenx"
 
 
-@pytest.mark.parametrize("task", ["effect", *(pytest.param(name, marks=pytest.mark.slow) for name in ("area", "error", "kind"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", STDLIB_LABELS)
 def test_each_task_is_learnable_and_sites_need_each_other(minilm: Base, task: str) -> None:
     """Frozen embeddings and a linear classifier: far above the majority, and no site alone is as good as all."""
     from sklearn.linear_model import LogisticRegression

@@ -68,7 +68,7 @@ def test_the_encoder_learns_intents(encoder, intents):
 
 
 def test_the_causal_model_learns_slots(causal, slots):
-    settings = TrainSettings(steps=30, batch_size=8, lr=1e-2, accumulate=2)
+    settings = TrainSettings(steps=10, batch_size=4, lr=1e-2, accumulate=2)
     _, before, after = learn(causal, SLOTS, slots, settings, Lora(targets=("all",)))
     assert after["perplexity"] < before["perplexity"] / 4
 
