@@ -201,7 +201,7 @@ def _cost(counts: Mapping[str, int], one: Forecast) -> int:
 
 
 def _counters(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
 class _Display:

@@ -36,7 +36,7 @@ from fedpeft_client.config import SiteConfig
 from fedpeft_client.foresight import Cost, cost
 from fedpeft_client.plan import rank_of
 from fedpeft_client.policy import Ask, today
-from fedpeft_client.shelf import Shelf
+from fedpeft_client.shelf import Shelf, Split
 
 if TYPE_CHECKING:
     from fedpeft.adapters import AdapterSpec
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fedpeft.training.settings import TrainSettings
 
 FLOAT_BYTES, CODE_BYTES = 8, 4
+SPLITS: tuple[Split, Split] = ("train", "test")
 EPSILON = "none: not accounted"
 
 
@@ -163,7 +164,8 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     examples = len(shelf.rows(name, "train"))
     if examples == 0:
         raise DataError(f"task {name!r}: the train split holds no rows; check [data] of the site's file")
-    shelf.encoded(task, "train", base)  # a row that training would refuse is refused here
+    for split in SPLITS[: 2 if shelf.count(name, "test") else 1]:
+        shelf.encoded(task, split, base)  # a row that training or scoring would refuse is refused here
     counters = {**TRAIN_COUNTERS, **_router(plain, base), **(_gates(spec) if plain.routing.get("gates") else {})}
     rank = rank_of(scheme, spec.method, site.policy.max_rank)
     upload, each = _upload(plain, up, phase.roles)
@@ -191,7 +193,7 @@ def _one(site: SiteConfig, plain: Plain, name: str, base: Base, shelf: Shelf, nu
     private = tuple(sorted(phase.private & spec.layout.roles))
     lines = tuple(Line(entry.name, entry.role, entry.shape, round(each[entry.role] * entry.size)) for entry in up.entries)
     made = Forecast(name, phase.name, examples, weight, lines, counters, size, str(spending or EPSILON), rules, refused, private)
-    return replace(made, masked=plain.masked, cost=spending, scores=_scores(plain, task), tested=len(shelf.rows(name, "test")))
+    return replace(made, masked=plain.masked, cost=spending, scores=_scores(plain, task), tested=shelf.count(name, "test"))
 
 
 def _nouns(plain: Plain, name: str, base: Base) -> tuple[Task, AdapterSpec, Scheme, TrainSettings]:
@@ -254,7 +256,7 @@ def _router(plain: Plain, base: Base) -> dict[str, int]:
 
 def _scores(plain: Plain, task: Task) -> tuple[str, ...]:
     """The metrics whose sums leave where rounds are scored; a mechanism may leave evaluations out."""
-    silent = isinstance(plain.privacy, Mapping) and plain.privacy.get("evaluation") == 0
+    silent = isinstance(plain.privacy, Mapping) and plain.privacy.get("kind") != "none" and not plain.privacy.get("evaluation")
     return () if silent else task.metrics
 
 

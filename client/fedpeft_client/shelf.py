@@ -61,9 +61,15 @@ class Shelf:
         """The rows of one split, tokenised for ``task``; again only when the plan's idea of the task changes."""
         known = self._encoded.get((task.name, split))
         if known is None or known[0] != task:
-            known = (task, task.encode(self.rows(task.name, split), base))
+            known = (task, self._encode(task, split, base))
             self._encoded[task.name, split] = known
         return known[1]
+
+    def _encode(self, task: Task, split: Split, base: Base) -> Encoded:
+        try:
+            return task.encode(self.rows(task.name, split), base)
+        except DataError as fault:
+            raise DataError(f"[data.{task.name}], {self.site.data[task.name].label}, split {split}: {fault}") from None
 
     def vectors(self, task: Task, encoder: Encoder) -> NDArray[np.float32]:
         """Embeddings (N, D) of train rows' texts by ``encoder``, each of length 1; at most `EMBEDDED` rows, evenly spread."""

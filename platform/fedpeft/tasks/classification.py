@@ -114,7 +114,7 @@ class Classification:
             allowed = list(self.labels[:12]) + (["..."] if len(self.labels) > 12 else [])
             raise DataError(
                 f"task {self.name}, row {number} ({excerpt(text)}): unknown label {label!r}; allowed are {allowed}; "
-                "correct the row, or leave such rows out with source.where"
+                "correct the row, or leave such rows out with `where` beside the path"
             )
         return self.labels.index(label)
 

@@ -10,6 +10,7 @@ from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
 
 Messages = list[dict[str, str]]
+RENAME = 'columns = { "its name in the file" = "the name wanted here" } beside the path renames fields'
 FORMS = "{prompt, completion|answer}, {instruction, input, output}, {messages: [{role, content}]} or {text}"
 
 
@@ -50,7 +51,7 @@ def pairs(row: Row, number: int) -> list[Pair]:
         return [Pair("\n".join(part for part in parts if part), field(row, "output", number))]
     if "text" in row:
         return [Pair("", field(row, "text", number))]
-    raise DataError(f"row {number}: fields {sorted(row)} are no known form; expected {FORMS}; source.columns renames fields")
+    raise DataError(f"row {number}: fields {sorted(row)} are no known form; expected {FORMS}; {RENAME}")
 
 
 def question(row: Row, number: int) -> Question:
@@ -90,7 +91,7 @@ def excerpt(text: str) -> str:
 
 def _value(row: Row, name: str, number: int) -> Any:
     if row.get(name) is None:
-        raise DataError(f"row {number}: no field {name!r}; fields seen are {sorted(row)}; source.columns renames fields")
+        raise DataError(f"row {number}: no field {name!r}; fields seen are {sorted(row)}; {RENAME}")
     return row[name]
 
 

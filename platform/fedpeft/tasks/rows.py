@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from fedpeft.config import Section
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
 from fedpeft.tasks.split import ALIASES, lowest, row_key, split_of
+from fedpeft.tasks.spreadsheets import read_csv
 
 
 class Source(Section):
@@ -169,24 +168,6 @@ def _read_json(path: Path) -> list[Row]:
     return [_object(row, f"{path}, item {number}") for number, row in enumerate(lists[0], 1)]
 
 
-def _read_csv(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(f"{path}, line {reader.line_num}: {_width(row)} fields, the header has {len(reader.fieldnames or ())}")
-            rows.append(dict(row))
-    except csv.Error as fault:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {fault}; quote fields that hold commas or line ends") from None
-    return rows
-
-
-def _width(row: Mapping[Any, Any]) -> int:
-    return sum(len(value) if isinstance(value, list) else value is not None for value in row.values())
-
-
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -202,8 +183,8 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": _read_parquet,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, DataError
 from fedpeft.schemes import SCHEMES
 from fedpeft_client.cli import app
 from fedpeft_client.config import SiteConfig, load_site
@@ -129,6 +129,15 @@ def test_what_a_scheme_adds_and_keeps_is_forecast(site: SiteConfig, plan: Path, 
 def test_a_setting_without_a_value_is_explained(site_file: Path, plan: Path) -> None:
     result = CliRunner().invoke(app, ["dry-run", str(site_file), "--plan", str(plan), "--set", "policy"])
     assert isinstance(result.exception, ConfigError)
+
+
+def test_a_row_that_does_not_fit_is_named_with_its_table_and_file(plan: Path, site: SiteConfig) -> None:
+    path = Path(str(site.data["kinds"].path))
+    path.write_text('{"message": "x", "label": "tool", "split": "train"}\n')
+    with pytest.raises(DataError, match=rf"\[data.kinds\], {path}, split train: row 1: no field 'text'.*columns = "):
+        forecast(site, read_plan(plan))
+    path.write_text('{"text": "x", "label": "tool", "split": "train"}\n')
+    assert forecast(site, read_plan(plan))[0].tested == 0
 
 
 def test_the_verbs_are_the_documented_ones() -> None:

@@ -108,6 +108,13 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, name: str, data: bytes, me
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.parametrize("header", ["text;label", "text\tlabel", "text,label"])
+def test_a_spreadsheets_separator_is_the_headers(tmp_path: Path, header: str) -> None:
+    sign = header.removeprefix("text").removesuffix("label")
+    source = content(tmp_path, "a.csv", f"\ufeff{header}\na{sign}b\n".encode())
+    assert read_rows(source) == [{"text": "a", "label": "b"}]
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         read_rows(Source(path=str(tmp_path / "none.jsonl")))
