@@ -1,10 +1,11 @@
-"""Fixtures that every test may use: real models and data where they are, one torch thread, a free port."""
+"""Fixtures that every test may use: real models and data where they are, tiny encoder-decoders, one torch thread, a free port."""
 
 from __future__ import annotations
 
 import gc
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +40,50 @@ def shared_models() -> Path:
 def shared_data() -> Path:
     """Folder of real multi-task JSONL files."""
     return _shared("data")
+
+
+WORDS = ["<pad>", "</s>", "<unk>", "<s>", *(f"w{i}" for i in range(60))]
+TEMPLATES = {"t5": "$A </s>", "bart": "<s> $A </s>"}
+
+
+def write_seq2seq(folder: Path, kind: str) -> None:
+    """A model of two layers a half, 32 wide, and a word tokenizer that marks ends as that kind's own does."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedTokenizerFast, T5Config
+
+    marks = {"vocab_size": len(WORDS), "d_model": 32, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
+    halves = {
+        f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+    }
+    t5 = {"num_layers": 2, "num_heads": 4, "d_ff": 64, "d_kv": 8, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    bart = {**halves, "max_position_embeddings": 64, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(**marks, **t5) if kind == "t5" else BartConfig(**marks, **bart)
+        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=TEMPLATES[kind], special_tokens=[("<s>", 3), ("</s>", 1)])
+    named = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **named, model_max_length=64).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def seq2seq_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny ``t5`` or ``bart``; written once per session, never to be changed (copy it first)."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            write_seq2seq(made[kind], kind)
+        return made[kind]
+
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -205,7 +205,7 @@ def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
     if task.head.kind == "lm" and base.family == "encoder":
         raise ConfigError(
             f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is an encoder; "
-            "take a causal base, or kind = 'classification'"
+            "take a causal base or an encoder-decoder, or kind = 'classification'"
         )
     return make_spec(name, base, config.method, task.head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def base() -> Base:
 class Federation:
     """Coordinator and sites on one folder; `open` starts all of them anew, as after a power cut."""
 
-    def __init__(self, folder: Path, base: Base, **settings: Any) -> None:
-        self.folder, self.base = folder, base
+    def __init__(self, folder: Path, loaded: Base, **settings: Any) -> None:
+        self.folder, self.base = folder, loaded
         table = {"name": "f", "rounds": 3, "state": str(folder / "state"), "training": TRAINING, "tasks": {"kinds": TASK}, **settings}
         self.config = config.parse({"cohort": {"min_sites": 2, "wait_for_sites": 2}, **table}, FederationConfig, "f.toml")
         for number, name in enumerate(SITES):
@@ -117,3 +118,22 @@ def test_a_start_that_does_not_fit_is_said_before_anybody_waits(tmp_path: Path, 
     ours = Federation(tmp_path, base, start="pissa", cohort={"wait_for_sites": 9})
     with pytest.raises(AdapterError, match=r"start pissa: .*set method\.extra = 8 and method\.held = true"):
         ours.open().run()
+
+
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_sites_train_an_encoder_decoder_together(tmp_path: Path, seq2seq_folder: Callable[[str], Path], kind: str) -> None:
+    base = load_base(BaseSpec(str(seq2seq_folder("t5")), max_tokens=32), "cpu")
+    task = {"kind": kind, **({"metrics": ["perplexity"]} if kind == "generation" else {"labels": TASK["labels"]})}
+    training = {"steps": 6, "batch_size": 4, "lr": 2e-2}
+    ours = Federation(tmp_path, base, base={"model": base.spec.model, "max_tokens": 32}, tasks={"kinds": task}, training=training)
+    for number, name in enumerate(SITES):
+        asked = [f"w{(i * 7 + number) % 60} w{i} w3" for i in range(16)]
+        rows = [
+            {"prompt": one, "completion": f"w{i} w5"} if kind == "generation" else {"text": one, "label": TASK["labels"][i % 2]}
+            for i, one in enumerate(asked)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row | {"split": "train"}) for row in rows))
+    done = [row.tasks["kinds"] for row in ours.open().run()]
+    assert [row.outcome for row in done] == ["updated"] * 3, done[-1].reason
+    losses = [row.counters["train.loss"][0] / row.counters["train.loss"][1] for row in done]
+    assert losses[-1] < losses[0]

@@ -173,7 +173,9 @@ def _judge(config: CentralConfig, joint: Joint, held: Pool | None, world: World,
     if held is None or not metrics:
         return None
     tasks = {name: replace(config.tasks[name].task, metrics=(metric,)) for name, metric in metrics.items()}
-    return Scorer(joint.bank, world, stage == 3, tasks, {name: held.data[held.names.index(name)] for name in tasks})
+    judge = Scorer(joint.bank, world, stage == 3, tasks, {name: held.data[held.names.index(name)] for name in tasks})
+    judge.require_forwards()
+    return judge
 
 
 @dataclass(eq=False)

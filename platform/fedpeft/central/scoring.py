@@ -18,7 +18,7 @@ from torch import nn
 from fedpeft.bases.base import Base
 from fedpeft.central.together import add_up
 from fedpeft.central.world import World
-from fedpeft.errors import DataError
+from fedpeft.errors import ConfigError, DataError
 from fedpeft.mixtures import Bank, Gates
 from fedpeft.tasks import Encoded, Generation, read_rows
 from fedpeft.tasks.arrange import subset
@@ -82,8 +82,15 @@ class Lockstep:
             hook.remove()
         while self._busy(0):
             self.bank.use(Gates.rows([self.task]))
-            one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-            self.model(input_ids=one, attention_mask=one)
+            self.model(**self._nothing())
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """The least that a forward takes; an encoder-decoder's classifier looks for an end token."""
+        base, one = self.bank.base, torch.ones(1, 1, dtype=torch.long, device=self.device)
+        if base.family != "seq2seq":
+            return {"input_ids": one, "attention_mask": one}
+        end = one * int(base.config.eos_token_id)
+        return {"input_ids": end, "attention_mask": one, "decoder_input_ids": end}
 
     def _busy(self, calls: int) -> int:
         """On how many ranks the model is about to be called."""
@@ -104,9 +111,26 @@ class Scorer:
 
     @staticmethod
     def of(config: CentralConfig, bank: Bank, world: World, partitioned: bool) -> Scorer:
-        """On the tasks' test rows, which are read. Raises `DataError` when one is of an unknown form."""
+        """On the tasks' test rows, which are read.
+
+        Raises:
+            DataError: a row is of an unknown form.
+            ConfigError: ranks that share an encoder-decoder would have to generate.
+        """
         tasks = {name: entry.task for name, entry in config.tasks.items()}
-        return Scorer(bank, world, partitioned, tasks, {name: _tests(entry, bank.base) for name, entry in config.tasks.items()})
+        found = Scorer(bank, world, partitioned, tasks, {name: _tests(entry, bank.base) for name, entry in config.tasks.items()})
+        found.require_forwards()
+        return found
+
+    def require_forwards(self) -> None:
+        """Raise `ConfigError` when ranks that share an encoder-decoder would have to generate: its encoder is then called by itself."""
+        alone = not self.partitioned or self.world.size == 1 or self.bank.base.family != "seq2seq"
+        wanted = [name for name, task in self.tasks.items() if self.tests[name] is not None and _generates(task)]
+        if wanted and not alone:
+            raise ConfigError(
+                f"tasks {wanted}: ranks that share an encoder-decoder in stage 3 cannot generate answers; "
+                "set metrics = ['perplexity'], or deepspeed.stage = 2"
+            )
 
     def __call__(self) -> dict[str, dict[str, float]]:
         """Scores by task, the same on all ranks; none where a task has no examples. Every rank calls it at once."""
@@ -148,6 +172,11 @@ def _test_rows(entry: CentralTask) -> Iterator[Row]:
         yield from stream_rows(entry.data, "test") if entry.stream else read_rows(entry.data, "test")
     except DataError:
         return
+
+
+def _generates(task: Task) -> bool:
+    """Whether a metric of ``task`` needs text."""
+    return "generated" in task.counted
 
 
 def _generated(task: Task, examples: int, world: World) -> int:

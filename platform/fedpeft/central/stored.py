@@ -98,7 +98,7 @@ def fingerprint(task: Task, source: Source, base: Base, cap: int | None, held: i
         raise DataError(f"{fault.filename}: cannot be read: {fault.strerror}; give a .jsonl file or a folder of them") from None
     described = {"task": describe(task), "source": source.model_dump(mode="json"), "tokenizer": base.fingerprint.tokenizer}
     table = described | {"form": FORM, "files": files, "cap": cap, "held": held}
-    table |= {"tokens": token_limit(base), "pad": base.tokenizer.pad_token_id}
+    table |= {"tokens": token_limit(base), "pad": base.tokenizer.pad_token_id, "family": base.family}
     return hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -137,6 +137,7 @@ def _build(place: Path, task: Task, parts: Mapping[str, Iterator[Row]], base: Ba
 
 def _write(folder: Path, task: Task, rows: Iterator[Row], base: Base) -> None:
     hasher, counts, pad, first = hashlib.sha256(), dict.fromkeys(TYPES, 0), 0, 1
+    paired = False
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in TYPES}
         while chunk := list(islice(rows, CHUNK)):
@@ -146,10 +147,10 @@ def _write(folder: Path, task: Task, rows: Iterator[Row], base: Base) -> None:
                 counts[name] += len(values)
                 hasher.update(f"{name} {len(values)}\n".encode() + values.tobytes())
                 _append(files[name], values)
-            pad, first = data.pad, first + len(chunk)
+            pad, paired, first = data.pad, data.paired, first + len(chunk)
         for file in files.values():
             write_synced(file.fileno(), b"")
-    record = {"counts": counts, "pad": pad, "digest": hasher.hexdigest()}
+    record = {"counts": counts, "pad": pad, "paired": paired, "digest": hasher.hexdigest()}
     with (folder / INDEX).open("wb") as index:
         write_synced(index.fileno(), json.dumps(record).encode())
 
@@ -195,7 +196,7 @@ def _part(folder: Path) -> Stored | None:
         arrays = {name: _mapped(folder / name, kind, counts[name]) for name, kind in TYPES.items()} if whole else {}
         rest = (arrays["labels"], arrays["starts"], arrays["owners"])
         texts = tuple(text.tobytes().decode() for text in Sequences(arrays["texts"], arrays["cuts"]))
-        return Stored(Sequences(arrays["ids"], arrays["ends"]), *rest, record["pad"], texts, digest=record["digest"])
+        return Stored(Sequences(arrays["ids"], arrays["ends"]), *rest, record["pad"], texts, record["paired"], record["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -14,7 +14,7 @@ from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import AdapterError
 from fedpeft.mixtures.choice import Choices, check_way
-from fedpeft.mixtures.compile import compiled, everyone, heads_of
+from fedpeft.mixtures.compile import check_gates, compiled, everyone, heads_of
 from fedpeft.mixtures.dense import Own
 from fedpeft.mixtures.gates import Gates
 from fedpeft.mixtures.heads import HeadHost, head_entries
@@ -111,8 +111,9 @@ class Bank:
         ``lanes`` says through which lane of the shared adapter each row or token goes, after `split`.
 
         Raises:
-            AdapterError: an adapter is unknown, terms differ in their number of rows, or there are no lanes.
+            AdapterError: an adapter is unknown, terms differ in their number of rows, `check_gates` refuses, or there are no lanes.
         """
+        check_gates(gates, self.model)
         for name in gates.names | frozenset(name for name in heads or () if name is not None):
             self._find(name)
         shared = SHARED if SHARED in self.store.place else None

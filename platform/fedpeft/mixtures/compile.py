@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpeft.errors import AdapterError
 from fedpeft.mixtures.gates import Gates, Term
@@ -14,6 +16,13 @@ from fedpeft.mixtures.state import Routed
 
 SPARSE = 0.5
 """Weights with at most this share of entries other than 0 are multiplied pair by pair."""
+
+
+def check_gates(gates: Gates, model: nn.Module) -> None:
+    """Raise `AdapterError` when ``gates`` are for tokens and ``model`` is an encoder-decoder, whose halves read tokens of their own."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and any(term.kind == "tokens" for term in gates.terms):
+        raise AdapterError(f"gates: {type(model).__name__} reads tokens in its encoder and others in its decoder; give weights of rows")
 
 
 def compiled(gates: Gates, store: Store, shared: Share | None) -> tuple[tuple[Share, ...], tuple[Routed, ...]]:

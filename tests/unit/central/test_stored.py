@@ -130,7 +130,11 @@ class Bytes:
 
 
 ANY = SimpleNamespace(
-    fingerprint=SimpleNamespace(tokenizer="t"), tokenizer=SimpleNamespace(pad_token_id=0), spec=BaseSpec("m"), config=SimpleNamespace()
+    family="causal",
+    fingerprint=SimpleNamespace(tokenizer="t"),
+    tokenizer=SimpleNamespace(pad_token_id=0),
+    spec=BaseSpec("m"),
+    config=SimpleNamespace(),
 )
 
 

@@ -20,7 +20,7 @@ from fedpeft.central.estimate.states import (
 )
 from fedpeft.central.estimate.weights import Weights, weights_of
 from fedpeft.central.zero import offload_of, stage_of
-from fedpeft.errors import ConfigError
+from fedpeft.errors import BaseError, ConfigError
 
 if TYPE_CHECKING:
     from fedpeft.adapters.spec import AdapterSpec
@@ -107,7 +107,7 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
     """What is known of ``config`` on ``ranks`` ranks without its weights or rows: every row is taken for ``base.max_tokens`` long.
 
     Raises:
-        BaseError: the base has no ``config.json``, or one that cannot be built.
+        BaseError: the base has no ``config.json``, or one that cannot be built, or is an encoder-decoder, which was not measured.
         AdapterError: the method does not fit the base.
         ConfigError: the ranks cannot share a batch.
     """
@@ -116,6 +116,11 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
             f"training.batch_size = {config.training.batch_size} cannot be divided among {ranks} ranks; set a multiple of {ranks}"
         )
     base, width = outline_base(config.base), width_of(config.base.quantization, device)
+    if base.family == "seq2seq":
+        raise BaseError(
+            f"base {config.base.model}: what an encoder-decoder keeps for its backward pass is not known, so there is no number to give; "
+            "train a few steps and read the peak that fedpeft central train reports"
+        )
     heads = {entry.task.head for entry in config.tasks.values()}
     made = {head: make_spec(config.name, base, config.method, head) for head in heads}
     specs = [made[entry.task.head] for entry in config.tasks.values()]
