@@ -80,5 +80,13 @@ def _device() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "cpu (no CUDA device; nf4 and int8 bases work here, bf16 is slow)"
-    return ", ".join(torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count()))
+        return "cpu (no CUDA device; nf4 and int8 bases work here, bf16 and fp16 are slow)"
+    return ", ".join(map(_card, range(torch.cuda.device_count())))
+
+
+def _card(place: int) -> str:
+    import torch
+
+    from fedpeft.bases.quantize import multiplies_bf16
+
+    return torch.cuda.get_device_name(place) + ("" if multiplies_bf16(f"cuda:{place}") else " (computes in fp16, has no bf16)")

@@ -75,6 +75,17 @@ def test_a_card_without_units_for_bf16_computes_in_fp16(
     assert compute_dtype(spec(Path("m"), kind), "cpu") == torch.float32
 
 
+def test_the_doctor_says_which_card_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpeft.cli.inspection import _device
+
+    cards = {"cuda:0": (7, 5), "cuda:1": (8, 9)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "ab"[place])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", cards.__getitem__)
+    assert _device() == "a (computes in fp16, has no bf16), b"
+
+
 def test_a_device_that_cannot_quantize_is_named() -> None:
     from fedpeft.bases.quantize import check
 

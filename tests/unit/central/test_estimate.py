@@ -136,10 +136,20 @@ def test_advice_fits_and_more_memory_never_makes_it_worse(measured, gpu, ranks, 
         assert order.index(better.plan.name) <= order.index(advice.plan.name)
 
 
+def test_moments_of_a_byte_are_advised_where_nothing_else_fits(measured):
+    """Of AdamW alone: whoever took SGD did not ask for moments."""
+    estimate = replace(measured["8B"][1], ranks=1, settings=replace(LEAN, **OPEN, optimizer="adamw"))
+    least = next(plan for plan in plans(replace(estimate, settings=LEAN)) if plan.name == "stage 0")
+    room = Room(least.gpu, least.cpu)
+    advice = advise(estimate, room)
+    assert advice.settings["training.optimizer"] == "adamw8bit"
+    assert "optimizer" not in advise(replace(estimate, settings=replace(estimate.settings, optimizer="sgd")), room).changes
+
+
 def test_stage_3_divides_a_base_and_offloading_empties_the_gpu(measured):
     config, _ = measured["8B"]
     dense = estimated(config.model_copy(update={"base": replace(config.base, quantization="bf16")}), 1)
-    of = {plan.name: plan for plan in plans(replace(dense, ranks=8))}
+    of = {plan.name: plan for plan in plans(replace(dense, ranks=8, settings=replace(LEAN, optimizer="adamw")))}
     whole = dense.weights.whole
     assert of["stage 2"].device["base"] == whole
     assert of["stage 3"].device["base"] == pytest.approx(whole / 8, rel=0.01)

@@ -7,17 +7,20 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
 from fedpeft.bases import BaseSpec
+from fedpeft.bases.spec import Quantization
 from fedpeft.central import launch
+from fedpeft.central.estimate.recommending import places, settings_of
 from fedpeft.central.launch import Rank, first_node, here, hosts, slurm, supervise
 from fedpeft.central.world import World
 from fedpeft.central.zero import offload_of, sized, stage_of, zero_json, zero_of
 from fedpeft.errors import ConfigError
 from fedpeft.training.config import DeepSpeed
-from fedpeft.training.settings import TrainSettings
+from fedpeft.training.settings import Optimizer, TrainSettings
 
 SETTINGS = TrainSettings(batch_size=8, accumulate=2, clip=0.5)
 
@@ -100,6 +103,14 @@ def test_a_base_that_cannot_lie_where_parameters_go_is_refused(kind, place, said
     job = SimpleNamespace(deepspeed=speed, training=SETTINGS, base=BaseSpec("model", kind))
     with pytest.raises(ConfigError, match=said):
         zero_of(job, 2)
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("kind", get_args(Quantization))
+def test_what_an_estimate_may_advise_is_not_refused(kind, optimizer):
+    for place in places(kind, optimizer):
+        job = SimpleNamespace(deepspeed=settings_of(place), training=replace(SETTINGS, optimizer=optimizer), base=BaseSpec("model", kind))
+        assert stage_of(zero_of(job, 2)) == place[0]
 
 
 def test_a_bucket_is_no_larger_than_what_trains():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters import make_spec
 from fedpeft.bases import module_roles, outline_base
-from fedpeft.bases.spec import HALF, QUANTIZED
+from fedpeft.bases.spec import HALF, QUANTIZED, Quantization
 from fedpeft.central.estimate.activations import Activations, Shape, activations, shape_of
 from fedpeft.central.estimate.states import (
     PARAM_BUFFER,
@@ -100,7 +100,12 @@ class Estimate:
     tokens: int
     rows: int
     ranks: int
-    quantized: bool
+    kind: Quantization
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linear layers hold codes."""
+        return self.kind in QUANTIZED
 
 
 def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estimate:
@@ -135,7 +140,7 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
         count * config.base.max_tokens,
         1 if base.family == "causal" and config.training.packing else count,
         ranks,
-        config.base.quantization in QUANTIZED,
+        config.base.quantization,
     )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedpeft.bases.spec import QUANTIZED, Quantization
 from fedpeft.central.estimate.plans import Estimate, Plan, Room, plan_of
 from fedpeft.central.zero import stage_json
 from fedpeft.training.config import DeepSpeed
+from fedpeft.training.settings import Optimizer, TrainSettings
 
 Changes = Mapping[str, Any]
 DISK = "nvme"
@@ -16,8 +18,9 @@ LEVERS: tuple[Changes, ...] = (
     {},
     {"checkpoint_activations": True},
     {"checkpoint_activations": True, "offload_activations": True},
+    {"checkpoint_activations": True, "offload_activations": True, "optimizer": "adamw8bit"},
 )
-"""Settings of training that take memory down, the cheapest first."""
+"""Settings of training that take memory down, the cheapest first; the last is for `adamw` alone."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,15 @@ class Advice:
         return {f"deepspeed.{name}": value for name, value in speed.items()} | {f"training.{name}": on for name, on in self.changes.items()}
 
 
-def places(quantized: bool) -> tuple[tuple[int, str, str], ...]:
-    """Stage, where optimizer states lie, and where parameters lie; parameters of a quantized base stay on the GPU.
+def places(kind: Quantization, optimizer: Optimizer) -> tuple[tuple[int, str, str], ...]:
+    """Stage, where optimizer states lie, and where parameters lie: all are what `zero.zero_of` takes of a base of ``kind``.
 
     The fastest first: stage 2 before 0 and 1, which hold more; stage 3 gathers the base in every pass; then the host, then the disk.
     """
     found = [(2, "none", "none"), (0, "none", "none"), (1, "none", "none"), (2, "cpu", "none"), (3, "none", "none"), (3, "cpu", "none")]
     moved = [(3, "none", "cpu"), (3, "cpu", "cpu"), (3, DISK, "none"), (3, DISK, "cpu"), (3, DISK, DISK)]
-    return tuple(found + [place for place in moved if place[2] == "none" or not quantized])
+    params = {"none"} if kind in QUANTIZED else {"none", "cpu", DISK} if kind == "bf16" else {"none", "cpu"}
+    return tuple(found + [place for place in moved if place[2] in params and (place[1] != DISK or optimizer != "adamw8bit")])
 
 
 def settings_of(place: tuple[int, str, str]) -> DeepSpeed:
@@ -56,7 +60,10 @@ def settings_of(place: tuple[int, str, str]) -> DeepSpeed:
 
 def plans(estimate: Estimate) -> list[Plan]:
     """All ways, in the order of `places`."""
-    return [plan_of(estimate, {"zero_optimization": stage_json(settings_of(place))}) for place in places(estimate.quantized)]
+    return [
+        plan_of(estimate, {"zero_optimization": stage_json(settings_of(place))})
+        for place in places(estimate.kind, estimate.settings.optimizer)
+    ]
 
 
 def advise(estimate: Estimate, room: Room) -> Advice:
@@ -64,15 +71,19 @@ def advise(estimate: Estimate, room: Room) -> Advice:
     for changes, found in _tried(estimate):
         fitting = [plan for plan in _ordered(found, estimate.ranks) if room.holds(plan)]
         if fitting:
-            return Advice(fitting[0], dict(changes), "fits with less kept for the backward pass" if changes else "fits")
+            return Advice(fitting[0], dict(changes), "fits with less kept" if changes else "fits")
     return Advice(None, {}, _why(estimate, room))
 
 
 def _tried(estimate: Estimate) -> Iterator[tuple[Changes, list[Plan]]]:
-    for changes in LEVERS:
+    for changes in _levers(estimate.settings):
         new = {name: value for name, value in changes.items() if getattr(estimate.settings, name) != value}
         if new or not changes:
             yield new, plans(replace(estimate, settings=replace(estimate.settings, **new)))
+
+
+def _levers(settings: TrainSettings) -> tuple[Changes, ...]:
+    return LEVERS if settings.optimizer == "adamw" else LEVERS[:-1]
 
 
 def _ordered(found: list[Plan], ranks: int) -> list[Plan]:
@@ -82,7 +93,7 @@ def _ordered(found: list[Plan], ranks: int) -> list[Plan]:
 
 def _why(estimate: Estimate, room: Room) -> str:
     """What keeps the smallest plan from fitting, and the next step."""
-    least = min(plans(replace(estimate, settings=replace(estimate.settings, **LEVERS[-1]))), key=lambda plan: plan.gpu)
+    least = min(plans(replace(estimate, settings=replace(estimate.settings, **_levers(estimate.settings)[-1]))), key=lambda plan: plan.gpu)
     largest = max(least.device, key=lambda name: least.device[name])
     where = "the GPU" if room.gpu is not None and least.gpu > room.gpu else "host memory"
     ways = {
