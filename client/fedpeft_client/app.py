@@ -11,6 +11,7 @@ from threading import Lock
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedpeft import plugins
 from fedpeft.errors import ConfigError
 from fedpeft.wire import flower
 from fedpeft_client.config import load_site
@@ -27,6 +28,7 @@ def answer(message: Message, context: Context) -> Message:
         raise ConfigError("node config has no key 'site'; start the SuperNode with --node-config 'site=\"/path/to/site.toml\"'")
     with _lock:
         if path not in _workers:
+            plugins.load()
             _workers[path] = Worker(load_site(path))
         reply = _workers[path].handle(flower.from_records(message.content))
     return Message(flower.to_records(reply), reply_to=message)

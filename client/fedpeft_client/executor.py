@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft import plugins
 from fedpeft.errors import FedpeftError, LinkError
 from fedpeft.processes import hold
 from fedpeft_client.config import load_site
@@ -65,6 +66,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per poll hides all others
     path, address, secret = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     try:
+        plugins.load()
         site = load_site(path)
         pulse = Pulse(site.state / "worker.json")
         worker = Worker(site, pulse.progress)

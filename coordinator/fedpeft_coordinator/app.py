@@ -9,6 +9,7 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedpeft import plugins
 from fedpeft.errors import ConfigError, LinkError
 from fedpeft_coordinator.config import FederationConfig, load_federation
 from fedpeft_coordinator.transport_flower import Connect, Session
@@ -34,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def federation(context: Context) -> FederationConfig:
     """The configuration that the run config names, with Flower's keys on top (0 or an empty value leaves the file's)."""
+    plugins.load()
     path = str(context.run_config.get("federation", ""))
     if not path:
         raise ConfigError("run config: federation is empty; flwr run ... --run-config 'federation=\"/path/to/federation.toml\"'")

@@ -25,11 +25,13 @@ def run(settings: Settings, told: Callable[[int], None]) -> None:
 
 def main() -> int:
     """Entry of the child: one argument, the path of a `Settings` file."""
+    from fedpeft import plugins
     from fedpeft.errors import FedpeftError
     from fedpeft.processes import hold
 
     hold()
     try:
+        plugins.load()
         run(Settings.read(Path(sys.argv[1])), lambda port: print(f"control plane on port {port}", flush=True))
     except FedpeftError as fault:
         print(fault, file=sys.stderr, flush=True)

@@ -16,7 +16,8 @@ def explain(what: str, name: str, table: Mapping[str, Any]) -> None:
     if name not in table:
         raise ConfigError(f"{what}: {name!r} is not known; choose one of {sorted(table)}")
     made = table[name]
-    print(f"{name}: {(sys.modules[made.__module__].__doc__ or '').strip().splitlines()[0]}\n")
+    page = (sys.modules[made.__module__].__doc__ or f"{made.__name__} of {made.__module__}").strip()
+    print(f"{name}: {page.splitlines()[0]}\n")
     print(inspect.cleandoc(made.__doc__ or ""))
     print(f"\nsettings: {', '.join(f'{field.name} = {_default(field)}' for field in dataclasses.fields(made) if field.init) or 'none'}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import typer
 
+from fedpeft import plugins
 from fedpeft.errors import FedpeftError, StorageError
 from fedpeft.processes import hold
 
@@ -30,6 +31,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run ``arguments`` and return the exit code; faults go to stderr as one line each."""
     try:
+        plugins.load()
         result = typer.main.get_command(tree())(args=arguments, prog_name="fedpeft", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as leave:
