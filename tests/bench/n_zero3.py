@@ -6,18 +6,24 @@ A random Llama of 81 million parameters in float32 lies on disk; two ranks load 
 under stage 3 with few gathered parameters. Counted is anonymous memory, sampled every millisecond: what safetensors maps from disk can be
 dropped at any time, and is a column of its own. Large blocks are given back when they are freed (``MALLOC_MMAP_THRESHOLD_``): otherwise
 glibc keeps those of up to 32 MiB, and what is counted is its holes. The peer is stage 0, where every rank holds all; the floor is half.
+One process imports everything, once, also what a job imports on its way, which a first run says and is not counted then; it is forked into
+the ranks of each case, one case after the other, so that nothing keeps the sampling waiting.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +55,60 @@ tasks = {{ only = {{ kind = "generation", metrics = ["perplexity"], data = {{ pa
 def run(repeats: int = 1) -> list[dict[str, object]]:
     """All rows; ``repeats`` is there for the common form: memory needs no minimum."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        whole = _write(folder)
-        started = {name: _started(folder, name) for name in CASES}
-        found = {name: [json.loads(rank.communicate(timeout=560)[0].splitlines()[-1]) for rank in ranks] for name, ranks in started.items()}
-        apart = _distance(folder)
+        command = [sys.executable, "-W", "ignore", "-m", "tests.bench.n_zero3", place]
+        said = subprocess.run(
+            command, env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+    whole, found, apart = json.loads(said.splitlines()[-1])
     rows = [row for name, ranks in found.items() for row in _rows(name, ranks, found["stage 0"], whole)]
     return [*rows, {"row": "N8", "case": "exported adapter of stage 3 beside stage 0's, relative", "ours": apart, "unit": ""}]
+
+
+def _measured(folder: Path) -> tuple[int, dict[str, list[Any]], float]:
+    """The base's bytes, what the ranks of each case measured, and the distance of two adapters; this process itself does no work."""
+    from fedpeft.central import job
+    from fedpeft.central.world import World, start_deepspeed
+
+    assert job.run
+    start_deepspeed(World())
+    (whole,) = _forked(folder, _write, [(folder,)])
+    for name in _forked(folder, _imported, [(folder, _file("stage 3"), world) for world in _worlds()])[0]:
+        with suppress(ImportError):
+            import_module(name)
+    shutil.rmtree(folder / _file("stage 3"))  # or the case would go on where that run ended
+    found = {name: _forked(folder, _rank, [(folder, _file(name), world) for world in _worlds()]) for name in CASES}
+    (apart,) = _forked(folder, _distance, [(folder,)])
+    return whole, found, apart
+
+
+def _imported(folder: Path, name: str, world: Any) -> list[str]:
+    """The modules that one rank of a case has in the end."""
+    _rank(folder, name, world)
+    return [module for module in sys.modules if module != "__main__"]
+
+
+def _worlds() -> list[Any]:
+    from fedpeft.central.world import World
+    from fedpeft.processes import free_port
+
+    port = free_port()
+    return [World(rank, rank, RANKS, port=port) for rank in range(RANKS)]
+
+
+def _forked(folder: Path, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What ``work`` answers to each of ``calls``, all at once, each in a copy of this process."""
+
+    def child(number: int) -> None:
+        (folder / f"answer.{number}").write_text(json.dumps(work(*calls[number])))
+
+    started = [get_context("fork").Process(target=child, args=(number,)) for number in range(len(calls))]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{work.__name__}{calls}: exit code {process.exitcode}")
+    return [json.loads((folder / f"answer.{number}").read_text()) for number in range(len(calls))]
 
 
 def _rows(name: str, ranks: list[dict[str, float]], peer: list[dict[str, float]], whole: int) -> list[dict[str, object]]:
@@ -92,16 +145,6 @@ def _write(folder: Path) -> int:
 
 def _file(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
-
-
-def _started(folder: Path, name: str) -> list[subprocess.Popen[str]]:
-    """The ranks of one case, each of which will say what it measured."""
-    from fedpeft.processes import free_port
-
-    shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    places = [os.environ | shared | MALLOC | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.bench.n_zero3", str(folder), _file(name)]
-    return [subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True) for place in places]
 
 
 def _distance(folder: Path) -> float:
@@ -149,33 +192,31 @@ def _resident() -> tuple[int, int]:
     return kilobytes["RssAnon"] << 10, kilobytes["RssFile"] << 10
 
 
-def _rank(folder: Path, name: str) -> dict[str, float]:
+def _rank(folder: Path, name: str, world: Any) -> dict[str, float]:
     """One rank of one case."""
     from fedpeft.central import job
-    from fedpeft.central.world import World
     from fedpeft.training.config import load_central
 
     os.chdir(folder)
     found: dict[str, float] = {}
+    watches: list[Watch] = []
     load: Callable[..., Any] = job.load
 
     def watched(*arguments: Any) -> Any:
-        found["watch"] = Watch()  # type: ignore[assignment]
+        watches.append(Watch())
         base = load(*arguments)
-        found["loading"], found["mapped"] = found["watch"].restart()  # type: ignore[attr-defined]
+        found["loading"], found["mapped"] = watches[0].restart()
         return base
 
     job.load = watched
-    world = World.of(os.environ)
-    assert world is not None
     job.run(load_central(folder / f"{name}.toml"), world)
-    found["training"], _ = found.pop("watch").restart()  # type: ignore[attr-defined]
+    found["training"], _ = watches[0].restart()
     return found
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(_rank(Path(sys.argv[1]), sys.argv[2])))
+        print(json.dumps(_measured(Path(sys.argv[1]))))
     else:
         for row in run():
             print("  ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()))
