@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedpeft import config
 from fedpeft.bases import BaseSpec, Quantization
+from fedpeft.bases.spec import rooted_model
 from fedpeft.config import Section
 from fedpeft.errors import ConfigError
 from fedpeft.tasks import Source
@@ -162,22 +163,13 @@ def _rooted(site: SiteConfig, folder: Path) -> SiteConfig:
     return site.model_copy(
         update={
             "state": folder / site.state.expanduser(),
-            "base": _base(folder, site.base),
+            "base": site.base.model_copy(update={"model": rooted_model(folder, site.base.model)}),
             "tls": Tls(root_certificates=_at(folder, site.tls.root_certificates)),
             "serve": site.serve.rooted(folder),
             "auth": Auth(key=_at(folder, site.auth.key)),
-            "data": {task: _source(folder, source) for task, source in site.data.items()},
+            "data": {task: source.rooted(folder) for task, source in site.data.items()},
         }
     )
-
-
-def _base(folder: Path, base: SiteBase) -> SiteBase:
-    """A model that looks like a path is one, relative to the file; everything else is an alias or a hub id."""
-    return base.model_copy(update={"model": str(folder / Path(base.model).expanduser())}) if base.model.startswith((".", "~")) else base
-
-
-def _source(folder: Path, source: Source) -> Source:
-    return source if source.path is None else source.model_copy(update={"path": str(_at(folder, Path(source.path)))})
 
 
 def _at(folder: Path, path: Path | None) -> Path | None:

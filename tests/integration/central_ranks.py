@@ -225,13 +225,10 @@ SCORED = {
 }
 
 
-def others(folder: Path, world: World, stage: str) -> dict[str, object]:
+def others(folder: Path) -> dict[str, dict[str, str]]:
     """Jobs on other kinds of base: an encoder that classifies, with a head for each task, and one in 8 bit."""
     encoder = json.loads((folder / "encoder.json").read_text())
-    return {
-        "encoder": play(folder, world, f"encoder{world.size}", deepspeed__stage=stage, **encoder),
-        "int8": play(folder, world, f"int8-{world.size}", deepspeed__stage=stage, base__quantization="int8", training__steps="2"),
-    }
+    return {"encoder": encoder, "int8": {"base.quantization": "int8", "training.steps": "2"}}
 
 
 def one(folder: Path, world: World) -> dict[str, object]:
@@ -265,7 +262,7 @@ def two(folder: Path, world: World) -> dict[str, object]:
 def one_more(folder: Path, world: World) -> dict[str, object]:
     """A world of one: the other stages, bases, packings, balances, and scores."""
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"one{stage}", deepspeed__stage=stage) for stage in "123"}
-    found |= others(folder, world, "0")
+    found |= {name: play(folder, world, f"{name}1", deepspeed__stage="0", **changes) for name, changes in others(folder).items()}
     found["padded"] = play(folder, world, "padded1", deepspeed__stage="0", training__packing="false")
     found["shared"] = play(folder, world, "shared1", shared="true", deepspeed__stage="0")
     found["scored"] = play(folder, world, "scored1", deepspeed__stage="0", **SCORED)
@@ -274,13 +271,20 @@ def one_more(folder: Path, world: World) -> dict[str, object]:
     found |= scaled(folder, world, "1") | scaled(folder, world, "3", cut=True) | bytewise(folder, world, "1", "0")
     found["floats"] = play(folder, world, "floats1", deepspeed__stage="0", **BYTES | {"training__optimizer": "adamw"})
     compared(folder, world)
+    for name, changes in others(folder).items():
+        waited(folder / f"{name}-half2" / "left")
+        every = {"deepspeed__stage": "0", "training__save_every": "1", **changes}
+        found[f"{name}-resumed"] = play(folder, world, f"{name}-half2", **every)
     return found
 
 
 def two_more(folder: Path, world: World) -> dict[str, object]:
     """A world of two: the other stages, bases, packings, balances, and scores."""
+    for name, changes in others(folder).items():
+        play(folder, world, f"{name}-half2", stop=1, deepspeed__stage="3", training__save_every="1", **changes)
+        (folder / f"{name}-half2" / "left").touch()
     found: dict[str, object] = {f"stage{stage}": play(folder, world, f"two{stage}", deepspeed__stage=stage) for stage in "012"}
-    found |= others(folder, world, "3")
+    found |= {name: play(folder, world, f"{name}2", deepspeed__stage="3", **changes) for name, changes in others(folder).items()}
     found["padded"] = play(folder, world, "padded2", deepspeed__stage="2", training__packing="false")
     found["shared"] = play(folder, world, "shared2", shared="true", deepspeed__stage="3")
     found["scored"] = play(folder, world, "scored2", deepspeed__stage="3", **SCORED)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,6 +362,42 @@ def test_an_8_bit_base_trains_on_two_ranks_in_stage_3(folder, more):
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
 
+def exported(folder: Path, name: str, changes: dict[str, str], into: Path) -> dict[str, Any]:
+    """Versions by task of what ``central export`` publishes of the job ``name`` without reading rows: the checkpoint's values."""
+    from fedpeft.cli.main import run
+    from fedpeft.registry import Registry
+
+    tasks = load_central(folder / "job.toml", changes).tasks
+    settings = {**changes, "output": str(folder / name), "registry": str(into)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("fedpeft.central.reading.read_rows", None)
+        assert run(["central", "export", "job.toml", *(part for pair in settings.items() for part in ("--set", "=".join(pair)))]) == 0
+    versions, held = {version.task: version.manifest for version in Registry(into).list()}, values(folder, name)
+    assert versions.keys() == tasks.keys()
+    for task in tasks:
+        assert (Registry(into).load(task).tensors.flat == held[f"{task}|value"]).all()
+        assert versions[task].examples == held[f"(examples)|{task}"] > 10
+    return versions
+
+
+def test_a_job_is_exported_without_its_rows(folder, found, tmp_path):
+    versions = exported(folder, "half2", {}, tmp_path)
+    assert {manifest.round for manifest in versions.values()} == {4}
+    assert sum(manifest.examples for manifest in versions.values()) == 80 - 7 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "changes"), [("encoder", ENCODER), ("int8", {"base.quantization": "int8", "training.steps": "2"})])
+def test_jobs_on_other_bases_go_on_from_two_ranks_in_stage_3_and_are_exported(folder, more, name, changes, tmp_path):
+    whole = more["1.0"][name]
+    np.testing.assert_allclose(losses(more["1.0"][f"{name}-resumed"]), losses(whole)[1:], rtol=1e-5)
+    assert_close(values(folder, f"{name}-half2"), values(folder, f"{name}1"), 1e-3)
+    for manifest in exported(folder, f"{name}-half2", changes, tmp_path).values():
+        assert manifest.quantization == ("int8" if name == "int8" else "none",)
+        assert manifest.round == len(losses(whole))
+
+
 @pytest.mark.slow
 def test_a_shared_adapter_trains_beside_each_own(folder, more):
     np.testing.assert_allclose(losses(more["2.0"]["shared"]), losses(more["1.0"]["shared"]), atol=2e-6, rtol=2e-6)
@@ -489,7 +526,7 @@ def test_a_router_over_all_tasks_rows_is_trained_published_and_read_again(folder
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         every = prepare(config, {}).every
-    publish(config, trained(config, every), {}, {"animals": 1, "colours": 1})
+    publish(config, trained(config, every), {})
     again = Registry(tmp_path).load("pair.shared").tensors.named()
     held = Tensors(every["(shared)"].spec.layout, values(folder, "hydra1")["(shared)|value"]).named()
     assert all((again[name] == held[name]).all() for name in held)

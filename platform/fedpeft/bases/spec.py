@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from fedpeft.errors import BaseError
@@ -47,6 +48,11 @@ class BaseSpec:
             )
         if self.max_tokens < 1:
             raise BaseError(f"base {self.model}: max_tokens is {self.max_tokens}; it must be at least 1")
+
+
+def rooted_model(folder: Path, model: str) -> str:
+    """A ``model`` that looks like a path is one, relative to ``folder``; everything else is an alias or a hub id, as it is."""
+    return str(folder / Path(model).expanduser()) if model.startswith((".", "~")) else model
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fedpeft.training.config import Validation
 
 Arrays = dict[str, NDArray[Any]]
+EXAMPLES = "(examples)|"
+"""Before a task's name in a checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +90,11 @@ class Balancing:
             self._look(zero, number + 1, size)
 
     def arrays(self) -> Arrays:
-        """What `restore` needs."""
+        """What `restore` needs, and how many examples each task has."""
         stops = self.plan.validation is not None and self.plan.validation.patience is not None
         held = {"balance": self.state} | ({"stops": self.stops} if stops else {})
-        return {f"({part})|{name}": np.array(value) for part, table in held.items() for name, value in table.items()}
+        sizes = {f"{EXAMPLES}{name}": np.array(len(data)) for name, data in zip(self.live.pool.names, self.live.pool.data, strict=True)}
+        return sizes | {f"({part})|{name}": np.array(value) for part, table in held.items() for name, value in table.items()}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `arrays` gave."""

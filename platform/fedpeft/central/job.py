@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,7 +14,7 @@ from fedpeft.adapters import Adapter, initial, make_spec
 from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import QUANTIZED
-from fedpeft.central.balancing import Balancing, Plan
+from fedpeft.central.balancing import EXAMPLES, Balancing, Plan
 from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.joint import Joint, JointTask
 from fedpeft.central.keeping import Keeper
@@ -24,19 +26,19 @@ from fedpeft.central.scoring import Scorer
 from fedpeft.central.together import require_equal, together
 from fedpeft.central.world import World, joined, place
 from fedpeft.central.zero import stage_of, zero_of
-from fedpeft.errors import AdapterError, StorageError
+from fedpeft.errors import AdapterError, ConfigError, StorageError
 from fedpeft.mixtures.bank import SHARED
 from fedpeft.mixtures.parts import parts_of
 from fedpeft.tensors import Tensors
 from fedpeft.training import checkpoint
-from fedpeft.training.loop import train
+from fedpeft.training.loop import job_digest, train
 from fedpeft.training.settings import TrainJob, TrainResult
 
 if TYPE_CHECKING:
     from fedpeft.training.config import CentralConfig
 
-STATE = "checkpoint"
-"""Where under the job's output its half-trained state lies."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,13 @@ class Prepared:
     """A job's plain parts, the same on every rank."""
 
     pool: Pool
-    adapters: Mapping[str, Adapter]
-    shared: Adapter | None
-    held: Pool | None = None
+    held: Pool | None
+    every: Mapping[str, Adapter]
 
     @property
-    def every(self) -> dict[str, Adapter]:
-        """All adapters by their name in a bank."""
-        return dict(self.adapters) | ({SHARED: self.shared} if self.shared is not None else {})
+    def adapters(self) -> dict[str, Adapter]:
+        """Each task's own."""
+        return {name: adapter for name, adapter in self.every.items() if name != SHARED}
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ def run(
     starts: Mapping[str, Adapter] | None = None,
     progress: Progress | None = None,
     data: Mapping[str, Examples] | None = None,
+    resume: bool = False,
 ) -> Outcome:
     """Train the job's adapters on all ranks of ``world``; what was trained lies in the checkpoint afterwards (`trained`).
 
     ``starts`` are adapters to go on from, by task; ``progress`` hears of each step, on every rank; ``data`` are the tasks' examples, where
-    they were read already.
+    they were read already; with ``resume`` the last checkpoint must be of this very job.
 
     Raises:
         FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
@@ -86,7 +88,7 @@ def run(
         require_equal(world, "data", digest_of(ready.pool, ready.held))
         together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, table))
-        return _train(config, world, base, ready, table, progress)
+        return _train(config, world, base, ready, progress, resume)
 
 
 def prepare(config: CentralConfig, starts: Mapping[str, Adapter], data: Mapping[str, Examples] | None = None) -> Prepared:
@@ -97,17 +99,22 @@ def prepare(config: CentralConfig, starts: Mapping[str, Adapter], data: Mapping[
         AdapterError: a start is of another base, method or head, or no mixture is exact for the method.
     """
     base = meta_base(config.base)
-    tasks = {name: entry.task for name, entry in config.tasks.items()}
     pool, held = pools(config, examples(config, base) if data is None else data)
+    return Prepared(pool, held, beginning(config, starts, base))
+
+
+def beginning(config: CentralConfig, starts: Mapping[str, Adapter], base: Base) -> dict[str, Adapter]:
+    """All adapters by their name in a bank, as they are at step 0. Raises `AdapterError` as `prepare`."""
+    tasks = {name: entry.task for name, entry in config.tasks.items()}
     specs = {name: make_spec(name, base, config.method, task.head) for name, task in tasks.items()}
     adapters = {name: _start(initial(base, spec, config.seed), starts.get(name)) for name, spec in specs.items()}
     parts_of(next(iter(specs.values())))
     if not config.shared:
-        return Prepared(pool, adapters, None, held)
+        return adapters
     name = f"{config.name}.shared"
     spec = make_spec(name, base, config.shared_method or config.method, next(iter(tasks.values())).head)
     parts_of(spec)
-    return Prepared(pool, adapters, _start(initial(base, spec, config.seed), starts.get(name)), held)
+    return adapters | {SHARED: _start(initial(base, spec, config.seed), starts.get(name))}
 
 
 def load(config: CentralConfig, world: World, table: Mapping[str, Any]) -> Base:
@@ -118,16 +125,17 @@ def load(config: CentralConfig, world: World, table: Mapping[str, Any]) -> Base:
 
 def keeper_of(config: CentralConfig) -> Keeper:
     """Which checkpoints of the job stay."""
-    return Keeper.of(config, config.output / STATE)
+    return Keeper.of(config, config.state)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a job gives: its adapters by their name in a bank, after how many steps, and their scores by task where they were taken."""
+    """What a job gives: its adapters by their name in a bank, after how many steps, their scores where they were taken, tasks' examples."""
 
     adapters: Mapping[str, Adapter]
     steps: int
     scores: Scores
+    examples: Mapping[str, int]
 
 
 def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
@@ -137,18 +145,19 @@ def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
         StorageError: there is none, or it is torn.
         AdapterError: it is of other adapters, or a value is not finite.
     """
-    folder, keeper = config.output / STATE, keeper_of(config)
+    folder, keeper = config.state, keeper_of(config)
     best = keeper.chosen()
     found = checkpoint.read(folder, best.file) if best else checkpoint.read(folder)
     if found is None:
         raise StorageError(f"{folder}: holds no whole checkpoint; train first, or give the output folder of the job")
     scores = next((kept.scores for kept in keeper.kept(found.job) if kept.step == found.tally.step), {})
     valued = {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
-    return Trained(valued, found.tally.step, scores)
+    return Trained(valued, found.tally.step, scores, {name: int(found.arrays.get(f"{EXAMPLES}{name}", 0)) for name in config.tasks})
 
 
-def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, table: dict[str, Any], progress: Progress | None) -> Outcome:
-    with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.shared) as joint:
+def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, progress: Progress | None, resume: bool) -> Outcome:
+    table = zero_of(config, world.size)
+    with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.every.get(SHARED)) as joint:
         plan = Plan(config.balance, config.conflicts, config.validation if config.looks else None, ready.held, config.seed)
         balancing = Balancing(plan, joint, world, _judge(config, joint, ready.held, world, stage_of(table)))
         shares = shares_of(ready.pool, config.mixing)
@@ -156,9 +165,24 @@ def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, tab
         engine = Watched(ZeroEngine(table, world, balancing))
         scorer = together(world, lambda: _scorer(config, joint, world, stage_of(table)))
         course = Course(config, world, engine, scorer, progress)
-        job = TrainJob(joint.spec.layout.roles, config.seed, config.output / STATE, course.step, saved=course.save)
+        job = TrainJob(joint.spec.layout.roles, config.seed, config.state, course.step, saved=course.save)
+        identity = job_digest(cast(Any, joint), config.training, job, cast(Any, engine))
+        together(world, lambda: _look(config.state, identity, resume) if world.rank == 0 else None)
         result = train(cast(Any, joint), cast(Any, task), cast(Any, None), config.training, job, cast(Any, engine))
         return Outcome(result, course.final(), ready)
+
+
+def _look(state: Path, identity: str, resume: bool) -> None:
+    """Tell when the last checkpoint is of another job; with ``resume`` raise `ConfigError` then, and `StorageError` when there is none."""
+    found = checkpoint.read(state)
+    if found is None and resume:
+        raise StorageError(f"{state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
+    if found is None or found.job == identity:
+        return
+    said = f"{state}: the checkpoint there, of step {found.tally.step}, is of other settings or starting versions"
+    if resume:
+        raise ConfigError(f"{said}; undo what was changed (the file, --set, --from), or start over with `fedpeft central train`")
+    log.warning("%s; this job begins at step 0 and will replace it", said)
 
 
 def _scorer(config: CentralConfig, joint: Joint, world: World, stage: int) -> Scorer:

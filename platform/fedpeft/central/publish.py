@@ -18,12 +18,7 @@ ANY = "version:"
 """What a reference may begin with on the command line."""
 
 
-def publish(
-    config: CentralConfig,
-    trained: Trained,
-    parents: Mapping[str, str],
-    examples: Mapping[str, int],
-) -> list[Version]:
+def publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str]) -> list[Version]:
     """One version per adapter; values that the registry holds already keep the version that they have.
 
     Raises:
@@ -48,7 +43,7 @@ def publish(
             round=trained.steps,
             parents=(parents[adapter.spec.task],) if adapter.spec.task in parents else (),
             metrics=trained.scores.get(name, {}),
-            examples=examples.get(name, sum(examples.values())),
+            examples=trained.examples.get(name, sum(trained.examples.values())),
         )
         found.append(registry.publish(adapter, manifest))
     return found

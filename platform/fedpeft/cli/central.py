@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,46 @@ Pairs = Annotated[bool, typer.Option("--pairs", help="Train every two tasks as w
 Hostfile = Annotated[Path | None, typer.Option(help="With hostfile: lines HOST slots=N; reached by ssh.")]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the ranks of a job are asked for: its file with its changes, the versions to go on from, and what to do."""
+
+    job: Path
+    overrides: list[str] | None = None
+    refs: list[str] | None = None
+    verb: str = "train"
+
+    def load(self) -> CentralConfig:
+        """The job. Raises `ConfigError`."""
+        from fedpeft.training.config import load_central
+
+        return load_central(self.job, table(self.overrides))
+
+    @property
+    def arguments(self) -> list[str]:
+        """What tells a rank all of it."""
+        given = [("--set", pair) for pair in self.overrides or []] + [("--from", ref) for ref in self.refs or []]
+        return [str(self.job), *(part for pair in given for part in pair), "--verb", self.verb]
+
+    def checked(self) -> CentralConfig:
+        """The job, refused where that can be before any rank starts."""
+        from fedpeft.central.publish import starts
+
+        config = self.load()
+        starts(config, self.refs or [])
+        for tracker in config.track:
+            tracker.check()
+        return config
+
+    def rank(self, world: World) -> int:
+        """Do it, as one rank of ``world``."""
+        from fedpeft.cli import transfers
+
+        if self.verb in ("transfer", "pairs"):
+            return transfers.show(self.load(), world, self.verb == "pairs")
+        return _rank(self.load(), self.refs or [], world, self.verb == "resume")
+
+
 @app.command()
 def train(  # noqa: PLR0913, PLR0917 - one an option
     job: Job,
@@ -44,45 +84,47 @@ def train(  # noqa: PLR0913, PLR0917 - one an option
     from fedpeft.central.zero import zero_of
     from fedpeft.errors import ConfigError
 
-    places = _places(launcher, ranks, hostfile)
-    config = _checked(job, overrides, start or [])
-    if places is None:
-        if show:
-            raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
-        return _rank(job, overrides, start or [], _given(launcher))
-    zero_of(config, len(places))
-    arguments = [*_arguments(job, overrides), *(part for ref in start or [] for part in ("--from", ref))]
-    if show:
-        print("\n".join(launch.line(place, arguments) for place in places))
+    asked, places = Asked(job, overrides, start), _places(launcher, ranks, hostfile)
+    config = asked.checked()
+    if show and places is None:
+        raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
+    if show and places is not None:
+        print("\n".join(launch.line(place, asked.arguments) for place in places))
         return 0
-    return launch.supervise(places, arguments)
+    if places is not None:
+        zero_of(config, len(places))
+    return _started(asked, launcher, places)
 
 
 @app.command()
 def resume(
     job: Job, launcher: Launcher = "local", ranks: Ranks = None, hostfile: Hostfile = None, start: From = None, overrides: Overrides = None
 ) -> int:
-    """As `train`, but an error when there is no checkpoint to go on from; ranks and ZeRO stage may be others than before."""
-    from fedpeft.central.job import STATE
+    """As `train`, but an error when there is no checkpoint of this very job; ranks and ZeRO stage may be others than before.
+
+    Of another job it is when settings, base, method or the versions of --from are others.
+    """
+    from fedpeft.central.zero import zero_of
     from fedpeft.errors import StorageError
     from fedpeft.training import checkpoint
-    from fedpeft.training.config import load_central
 
-    state = load_central(job, table(overrides)).output / STATE
-    if checkpoint.read(state) is None:
-        raise StorageError(f"{state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
-    return train(job, launcher, ranks, hostfile, start, overrides)
+    asked, places = Asked(job, overrides, start, "resume"), _places(launcher, ranks, hostfile)
+    config = asked.checked()
+    if places is not None:
+        zero_of(config, len(places))
+    if checkpoint.read(config.state) is None:
+        raise StorageError(f"{config.state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
+    return _started(asked, launcher, places)
 
 
 @app.command()
 def export(job: Job, overrides: Overrides = None) -> None:
-    """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks."""
-    from fedpeft.central.job import prepare, trained
-    from fedpeft.training.config import load_central
+    """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks and rows."""
+    from fedpeft.bases import meta_base
+    from fedpeft.central.job import beginning, trained
 
-    config = load_central(job, table(overrides))
-    ready = prepare(config, {})
-    _publish(config, trained(config, ready.every), {}, _sizes(ready))
+    config = Asked(job, overrides).load()
+    _publish(config, trained(config, beginning(config, {}, meta_base(config.base))), {})
 
 
 @app.command()
@@ -121,45 +163,32 @@ def transfer(
 
     The same command goes on where it was interrupted.
     """
-    from fedpeft.central import launch
-    from fedpeft.cli import transfers
-    from fedpeft.training.config import load_central
-
-    places = _places(launcher, ranks, hostfile)
-    config = load_central(job, table(overrides))
-    if places is None:
-        return transfers.show(config, _given(launcher), pairs)
-    return launch.supervise(places, [*_arguments(job, overrides), "--transfer", *(["--pairs"] if pairs else [])])
+    asked, places = Asked(job, overrides, verb="pairs" if pairs else "transfer"), _places(launcher, ranks, hostfile)
+    asked.load()
+    return _started(asked, launcher, places)
 
 
 @app.command(hidden=True)
-def rank(
-    job: Job,
-    start: From = None,
-    compare: Annotated[bool, typer.Option("--transfer", help="Of `transfer`, not of `train`.")] = False,
-    pairs: Pairs = False,
-    overrides: Overrides = None,
-) -> int:
+def rank(job: Job, start: From = None, verb: str = "train", overrides: Overrides = None) -> int:
     """One rank of a job; the launcher says which in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-    from fedpeft.cli import transfers
-    from fedpeft.training.config import load_central
-
-    world = _given("torchrun")
-    if compare:
-        return transfers.show(load_central(job, table(overrides)), world, pairs)
-    return _rank(job, overrides, start or [], world)
+    return Asked(job, overrides, start, verb).rank(_given("torchrun"))
 
 
-def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World) -> int:
+def _started(asked: Asked, launcher: str, places: list[Rank] | None) -> int:
+    """Start all ranks; where others did, be the one that this process is."""
+    from fedpeft.central import launch
+
+    return asked.rank(_given(launcher)) if places is None else launch.supervise(places, asked.arguments)
+
+
+def _rank(config: CentralConfig, refs: list[str], world: World, resume: bool) -> int:
     from fedpeft.central.job import run, trained
     from fedpeft.central.progress import scores_text, shown
     from fedpeft.central.publish import starts
-    from fedpeft.training.config import load_central
 
-    config = load_central(job, table(overrides))
     given, parents = starts(config, refs)
     with shown(config, world) as progress:
-        outcome = run(config, world, given, progress)
+        outcome = run(config, world, given, progress, resume=resume)
     if world.rank:
         return 0
     result = outcome.result
@@ -167,20 +196,15 @@ def _rank(job: Path, overrides: list[str] | None, refs: list[str], world: World)
     for name, found in outcome.scores.items():
         print(f"{name}: {scores_text(found)}")
     if config.registry is not None:
-        gives = replace(trained(config, outcome.ready.every), scores=outcome.scores)
-        _publish(config, gives, parents, _sizes(outcome.ready))
+        _publish(config, replace(trained(config, outcome.ready.every), scores=outcome.scores), parents)
     return 0
 
 
-def _publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+def _publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str]) -> None:
     from fedpeft.central.publish import publish
 
-    for version in publish(config, trained, parents, sizes):
+    for version in publish(config, trained, parents):
         print(f"published {version.task}@{version.number} {version.digest[:12]}")
-
-
-def _sizes(ready: Any) -> dict[str, int]:
-    return {name: len(data) for name, data in zip(ready.pool.names, ready.pool.data, strict=True)}
 
 
 def _places(launcher: str, ranks: int | None, hostfile: Path | None) -> list[Rank] | None:
@@ -199,10 +223,6 @@ def _places(launcher: str, ranks: int | None, hostfile: Path | None) -> list[Ran
     return launch.hosts(hostfile) if hostfile else launch.here(ranks if ranks is not None else _gpus())
 
 
-def _arguments(job: Path, overrides: list[str] | None) -> list[str]:
-    return [str(job), *(part for pair in overrides or [] for part in ("--set", pair))]
-
-
 def _given(launcher: str) -> World:
     from fedpeft.central.launch import slurm
     from fedpeft.central.world import World
@@ -212,18 +232,6 @@ def _given(launcher: str) -> World:
     if found is None:
         raise ConfigError(f"--launcher {launcher}: RANK and WORLD_SIZE are not set; start with torchrun, or use --launcher local")
     return found
-
-
-def _checked(job: Path, overrides: list[str] | None, refs: list[str]) -> CentralConfig:
-    """Refuse what can be refused before any rank starts."""
-    from fedpeft.central.publish import starts
-    from fedpeft.training.config import load_central
-
-    config = load_central(job, table(overrides))
-    starts(config, refs)
-    for tracker in config.track:
-        tracker.check()
-    return config
 
 
 def _bytes(gib: float | None) -> int | None:

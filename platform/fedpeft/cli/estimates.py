@@ -23,6 +23,8 @@ def show(config: CentralConfig, ranks: int, room: Room, as_json: bool) -> int:
         emit({"ranks": ranks, "job": _row(own, room), "plans": [_row(plan, room) for plan in found], "advice": _said(advice)})
     else:
         _print(estimate, own, found, room)
+        if room.gpu is None:
+            print("how much memory a GPU has is not known here, so it was not asked what fits; give --gpu-memory")
         print(_sentence(advice))
     return 0 if advice.plan else 1
 
@@ -30,10 +32,14 @@ def show(config: CentralConfig, ranks: int, room: Room, as_json: bool) -> int:
 def _print(estimate: Estimate, own: Plan, found: list[Plan], room: Room) -> None:
     title = f"one of {estimate.ranks} ranks, {estimate.tokens} tokens at most in a micro-batch, GiB"
     rows = [(f"this job: {own.name}", own), *((plan.name, plan) for plan in found)]
-    table(
-        title, ["plan", "GPU", "host", "disk", "fits"], [(name, *_cells(plan), "yes" if room.holds(plan) else "no") for name, plan in rows]
-    )
+    table(title, ["plan", "GPU", "host", "disk", "fits"], [(name, *_cells(plan), _fits(plan, room)) for name, plan in rows])
     print("of this job's GPU memory: " + ", ".join(f"{name} {size(count)}" for name, count in own.device.items() if count))
+
+
+def _fits(plan: Plan, room: Room) -> str | None:
+    if room.holds(plan):
+        return None if room.gpu is None else "yes"
+    return "no"
 
 
 def _cells(plan: Plan) -> tuple[float, float, float]:

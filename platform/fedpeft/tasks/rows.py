@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from fedpeft.config import Section
 from fedpeft.errors import DataError
+from fedpeft.tasks.hub import hub_rows
 from fedpeft.tasks.protocol import Row
 from fedpeft.tasks.split import ALIASES, lowest, row_key, split_of
 from fedpeft.tasks.spreadsheets import read_csv
@@ -38,6 +39,10 @@ class Source(Section):
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, hub and package; {given or 'none'} given")
         return self
+
+    def rooted(self, folder: Path) -> Source:
+        """With its ``path``, where that is relative, under ``folder``."""
+        return self if self.path is None else self.model_copy(update={"path": str(folder / Path(self.path).expanduser())})
 
     @property
     def label(self) -> str:
@@ -112,7 +117,7 @@ def _load(source: Source) -> list[Row]:
         from fedpeft.tasks.stdlib import stdlib_rows
 
         return stdlib_rows()
-    return _read_hub(source) if source.hub else [row for path in files_of(source) for row in _read_file(path)]
+    return hub_rows(source.hub, source.config) if source.hub else [row for path in files_of(source) for row in _read_file(path)]
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -187,28 +192,6 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".tsv": read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _read_hub(source: Source) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{source.hub}: hub data sets need the datasets library; pip install 'fedpeft[hub]', or give a local path"
-        ) from None
-    try:
-        found = datasets.load_dataset(source.hub, source.config)
-    except (OSError, ValueError, RuntimeError) as fault:
-        cause = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise DataError(f"{source.hub}: cannot be loaded from the hub: {cause}; check name, config and network, or give a path") from None
-    return [{"split": name, **row} for name, part in found.items() for row in _named_classes(part, datasets.ClassLabel)]
-
-
-def _named_classes(part: Any, class_label: type[Any]) -> Iterable[Row]:
-    """Rows of one split of a hub data set, class numbers turned into their names."""
-    named = {column: feature for column, feature in part.features.items() if isinstance(feature, class_label)}
-    for row in part:
-        yield {**row, **{column: feature.int2str(row[column]) for column, feature in named.items() if row[column] is not None}}
 
 
 def _parse(text: str, where: str) -> Any:

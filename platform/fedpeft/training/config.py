@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fedpeft import config
 from fedpeft.bases import BaseSpec
+from fedpeft.bases.spec import rooted_model
 from fedpeft.config import Section
 from fedpeft.errors import FedpeftError
 from fedpeft.methods import METHODS, read_method
@@ -36,8 +38,8 @@ def _record(kind: type[Any], noun: str) -> BeforeValidator:
     def build(value: Any) -> Any:
         try:
             return config.build({noun: kind}, {**value, "kind": noun} if isinstance(value, Mapping) else value, noun)
-        except FedpeftError as fault:
-            raise ValueError(str(fault)) from None
+        except (FedpeftError, ValueError) as fault:
+            raise ValueError(str(fault).removeprefix(f"{noun}: ")) from None
 
     return BeforeValidator(build)
 
@@ -154,6 +156,11 @@ class CentralConfig(Section):
     registry: Path | None = None
 
     @property
+    def state(self) -> Path:
+        """Where the job's checkpoints lie."""
+        return self.output / "checkpoint"
+
+    @property
     def looks(self) -> bool:
         """Whether rows are held out of training."""
         return bool(self.balance.looks) or self.validation.patience is not None
@@ -242,7 +249,7 @@ class CentralConfig(Section):
 
 
 def load_central(path: Path | str, overrides: Mapping[str, str] | None = None) -> CentralConfig:
-    """Read a central job's file; relative output, registry and DeepSpeed paths in it are relative to the file.
+    """Read a central job's file; relative paths in it are relative to the file, and so is a model that begins with ``.``.
 
     Raises:
         ConfigError: the file is missing or has faults; all of them are named.
@@ -250,7 +257,10 @@ def load_central(path: Path | str, overrides: Mapping[str, str] | None = None) -
     job = config.load(path, CentralConfig, overrides)
     folder = Path(path).resolve().parent
     speed = job.deepspeed.model_copy(update=_beside(folder, {"nvme": job.deepspeed.nvme, "config": job.deepspeed.config}))
-    return job.model_copy(update={**_beside(folder, {"output": job.output, "registry": job.registry}), "deepspeed": speed})
+    tasks = {name: entry.model_copy(update={"data": entry.data.rooted(folder)}) for name, entry in job.tasks.items()}
+    base = replace(job.base, model=rooted_model(folder, job.base.model))
+    paths = _beside(folder, {"output": job.output, "registry": job.registry})
+    return job.model_copy(update={**paths, "deepspeed": speed, "tasks": tasks, "base": base})
 
 
 def _beside(folder: Path, paths: Mapping[str, Path | None]) -> dict[str, Path | None]:

@@ -171,12 +171,12 @@ def test_versions_have_their_lineage_and_the_same_values_one_version(base, tmp_p
     config = SimpleNamespace(
         name="job", registry=tmp_path / "r", base=BaseSpec("m"), training=settings, tasks={"a": SimpleNamespace(task=task)}
     )
-    first = publish(config, Trained(every, 7, {"a": {"perplexity": 2.0}}), {"a": "f" * 64}, {"a": 5, "b": 6})
+    first = publish(config, Trained(every, 7, {"a": {"perplexity": 2.0}}, {"a": 5, "b": 6}), {"a": "f" * 64})
     assert [version.task for version in first] == ["a", "job.shared"]
     own, shared = (version.manifest for version in first)
     assert (own.scheme, own.round, own.parents, own.examples, dict(own.metrics)) == ("central", 7, ("f" * 64,), 5, {"perplexity": 2.0})
     assert (shared.parents, shared.examples) == ((), 11)
-    assert [version.digest for version in publish(config, Trained(every, 7, {}), {}, {})] == [version.digest for version in first]
+    assert [version.digest for version in publish(config, Trained(every, 7, {}, {}), {})] == [version.digest for version in first]
     given, parents = starts(config, ["version:a@1", "job.shared"])
     assert given["a"].digest == every["a"].digest
     assert parents["a"] == first[0].digest

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedpeft.central import progress
-from fedpeft.central.job import STATE, Course
+from fedpeft.central.job import Course
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.progress import Clock, Report
 from fedpeft.central.world import World
@@ -213,9 +213,9 @@ def test_a_tracker_that_is_not_installed_is_refused(tracker, monkeypatch):
 
 
 def test_a_job_that_ended_early_has_its_scores_recorded_afterwards(tmp_path):
-    folder = tmp_path / STATE
+    folder = tmp_path / "checkpoint"
     settings = SimpleNamespace(steps=9)
-    parts = {"output": tmp_path, "training": settings, "tasks": {}, "evaluate": Evaluate(), "checkpoints": Checkpoints()}
+    parts = {"output": tmp_path, "state": folder, "training": settings, "tasks": {}, "evaluate": Evaluate(), "checkpoints": Checkpoints()}
     run = SimpleNamespace(tokens=5, losses={}, told={}, started=lambda: None)
     course = Course(SimpleNamespace(**parts), World(), SimpleNamespace(run=run), lambda: {"a": {"accuracy": 0.5}}, None)
     course.step(1, 0.0)

@@ -143,7 +143,7 @@ FLAGS = {
     "audit membership": ["--attack", "--json", "--set", "--stated", "--task"],
     "central estimate": ["--cpu-memory", "--gpu-memory", "--json", "--nodes", "--ranks", "--set"],
     "central export": ["--set"],
-    "central rank": ["--from", "--pairs", "--set", "--transfer"],
+    "central rank": ["--from", "--set", "--verb"],
     "central resume": ["--from", "--hostfile", "--launcher", "--ranks", "--set"],
     "central train": ["--from", "--hostfile", "--launcher", "--print", "--ranks", "--set"],
     "central transfer": ["--hostfile", "--launcher", "--pairs", "--ranks", "--set"],
