@@ -20,6 +20,7 @@ from fedpeft.adapters.live import Live
 from fedpeft.adapters.making import make_spec
 from fedpeft.adapters.spec import Adapter
 from fedpeft.bases.base import Base
+from fedpeft.bases.trial import trial
 from fedpeft.errors import AdapterError
 from fedpeft.methods.lora import Lora
 from fedpeft.tensors import Tensors
@@ -51,11 +52,11 @@ def to_lora(base: Base, adapter: Adapter, rank: int) -> Converted:
     """
     shell = base.shell(adapter.spec.head)
     plain = probes(shell)
-    tokens = torch.randint(5, int(base.config.vocab_size), (4, 16), generator=torch.Generator().manual_seed(0)).to(base.device)
+    inputs = trial(base, adapter.spec.head, width=16)
     with Live.attach(base, adapter.spec) as live:
         live.load(adapter.tensors)
         live.model.eval()
-        wanted, found = _logits(live.model, tokens), _factors(live.model, plain, rank, adapter)
+        wanted, found = _logits(live.model, inputs), _factors(live.model, plain, rank, adapter)
     if not found:
         raise AdapterError(
             f"adapter {adapter.spec.task}: {adapter.spec.method.kind} changes no weight of a linear layer; serve it with fedpeft as it is"
@@ -63,9 +64,9 @@ def to_lora(base: Base, adapter: Adapter, rank: int) -> Converted:
     lora = _adapter(base, adapter, found, rank)
     with Live.attach(base, lora.spec) as live:
         live.load(Tensors.zeros(lora.spec.layout).patch(lora.tensors.pick({"head"})))
-        before = _logits(live.model, tokens)
+        before = _logits(live.model, inputs)
         live.load(lora.tensors)
-        got = _logits(live.model, tokens)
+        got = _logits(live.model, inputs)
     errors, moved = _errors(found), max(float((wanted - before).norm()), 1e-30)
     enough = int(np.argmax(errors <= SMALL))
     return Converted(lora, float(errors[min(rank, len(errors) - 1)]), float((got - wanted).norm()) / moved, enough)
@@ -112,6 +113,5 @@ def _adapter(base: Base, adapter: Adapter, found: Mapping[str, _Found], rank: in
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    decoder = {"decoder_input_ids": tokens} if getattr(model.config, "is_encoder_decoder", False) else {}
-    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **decoder).logits.float()  # type: ignore[no-any-return]
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    return model(**inputs).logits.float()  # type: ignore[no-any-return]

@@ -21,7 +21,9 @@ States = dict[str, NDArray[np.float32]]
 
 
 def watch(base: Base, text: str, modules: Collection[str]) -> States:
-    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``; of `LAST` the trunk's output.
+    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``; of `LAST` what its reader says.
+
+    An encoder-decoder's decoder has read its first token alone, as it has when a request comes: 1 row for its modules.
 
     Raises:
         BaseError: an adapter is attached; what the base reads must not depend on it.
@@ -34,10 +36,12 @@ def watch(base: Base, text: str, modules: Collection[str]) -> States:
 def states(base: Base, text: str, modules: Collection[str]) -> States:
     """`watch` where the caller knows that what is attached acts on no row. Raises `AdapterError` when the base has no such module."""
     ids = torch.tensor([tokens(base, text)], device=base.device)
+    paired = base.family == "seq2seq"
+    said = {"decoder_input_ids": torch.tensor([[base.before(ids[0].tolist())]], device=base.device)} if paired else {}
     with torch.no_grad(), evaluating(base.trunk), watching(base.model, set(modules) - {LAST}) as seen:
-        last = base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        out = base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids), **said)
         if LAST in modules:
-            seen[LAST] = last
+            seen[LAST] = out.encoder_last_hidden_state if paired else out[0]
     return {module: states.float().flatten(0, -2).cpu().numpy() for module, states in seen.items()}
 
 
@@ -46,6 +50,7 @@ def watching(model: nn.Module, modules: Collection[str]) -> Iterator[dict[str, T
     """Inside, what ``modules`` of ``model`` read in the last forward, by name. Raises `AdapterError` when it has no such module."""
     seen: dict[str, Tensor] = {}
     known = dict(model.named_modules())
+    known |= {f"{model.base_model_prefix}.{name}": module for name, module in known.items()}  # T5's parts as its classifier names them
     missing = sorted(set(modules) - set(known))
     if missing:
         raise AdapterError(f"router: {type(model).__name__} has no modules {missing[:3]}; the router cards are of another base")

@@ -8,35 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from fedpeft.adapters.live import Live
 from fedpeft.bases import Base, HeadSpec, resolve_model
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.spec import rounding
+from fedpeft.bases.trial import trial
 from fedpeft.errors import AdapterError
 from fedpeft.exporting.formats import Checked, Export
 
-ROWS, WIDTH = 4, 24
 
-
-def tokens(base: Base) -> Tensor:
-    """A few fixed rows of random tokens (N, T); the first are left out, where special ones lie."""
-    drawn = torch.randint(5, int(base.config.get_text_config().vocab_size), (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
-    return drawn.to(base.device)
-
-
-def served(export: Export, ids: Tensor) -> Tensor:
-    """Logits of the adapter as it is served."""
-    with Live.attach(export.loaded(), export.adapter.spec) as live:
+def served(export: Export) -> Tensor:
+    """Logits of the adapter as it is served, on the rows of `trial`."""
+    base, spec = export.loaded(), export.adapter.spec
+    with Live.attach(base, spec) as live:
         live.load(export.adapter.tensors)
-        return logits(live.model.eval(), ids)
+        return logits(live.model.eval(), base, spec.head)
 
 
 @torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """Float32 logits of rows without padding."""
-    found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+def logits(model: Any, base: Base, head: HeadSpec) -> Tensor:
+    """Float32 logits of the rows of `trial`."""
+    found: Tensor = model(**trial(base, head)).logits
     return found.float().cpu()
 
 
@@ -67,13 +61,14 @@ def merged_check(export: Export, folder: Path) -> Checked:
 
 def compared(export: Export, model: nn.Module, what: str) -> Checked:
     """How far ``model`` is from the adapter as it is served."""
-    ids = tokens(export.loaded())
-    ours, theirs = served(export, ids), logits(model.to(export.loaded().device), ids)
-    return Checked(what, float((ours - theirs).abs().max()), float(ours.abs().max()), rounding(export.loaded().spec.quantization))
+    base = export.loaded()
+    ours, theirs = served(export), logits(model.to(base.device), base, export.adapter.spec.head)
+    return Checked(what, float((ours - theirs).abs().max()), float(ours.abs().max()), rounding(base.spec.quantization))
 
 
 def _fresh(folder: Path, head: HeadSpec, base: Base) -> Any:
-    kind = AutoModelForCausalLM if head.kind == "lm" else AutoModelForSequenceClassification
+    writer = AutoModelForSeq2SeqLM if base.family == "seq2seq" else AutoModelForCausalLM
+    kind = writer if head.kind == "lm" else AutoModelForSequenceClassification
     extra = {} if head.kind == "lm" else {"num_labels": len(head.labels)}
     with quiet_transformers():
         model = kind.from_pretrained(

@@ -23,7 +23,7 @@ from fedpeft.bases import Base
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.spec import rounding
 from fedpeft.errors import AdapterError, StorageError
-from fedpeft.exporting.checking import logits, tokens
+from fedpeft.exporting.checking import logits
 from fedpeft.exporting.formats import Export, Written
 from fedpeft.files import sync_folder
 
@@ -42,10 +42,10 @@ def write(export: Export, folder: Path) -> Written:
     plain, names = probes(shell), list(shell.state_dict(keep_vars=True))
     with Live.attach(base, export.adapter.spec) as live:
         live.load(export.adapter.tensors)
-        wanted = logits(live.model.eval(), tokens(base))
+        wanted = logits(live.model.eval(), base, live.spec.head)
         state = _state(live, plain, names)
     model = _dense(shell, state, export)
-    off, scale = float((logits(model, tokens(base)) - wanted).abs().max()), float(wanted.abs().max())
+    off, scale = float((logits(model, base, export.adapter.spec.head) - wanted).abs().max()), float(wanted.abs().max())
     if not off <= rounding(base.spec.quantization) * max(scale, 1.0):
         raise AdapterError(
             f"adapter {export.adapter.spec.task}: {export.adapter.spec.method.kind} also acts where no weight is (logits "

@@ -13,6 +13,7 @@ from fedpeft.adapters.spec import Adapter
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.exporting.formats import Export, Written
 from fedpeft.methods import Lora
+from fedpeft.methods.values import has_two_halves
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's ``--max-lora-rank`` takes (``MaxLoRARanks``); an adapter's rank is at most that."""
@@ -59,6 +60,8 @@ def refuse(adapter: Adapter) -> None:
         )
     if spec.head.kind != "lm":
         raise AdapterError(f"{who}: has a classification head, which vLLM takes not with a LoRA; export it merged")
+    if has_two_halves(spec.layout):
+        raise AdapterError(f"{who}: is of an encoder-decoder, which vLLM takes not with a LoRA; export it merged")
     targets = {name.rpartition(".")[2] for name in _targets(adapter)}
     strangers = sorted(targets - MODULES)
     if strangers:

@@ -61,8 +61,12 @@ def common(base_model: str, head_spec: HeadSpec, layout: Layout) -> dict[str, An
     }
 
 
+def has_two_halves(layout: Layout) -> bool:
+    """Whether the tensors are of an encoder and of a decoder."""
+    return all(any(f"{half}." in name for name in layout.names) for half in ("encoder", "decoder"))
+
+
 def _task_type(head_spec: HeadSpec, layout: Layout) -> str:
     if head_spec.kind == "classification":
         return "SEQ_CLS"
-    both = all(any(f"{half}." in name for name in layout.names) for half in ("encoder", "decoder"))
-    return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if has_two_halves(layout) else "CAUSAL_LM"

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.adapters import Adapter
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, BaseError
 from fedpeft.routing import Route, XLoraRouter
 from fedpeft.routing.policies import token_router
 from fedpeft.serving.beside import OWN, Beside
@@ -43,6 +43,11 @@ class Backend:
     def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain", beside: Beside | None = None) -> None:
         from fedpeft.mixtures import Bank as Mixtures
 
+        if base.family == "seq2seq":
+            raise BaseError(
+                f"base {base.spec.model}: {type(base.model).__name__} is an encoder-decoder, whose two caches this server does not keep; "
+                "ask it with fedpeft route, or export its adapters merged and serve those with transformers"
+            )
         self.base, self._router, self._beside = base, router, beside
         self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None

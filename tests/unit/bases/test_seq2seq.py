@@ -14,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base, meta_base, module_roles, outline_base
 from fedpeft.bases.quantize import is_quantized
-from fedpeft.errors import BaseError
+from fedpeft.bases.spec import LAST
+from fedpeft.errors import AdapterError, BaseError
 
 Folder = Callable[[str], Path]
 LABELS, LM = HeadSpec("classification", ("a", "b", "c")), HeadSpec("lm")
@@ -56,6 +57,22 @@ def test_embeddings_are_the_encoders_mean_whatever_stands_beside(seq2seq_folder:
         hidden = base.trunk.get_encoder()(input_ids=torch.tensor([[5, 6, 7, 1]])).last_hidden_state[0].mean(0)
     np.testing.assert_allclose(found[0], hidden / hidden.norm(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(base.embed(["w4"])[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_modules_are_watched_under_either_heads_names_the_decoders_at_its_first_token(seq2seq_folder: Folder) -> None:
+    base = load(seq2seq_folder("t5"))
+    names = [
+        "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.1.EncDecAttention.k",
+    ]
+    found = base.watch("w1 w2 w3", [*names, f"transformer.{names[0]}", LAST])
+    assert [len(found[name]) for name in [*names, LAST]] == [4, 1, 4, 4]
+    assert np.array_equal(found[names[0]], found[f"transformer.{names[0]}"])
+    mean = found[LAST].mean(0)
+    np.testing.assert_allclose(mean / np.linalg.norm(mean), base.embed(["w1 w2 w3"])[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(AdapterError, match="has no modules"):
+        base.watch("w1", ["decoder.block.9"])
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "ao-int8"])
