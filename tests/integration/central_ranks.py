@@ -27,6 +27,7 @@ from fedpeft.central.progress import Report, Scores
 from fedpeft.central.world import World, joined
 from fedpeft.cli.transfers import show
 from fedpeft.errors import FedpeftError
+from fedpeft.locks import NAME, held
 from fedpeft.mixtures import choice
 from fedpeft.training.config import load_central
 
@@ -237,6 +238,8 @@ def one(folder: Path, world: World) -> dict[str, object]:
     half(folder, world, deepspeed__stage="1")
     found["single"] = play(folder, world, "single1", deepspeed__stage="2", **json.loads((folder / "single.json").read_text()))
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
+    with held(folder / "full1" / NAME, "trains", ""):
+        found["taken"] = play(folder, world, "full1", deepspeed__stage="0", training__save_every="1")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     found |= balanced(folder, world, "0", "uncertainty") | scaled(folder, world, "0", cut=True)
     waited(folder / "half2" / "left")

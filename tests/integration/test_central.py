@@ -460,6 +460,12 @@ def test_the_latest_checkpoints_and_the_best_stay(folder, more):
         assert more[world]["scored"]["final"] == more[world]["scored"]["scores"][best - 1]
 
 
+def test_one_job_at_a_time_has_an_output(found):
+    fault = found["1.0"]["taken"]
+    assert fault["code"] == 9
+    assert "trains a job there; stop it, or give this one another `output`" in fault["fault"]
+
+
 def test_a_full_disk_ends_the_job_with_its_exit_code_and_leaves_the_last_checkpoint(folder, found):
     fault = found["1.0"]["full"]
     assert (fault["code"], "free space" in fault["fault"]) == (9, True), fault

@@ -345,6 +345,7 @@ def test_more_open_requests_than_allowed_are_told_when_to_come_back(serving, fre
 
 
 def test_models_health_and_metrics(api):
+    api.chat("base", max_tokens=1)
     rows = {row["id"]: row for row in api.http.get("/v1/models").json()["data"]}
     assert set(rows) == {"base", "auto", "task:cats", "task:ships", "task:mood"}
     assert rows["task:cats"]["fedpeft"]["version"] == "cats@1"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from fedpeft import locks
 from fedpeft.adapters import Adapter, initial, make_spec
 from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
@@ -81,8 +83,9 @@ def run(
         FedpeftError: with the exit code of what went wrong on any rank (see `fedpeft.errors`).
     """
     table = zero_of(config, world.size)
-    with joined(world, config.deepspeed.timeout):
+    with joined(world, config.deepspeed.timeout), ExitStack() as stack:
         place(world)
+        together(world, lambda: stack.enter_context(_alone(config)) if world.rank == 0 else None)
         found = read_together(config, world) if data is None else data
         ready = together(world, lambda: prepare(config, starts or {}, found))
         require_equal(world, "data", digest_of(ready.pool, ready.held))
@@ -153,6 +156,11 @@ def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
     scores = next((kept.scores for kept in keeper.kept(found.job) if kept.step == found.tally.step), {})
     valued = {name: _valued(adapter, found.arrays, f"{name}|value") for name, adapter in adapters.items()}
     return Trained(valued, found.tally.step, scores, {name: int(found.arrays.get(f"{EXAMPLES}{name}", 0)) for name in config.tasks})
+
+
+def _alone(config: CentralConfig) -> AbstractContextManager[None]:
+    """One job an output: two would replace each other's checkpoints."""
+    return locks.held(config.output / locks.NAME, "trains a job there", "give this one another `output`")
 
 
 def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, progress: Progress | None, resume: bool) -> Outcome:
