@@ -16,7 +16,7 @@ from fedpeft.methods import Lora
 from fedpeft.privacy.accounting import Event
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.tasks import Choice, Classification, Encoded, Generation
-from fedpeft.training import ENGINES, TrainJob, TrainSettings, dp_check, train
+from fedpeft.training import ENGINES, TrainJob, TrainSettings, dp, dp_check, engine, train
 from fedpeft.training.dp import FLOAT, DpEngine, DpRun
 from fedpeft.training.dp_sampling import batches_of, subset
 from fedpeft.training.dp_sums import singles, terms_of
@@ -164,6 +164,23 @@ def test_clipping_acts_on_gradients_that_are_not_scaled_and_an_overflow_takes_a_
     assert torch.equal(*found)
     place(live)
     assert not torch.equal(live.flat, found[0])
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e3])
+@pytest.mark.parametrize("power", [16, 28])
+def test_private_steps_in_fp16_arithmetic_are_nearly_those_in_fp32_whatever_overflows(live, monkeypatch, clip, power):
+    data, moved = rows(6, 7), []
+    monkeypatch.setattr(dp, "START", 2.0**power)
+    for precision in ("fp32", "fp16"):
+        monkeypatch.setattr(engine, "half_of", lambda settings, device: torch.float16 if settings.precision == "fp16" else None)
+        place(live)
+        start = live.flat.clone()
+        run = private(live, replace(SGD, precision=precision), DpEngine(1.0 if clip < 1 else 1e-9, clip), Seeded(scale=0.0))
+        dp_check.check(run.recorder, live, TASK, data)
+        with training(live.model, SGD):
+            run.step(0, list(batches_of(TASK, data, np.arange(6), 6)))
+        moved.append(live.flat - start)
+    assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < 0.02
 
 
 def test_an_example_with_a_gradient_that_is_not_finite_adds_nothing(live, monkeypatch):

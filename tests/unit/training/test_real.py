@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from fedpeft.adapters import attach, initial, make_spec
 from fedpeft.bases import BaseSpec, load_base
 from fedpeft.methods import Lora
 from fedpeft.tasks import Classification, Generation, Source, read_rows
-from fedpeft.training import TrainJob, TrainSettings, evaluate, train
+from fedpeft.training import TrainJob, TrainSettings, engine, evaluate, scaling, train
 
 LABELS = ("card_arrival", "exchange_rate", "lost_or_stolen_card")
 INTENTS = Classification("intents", LABELS)
@@ -150,3 +151,26 @@ def test_bf16_falls_back_to_fp32_on_a_cpu(causal, slots):
     _, full = fit(causal, SLOTS, slots, settings)
     _, half = fit(causal, SLOTS, slots, replace(settings, precision="bf16"))
     assert full.digest == half.digest
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """fp16 arithmetic, which a CPU never chooses: slow, but it overflows and rounds where a GPU's does."""
+    monkeypatch.setattr(engine, "half_of", lambda settings, device: torch.float16 if settings.precision == "fp16" else None)
+    return replace(TrainSettings(steps=8, batch_size=4, lr=5e-3), precision="fp16")
+
+
+def test_fp16_arithmetic_trains_nearly_as_fp32_does(causal, slots, half):
+    full, wanted = fit(causal, SLOTS, slots, replace(half, precision="fp32"))
+    result, found = fit(causal, SLOTS, slots, half)
+    start = initial(causal, make_spec(SLOTS.name, causal, Lora(), SLOTS.head), 0).tensors
+    assert result.skipped == 0
+    assert result.loss == pytest.approx(full.loss, rel=5e-3)
+    assert np.linalg.norm(found.flat - wanted.flat) < 0.1 * np.linalg.norm(wanted.flat - start.flat)
+
+
+def test_fp16_arithmetic_leaves_out_steps_until_its_gradients_fit(causal, slots, half, monkeypatch):
+    monkeypatch.setattr(scaling, "START", 2.0**23)
+    result, found = fit(causal, SLOTS, slots, half)
+    assert 1 < result.skipped < half.steps
+    assert found.finite
