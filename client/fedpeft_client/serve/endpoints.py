@@ -109,9 +109,10 @@ class Endpoints:
 
     async def _generate(self, http: HttpRequest, job: Job) -> Response:
         if self.backend.base.family != "causal":
-            raise invalid(
-                f"the base {self.backend.base.spec.model} is an encoder and generates no text; name a classification task", "model"
-            )
+            why = f"'auto' found no task near this request ({job.target.route.get('why', '')}), and " if job.body.model == AUTO else ""
+            tasks = [TASK + task for task in sorted(self.backend.catalog.served())]
+            base = f"the base {self.backend.base.spec.model} is an encoder and generates no text"
+            raise invalid(f"{why}{base}; name a classification task of {tasks}", "model")
         wanted = fitted(job, self.backend, self.settings.max_tokens)
         with hold(self.backend, job.target) as held:
             flow = Flow(self.backend, wanted, held.mixture)

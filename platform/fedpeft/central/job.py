@@ -16,6 +16,7 @@ from fedpeft.adapters import Adapter, initial, make_spec
 from fedpeft.bases import load_base, meta_base
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import QUANTIZED
+from fedpeft.central import cards
 from fedpeft.central.balancing import EXAMPLES, Balancing, Plan
 from fedpeft.central.engine import ZeroEngine, ZeroRun
 from fedpeft.central.joint import Joint, JointTask
@@ -91,6 +92,8 @@ def run(
         require_equal(world, "data", digest_of(ready.pool, ready.held))
         together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, table))
+        if config.registry is not None and not _in_parts(config, table):
+            together(world, lambda: cards.keep(config, base) if world.rank == 0 else None)
         return _train(config, world, base, ready, progress, resume)
 
 
@@ -122,8 +125,12 @@ def beginning(config: CentralConfig, starts: Mapping[str, Adapter], base: Base) 
 
 def load(config: CentralConfig, world: World, table: Mapping[str, Any]) -> Base:
     """The base on this rank's device; in stage 3 an unquantized one goes straight into partitions. Raises `BaseError`."""
-    parts = stage_of(table) == 3 and config.base.quantization not in QUANTIZED
-    return load_base(config.base, world.device, zero=table["zero_optimization"] if parts else None)
+    return load_base(config.base, world.device, zero=table["zero_optimization"] if _in_parts(config, table) else None)
+
+
+def _in_parts(config: CentralConfig, table: Mapping[str, Any]) -> bool:
+    """Whether no rank holds the base whole."""
+    return stage_of(table) == 3 and config.base.quantization not in QUANTIZED
 
 
 def keeper_of(config: CentralConfig) -> Keeper:

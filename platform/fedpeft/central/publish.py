@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedpeft.adapters import Adapter
+from fedpeft.central.cards import kept, onto
 from fedpeft.config import describe
 from fedpeft.errors import ConfigError
 from fedpeft.registry import Manifest, Registry, Version
+from fedpeft.registry.router_cards import derived
 
 if TYPE_CHECKING:
     from fedpeft.central.job import Trained
@@ -45,7 +48,10 @@ def publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str])
             metrics=trained.scores.get(name, {}),
             examples=trained.examples.get(name, sum(trained.examples.values())),
         )
-        found.append(registry.publish(adapter, manifest))
+        card = kept(config, name) if entry else None
+        if card is not None and card.card is not None:
+            manifest = replace(manifest, card=card.card.to_json())
+        found.append(registry.publish(adapter, manifest, router=onto(derived(adapter, manifest), card)))
     return found
 
 

@@ -182,6 +182,9 @@ def _started(asked: Asked, launcher: str, places: list[Rank] | None) -> int:
 
 
 def _rank(config: CentralConfig, refs: list[str], world: World, resume: bool) -> int:
+    from fedpeft.bases.quiet import hush
+
+    hush()  # before transformers, which DeepSpeed's engine imports, and with it torchao
     from fedpeft.central.job import run, trained
     from fedpeft.central.progress import scores_text, shown
     from fedpeft.central.publish import starts

@@ -169,7 +169,7 @@ def test_versions_have_their_lineage_and_the_same_values_one_version(base, tmp_p
     every = {"a": adapter(base, task, 0), "(shared)": adapter(base, Generation("job.shared"), 1)}
     settings = TrainSettings(steps=9)
     config = SimpleNamespace(
-        name="job", registry=tmp_path / "r", base=BaseSpec("m"), training=settings, tasks={"a": SimpleNamespace(task=task)}
+        name="job", registry=tmp_path / "r", output=tmp_path, base=BaseSpec("m"), training=settings, tasks={"a": SimpleNamespace(task=task)}
     )
     first = publish(config, Trained(every, 7, {"a": {"perplexity": 2.0}}, {"a": 5, "b": 6}), {"a": "f" * 64})
     assert [version.task for version in first] == ["a", "job.shared"]

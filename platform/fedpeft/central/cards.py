@@ -1,0 +1,71 @@
+"""Router cards of a job's tasks, from the rows that it trains on: by them requests without a task's name find its versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.files import write_atomic
+from fedpeft.routing import MahalanobisRouter, Measure, RouterCard, pooled
+from fedpeft.routing.cards import centroid, counts_of, histogram, make_card
+from fedpeft.routing.gaussians import Gaussians
+from fedpeft.routing.moments import halves, moments, sums
+from fedpeft.tasks import read_rows
+from fedpeft.tasks.rows import stream_rows
+
+if TYPE_CHECKING:
+    from fedpeft.bases import Base, Encoder
+    from fedpeft.training.config import CentralConfig, CentralTask
+
+Rows = NDArray[np.float32]
+MOST = 1024
+"""Texts of a task that are embedded."""
+FOLDER = "cards"
+"""Where under the job's output they lie for whoever publishes."""
+
+
+def keep(config: CentralConfig, base: Base) -> None:
+    """Write the cards of all tasks for `kept`. Raises `DataError` when rows cannot be read, `StorageError` without space."""
+    made = cards({name: list(_texts(entry)) for name, entry in config.tasks.items()}, base)
+    for name, card in made.items():
+        write_atomic(config.output / FOLDER / f"{name}.safetensors", card.to_bytes())
+
+
+def kept(config: CentralConfig, task: str) -> RouterCard | None:
+    """What `keep` wrote of ``task``, or None. Raises `AdapterError` when the file is torn."""
+    path = config.output / FOLDER / f"{task}.safetensors"
+    return RouterCard.from_bytes(path.read_bytes()) if path.exists() else None
+
+
+def onto(derived: RouterCard, card: RouterCard | None) -> RouterCard:
+    """``derived`` of an adapter with what ``card`` says of its task."""
+    return derived if card is None else replace(derived, card=card.card, counts={**derived.counts, **card.counts}, moments=card.moments)
+
+
+def cards(texts: Mapping[str, Sequence[str]], encoder: Encoder) -> dict[str, RouterCard]:
+    """Of each task that has texts its direction with a threshold, and its second moments beside those of all tasks."""
+    rows = {name: encoder.embed(mine) for name, mine in texts.items() if mine}
+    own = {name: moments(sums(halves(mine)[0])) for name, mine in rows.items()}
+    return {name: _card(mine, Measure(own[name], pooled(own.values())), encoder.encoder) for name, mine in rows.items()}
+
+
+def _card(rows: Rows, measure: Measure, encoder: str) -> RouterCard:
+    total, count = rows.sum(axis=0, dtype=np.float64), len(rows)
+    found = RouterCard(make_card(total, count, histogram(rows, centroid(total, count)), encoder=encoder))
+    _, close = Gaussians.of([measure]).read(halves(rows)[1])
+    return replace(found, counts={MahalanobisRouter.kind: counts_of(close[:, 0])}, moments=measure)
+
+
+def _texts(entry: CentralTask) -> Iterator[str]:
+    """At most `MOST` texts: evenly spread, or of a stream the first."""
+    rows = list(islice(stream_rows(entry.data, "train"), MOST)) if entry.stream else read_rows(entry.data, "train")[: entry.cap]
+    return map(entry.task.text_of, _spread(rows))
+
+
+def _spread(rows: list[dict[str, object]]) -> Iterable[dict[str, object]]:
+    return rows[:: -(-len(rows) // MOST) or 1]
