@@ -24,7 +24,7 @@ LOGITS = 1 << 25
 """Most logits held at once; 128 MiB in float32."""
 
 LINE = re.compile(r"^\s*(?:\w+_)?logits (?:[-+*/]?=) (.*)$", re.MULTILINE)
-HEAD = re.compile(r"self\.\w+\(hidden_states(?:\[:, slice_indices, :\])?\)")
+HEAD = re.compile(r"self\.\w+\((?:hidden_states(?:\[:, slice_indices, :\])?|sequence_output)\)")
 
 _whole: ContextVar[bool] = ContextVar("whole_logits", default=False)
 
@@ -53,12 +53,13 @@ def head_of(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def losses_at(head: nn.Linear, labels: Tensor) -> Iterator[None]:
-    """Within, ``head`` answers hidden states (1, K, H) by the losses (1, K) of ``labels`` (K,), in nats.
+def losses_at(head: nn.Linear, labels: Tensor, kept: Tensor | int = 0) -> Iterator[None]:
+    """Within, ``head`` answers hidden states by the losses (1, K) of ``labels`` (K,), in nats.
 
-    It is called as ever, so hooks that fetch its weight (ZeRO-3's) run before it.
+    Hidden states are (1, K, H), or (S, U, H) of which those count that ``kept`` (S, U) says. It is called as ever, so hooks that fetch
+    its weight (ZeRO-3's) run before it.
     """
-    object.__setattr__(head, "forward", lambda hidden: token_cross_entropy(hidden[0], head.weight, head.bias, labels)[None])
+    object.__setattr__(head, "forward", lambda hidden: token_cross_entropy(hidden[kept], head.weight, head.bias, labels)[None])
     try:
         yield
     finally:

@@ -9,10 +9,12 @@ Shape suffixes in comments: S sequences, T longest prompt, U longest completion,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedpeft.tasks.chunked import head_of, losses_at
 from fedpeft.tasks.filled import IGNORED, device_of, filled, padded
 from fedpeft.tasks.protocol import Batch, Encoded
 
@@ -33,12 +35,14 @@ def is_paired(batch: Batch) -> bool:
 
 def paired_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy (K,) in nats of every labelled token, row by row, in one call of the model."""
-    device = device_of(model)
-    labels = batch.labels.to(device, non_blocking=True)
-    logits = model(
-        **{name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}, use_cache=False
-    ).logits  # (S, U, V)
-    return cross_entropy(logits[labels != IGNORED].float(), labels[labels != IGNORED], reduction="none")
+    device, head = device_of(model), head_of(model)
+    inputs: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()} | {"use_cache": False}
+    kept = (batch.labels != IGNORED).to(device, non_blocking=True)
+    labels = batch.labels.to(device, non_blocking=True)[kept]
+    if head is None:
+        return cross_entropy(model(**inputs).logits[kept].float(), labels, reduction="none")  # of (S, U, V)
+    with losses_at(head, labels, kept):
+        return model(**inputs).logits[0].float()  # type: ignore[no-any-return]
 
 
 def paired_owners(batch: Batch) -> torch.Tensor:

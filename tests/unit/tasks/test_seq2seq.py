@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from fedpeft.bases import Base, BaseSpec, load_base
 from fedpeft.tasks import Choice, Classification, Generation, Row
 from fedpeft.tasks import likelihood as module
+from fedpeft.tasks.chunked import head_of, whole_logits
 from fedpeft.tasks.greedy import generate
 
 TASK = Generation("tales", max_new_tokens=6, samples=8)
@@ -59,6 +61,30 @@ def test_the_loss_is_transformers_own(base: Base) -> None:
     counters = TASK.evaluate(model, data, base)
     assert counters["loss"][0] == pytest.approx(float(wanted.sum()), rel=1e-5)
     assert {name: len(values) for name, values in counters.items()} == TASK.counted
+
+
+def test_t5_makes_no_logits_and_its_gradients_are_those_of_whole_ones(base: Base) -> None:
+    model: Any = base.shell(TASK.head)
+    batch = next(iter(TASK.batches(TASK.encode(ROWS, base), 5, 0, 0)))
+    assert (head_of(model) is None) == (base.config.model_type == "bart")  # a bias comes after its head
+    weight = next(
+        p for name, p in model.named_parameters() if name.endswith("layers.0.fc1.weight") or name.endswith("0.SelfAttention.q.weight")
+    )
+    with weight_trained(weight):
+        (found,) = torch.autograd.grad(module.token_losses(model, batch).square().sum(), weight)
+        with whole_logits():
+            (wanted,) = torch.autograd.grad(module.token_losses(model, batch).square().sum(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@contextmanager
+def weight_trained(weight: torch.nn.Parameter) -> Iterator[None]:
+    weight.requires_grad_()
+    try:
+        yield
+    finally:
+        weight.requires_grad_(False)
 
 
 @settings(max_examples=8)
