@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedpeft import plugins
 from fedpeft.errors import FedpeftError, LinkError
 from fedpeft.processes import hold
+from fedpeft.wire.pacing import pause
 from fedpeft_client.config import load_site
 from fedpeft_client.status import Pulse
 from fedpeft_client.worker import Worker
@@ -20,22 +21,24 @@ if TYPE_CHECKING:
 
     from fedpeft.wire._compat import TaskInfo
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 log = logging.getLogger("fedpeft.executor")
 
 
 def serve(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> None:
     """Take tasks at ``address`` and answer them until the worker's device is broken; a lost link is waited out."""
-    quiet = False
+    silent, quiet = False, time.monotonic()
     while not worker.broken:
         try:
-            pulse.idle(answered=int(_one(worker, address, secret, pulse)), base_loads=worker.base_loads)
-            quiet = False
+            done = _one(worker, address, secret, pulse)
+            pulse.idle(answered=int(done), base_loads=worker.base_loads)
+            quiet, silent = time.monotonic() if done else quiet, False
+            time.sleep(0.0 if done else pause(time.monotonic() - quiet, POLL_SECONDS))
         except LinkError as fault:
-            if not quiet:
+            if not silent:
                 log.warning("%s; trying again every %g s", fault, RETRY_SECONDS)
-            quiet = True
+            silent = True
             time.sleep(RETRY_SECONDS)
 
 
@@ -45,7 +48,6 @@ def _one(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> bool:
 
     token = _compat.acquire_clientapp(address, secret)
     if token is None:
-        time.sleep(POLL_SECONDS)
         return False
     pulse.progress("a message", 0)
     done = _compat.run_task(address, token, lambda records, info: _handle(worker, records, info))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from fedpeft import __version__
 from fedpeft.errors import CohortError
+from fedpeft.wire.pacing import pause
 from fedpeft.wire.v1.federation_pb2 import Capabilities
 from fedpeft_coordinator.collecting import Report, line
 from fedpeft_coordinator.events import Events
@@ -44,17 +45,17 @@ class Roster:
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Refresh until ``ready``. Raises `CohortError` after the cohort's deadline, saying ``what`` was missing."""
-        end = time.monotonic() + self._setup.limits.deadline
+        began = time.monotonic()
         while True:
             self.refresh()
             if ready():
                 return
-            if time.monotonic() >= end:
+            if time.monotonic() >= began + self._setup.limits.deadline:
                 raise CohortError(
                     f"{what()} within {self._setup.limits.deadline:g} s (cohort.deadline); start more sites with "
                     "`fedpeft client join SITE.toml` and run the same command again"
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause(time.monotonic() - began, POLL_SECONDS))
 
     @property
     def present(self) -> list[Site]:

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedpeft.errors import FedpeftError, LinkError
 from fedpeft.wire import Envelope, flower
 from fedpeft.wire._compat import ERRORS, RunLost, link_faults
+from fedpeft.wire.pacing import pause
 from fedpeft.wire.v1.federation_pb2 import Capabilities, Hello
 from fedpeft_coordinator.transport import Answer, Failure
 
@@ -108,20 +109,21 @@ class FlowerTransport:
 
     def exchange(self, requests: Mapping[str, Envelope], deadline: float, retries: int) -> Iterator[Answer]:
         """See `Transport.exchange`."""
-        began = time.monotonic()
+        began = heard = time.monotonic()
         job = Job(requests, began, began + deadline, retries, set(requests))
         doubt = False
         while job.left and time.monotonic() < job.end:
             answers: list[Answer] = []
             lost = self._guarded(partial(self._advance, job, answers))
             yield from answers
+            heard = time.monotonic() if answers else heard
             doubt = doubt or self._silent_since is not None
             if lost or (doubt and self._silent_since is None):
                 # A transfer that broke off can have lost an answer for good, and a lost run has lost all of them.
                 job.waiting, doubt = job.waiting | job.under_way, False
             if lost:
                 job.open.clear()
-            time.sleep(TICK_SECONDS if job.left else 0.0)
+            time.sleep(pause(time.monotonic() - heard, TICK_SECONDS) if job.left else 0.0)
         self._late |= job.open
         for site in sorted(job.left):
             yield Answer(site, Failure(self._absence(site, deadline), vanished=True), time.monotonic() - began)
