@@ -47,6 +47,7 @@ def load_base(spec: BaseSpec, device: str = "auto", *, zero: Mapping[str, Any] |
         BaseError: the folder is no model we may load, or the quantization does not work on this device or architecture.
     """
     global LOADS
+    resolve_model(spec.model, spec.revision)  # a base that is not there is said before torch is loaded, seconds earlier
     hush()
     from fedpeft.bases.loading import load
 
