@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.bench._bound import flop_per_token, matmul_rate, wait
 from tests.bench._random import random_base
 from tests.bench.f1_edge_step import LINEARS, InOrder
 
@@ -116,7 +117,7 @@ def _speed_row(shape: str, name: str, found: Figures | str, theirs: Figures | st
     row: dict[str, object] = {"row": "K2", "case": f"{shape} {name} x{SEQUENCE[shape]}", "unit": "tokens/s"}
     if isinstance(found, str):
         return row | {"fault": found}
-    share = found.speed * flop_per_token(shape, "no checkpointing" not in name) / rate
+    share = found.speed * flop_per_token(shape, "no checkpointing" not in name, SEQUENCE[shape]) / rate
     row |= {
         "ours": found.speed,
         "peak": found.peak,
@@ -128,32 +129,6 @@ def _speed_row(shape: str, name: str, found: Figures | str, theirs: Figures | st
     if isinstance(theirs, str):
         return row | {"peer_fault": theirs}
     return row | {"peer": theirs.speed, "ratio": found.speed / theirs.speed, "first_losses": (found.loss, theirs.loss)}
-
-
-def flop_per_token(shape: str, checkpointed: bool) -> float:
-    """What a step must multiply: blocks forward, input gradient and forward again; causal attention; the output layer once each way."""
-    from tests.bench._random import SHAPES
-    from transformers import LlamaConfig
-
-    c, passes = LlamaConfig(**SHAPES[shape]), 3 if checkpointed else 2
-    heads = c.num_key_value_heads / c.num_attention_heads
-    linears = c.num_hidden_layers * (c.hidden_size**2 * (2 + 2 * heads) + 3 * c.hidden_size * c.intermediate_size)
-    attention = c.num_hidden_layers * 2 * SEQUENCE[shape] * c.hidden_size
-    return 2 * passes * linears + (passes + 1) * attention + 4 * c.hidden_size * c.vocab_size
-
-
-def matmul_rate(device: str) -> float:
-    """FLOP per second of a large product, the fastest of a few."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        _wait(device)
-        began = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
 
 
 def ours(base: Base, settings: TrainSettings, tokens: int) -> Figures:
@@ -168,7 +143,7 @@ def ours(base: Base, settings: TrainSettings, tokens: int) -> Figures:
         losses: list[float] = []
 
         def progress(_step: int, loss: float) -> None:
-            _wait(base.device)
+            wait(base.device)
             ends.append(time.perf_counter())
             losses.append(loss)
 
@@ -186,7 +161,7 @@ def peer(base: Base, rows: int, tokens: int) -> Figures:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _wait(base.device)
+            wait(base.device)
             ends.append(time.perf_counter())
 
     _settle(base.device)
@@ -283,11 +258,6 @@ def _settle(device: str) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def line(row: dict[str, object]) -> str:

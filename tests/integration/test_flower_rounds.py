@@ -25,6 +25,7 @@ from fedpeft_coordinator.supervise import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 FAKE = Path(__file__).parents[1] / "unit" / "coordinator" / "fake.py"
+PROCESS = Path(__file__).with_name("fake_process.py")
 ROUNDS = 4
 
 
@@ -77,7 +78,7 @@ class Stage:
         for name in names:
             port = free_port()
             self.nodes[name] = Kept(self._node(name, port), folder / f"{name}.node.log", self.env)
-            worker = [sys.executable, str(FAKE), "site", name, f"127.0.0.1:{port}", str(folder / "secret"), str(pause)]
+            worker = [sys.executable, str(PROCESS), "site", name, f"127.0.0.1:{port}", str(folder / "secret"), str(pause)]
             self.workers[name] = Kept(worker, folder / f"{name}.worker.log", self.env)
         self.coordinator = self.start()
 
@@ -91,7 +92,7 @@ class Stage:
         return [*line, "--isolation", "process", "--superexec-auth-secret-file", str(self.folder / "secret")]
 
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, str(FAKE), "flower", str(self.folder), str(self.port), str(ROUNDS)]
+        command = [sys.executable, str(PROCESS), "flower", str(self.folder), str(self.port), str(ROUNDS)]
         with (self.folder / "coordinator.log").open("a") as log:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from fedpeft.bases.spec import HeadSpec
 from fedpeft.control import files
 from fedpeft.control.address import Address, Identity
 from fedpeft.control.cache import Cache
+from fedpeft.control.channel import OPTIONS
 from fedpeft.control.client import RemoteRegistry
 from fedpeft.control.link import Link
 from fedpeft.issuing import issue
@@ -26,6 +28,7 @@ from fedpeft.registry import Manifest, Registry
 from fedpeft.routing import Card
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.v1.registry_pb2 import Chunk
+from fedpeft.v1.registry_pb2_grpc import RegistryStub
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.serve import Server
 from fedpeft_coordinator.listening import Tls
@@ -120,3 +123,33 @@ def secure(serve: Callable[..., Running], certificates: Path) -> Running:
     running = serve(tls=Tls(ca=ours / "ca.crt", cert=ours / "server.pem", key=ours / "server.key"))
     fill(running.registry, 1, 2)
     return running
+
+
+@pytest.fixture
+def running(serve: Callable[..., Running]) -> Running:
+    """A server with two versions of one task."""
+    found = serve()
+    fill(found.registry, 1, 2)
+    return found
+
+
+@pytest.fixture
+def far(running: Running, tmp_path: Path) -> Iterator[RemoteRegistry]:
+    one = running.far(tmp_path / "cache")
+    with one.link:
+        yield one
+
+
+@pytest.fixture
+def stub(running: Running) -> Iterator[RegistryStub]:
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}", OPTIONS) as channel:
+        yield RegistryStub(channel)
+
+
+@pytest.fixture
+def other(running: Running, tmp_path: Path) -> Registry:
+    """Another registry, which the server trusts, with one large version."""
+    found = Registry(tmp_path / "other")
+    fill(found, 5, width=300_000)
+    running.registry.objects.keys.trust(found.objects.keys.public())
+    return found

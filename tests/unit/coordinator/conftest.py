@@ -1,4 +1,4 @@
-"""The fake federation of fake.py, as a fixture (test modules cannot import one another)."""
+"""The fake federation of fake.py, as a fixture (it also runs in processes that know no tests)."""
 
 from __future__ import annotations
 

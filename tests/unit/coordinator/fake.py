@@ -1,13 +1,11 @@
-"""A federation without models: pure numpy sites that answer real plans, for the in-memory transport. Also a process to kill."""
+"""A federation without models: pure numpy sites that answer real plans, for the in-memory transport."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -289,95 +287,8 @@ class Federation:
         return [row for row in self.events if row["event"] == event]
 
 
-class Crash(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-def crash_at(coordinator: Coordinator, point: int, before: bool) -> None:
-    """Let ``coordinator`` die at a commit, counted from 1: before it is written, or after."""
-    save, seen = coordinator.journal.save, count(1)
-
-    def crash(step: object) -> None:
-        dies = next(seen) == point
-        if not (dies and before):
-            save(step)  # type: ignore[arg-type]
-        if dies:
-            raise Crash
-
-    coordinator.journal.save = crash  # type: ignore[method-assign]
-
-
-def crash_everywhere(federation: Federation) -> int:
-    """Run to the end though a coordinator dies before and after each commit, so that none lives longer than a step; how often one died."""
-    for crashes in count():
-        coordinator = federation.open()
-        crash_at(coordinator, 1, before=crashes % 2 == 0)
-        try:
-            coordinator.run()
-        except Crash:
-            continue
-        return crashes
-    raise AssertionError
-
-
 def slow(site: Site, seconds: float) -> Site:
     def wait(_result: TaskResult, _arrays: dict[str, bytes]) -> None:
         time.sleep(seconds)
 
     return replace(site, twist=wait)
-
-
-def in_memory(folder: Path, pause: float) -> dict[str, str]:
-    """The final digests of six rounds over in-memory sites, each ``pause`` seconds slow."""
-    federation = Federation(folder, setup(rounds=6), {name: slow(site, pause) for name, site in sites().items()})
-    federation.open().run()
-    return federation.final()
-
-
-def over_flower(folder: Path, port: int, rounds: int) -> None:
-    """A coordinator process over a real SuperLink, with TLS and registered keys where there is a folder of them; prints the digests."""
-    from fedpeft_coordinator.config import Link, Tls
-    from fedpeft_coordinator.supervise import LinkProcess
-    from fedpeft_coordinator.transport_flower import FlowerTransport
-
-    made = setup(rounds=rounds, wait_for_sites=len(HOLDINGS))
-    made = replace(made, limits=replace(made.limits, deadline=120.0, retries=5), evaluate_every=0)
-    events = Events(folder / "events.jsonl")
-    keys = folder / "keys"
-    tls = Tls(ca=keys / "ca.crt", cert=keys / "server.pem", key=keys / "server.key") if keys.exists() else None
-    link = LinkProcess(Link(port=port, tls=tls, node_auth=tls is not None, node_keys=keys), folder / "link", events)
-    link.start()
-    transport = FlowerTransport(link.connect, Hello(tasks=list(made.tasks)), events)
-    journal = Journal(f"sqlite:///{folder / 'journal.sqlite'}")
-    try:
-        last = Coordinator(made, journal, Store(folder / "blobs"), transport, events).run()[-1]
-    finally:
-        transport.close()
-        link.stop()
-    print(json.dumps({name: row.current for name, row in last.tasks.items()}))
-
-
-def site_process(name: str, address: str, secret: Path, pause: float) -> None:
-    """A site's worker behind a real SuperNode; what it keeps dies with it."""
-    from fedpeft.errors import LinkError
-    from fedpeft.wire import _compat, flower
-
-    site = slow(Site(name, dict(HOLDINGS[name])), pause)
-    while True:
-        try:
-            token = _compat.acquire_clientapp(address, secret.read_bytes())
-            if token:
-                _compat.run_task(address, token, lambda records, _info: flower.to_records(site(flower.from_records(records))))
-            else:
-                time.sleep(0.1)
-        except LinkError as fault:
-            print(fault, flush=True)
-            time.sleep(0.3)
-
-
-if __name__ == "__main__":
-    what, arguments = sys.argv[1], sys.argv[2:]
-    if what == "flower":
-        over_flower(Path(arguments[0]), int(arguments[1]), int(arguments[2]))
-    else:
-        site_process(arguments[0], arguments[1], Path(arguments[2]), float(arguments[3]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.coordinator.crashes import crash_everywhere
 
 from fedpeft.schemes import ifca
 from fedpeft.wire import Envelope
@@ -99,7 +100,7 @@ def test_crashes_before_and_after_every_commit_give_the_same_bits(
 ) -> None:
     whole, ours = (federation(fake, tmp_path / name, monkeypatch, rounds=2) for name in ("whole", "ours"))
     whole.open().run()
-    assert fake.crash_everywhere(ours) >= 2 * 10
+    assert crash_everywhere(ours) >= 2 * 10
     assert ours.final() == whole.final()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.coordinator.crashes import crash_everywhere
 
 from fedpeft import config
 from fedpeft.errors import ConfigError
@@ -59,7 +60,7 @@ def test_the_order_of_arrival_is_irrelevant(fake: ModuleType, tmp_path: Path) ->
 def test_crashes_before_and_after_every_commit_give_the_same_bits(fake: ModuleType, tmp_path: Path) -> None:
     whole, ours = (federation(fake, tmp_path / name, "int4", rounds=2) for name in ("whole", "ours"))
     whole.open().run()
-    assert fake.crash_everywhere(ours) >= 2 * 9
+    assert crash_everywhere(ours) >= 2 * 9
     assert ours.final() == whole.final()
 
 
@@ -128,7 +129,7 @@ def test_a_step_goes_down_in_a_codec_and_all_hold_the_same_bits(fake: ModuleType
 def test_steps_down_give_the_same_bits_though_coordinators_crash_before_and_after_every_commit(fake: ModuleType, tmp_path: Path) -> None:
     whole, ours = (down(fake, tmp_path / name, "onebit", 3) for name in ("whole", "ours"))
     whole.open().run()
-    assert fake.crash_everywhere(ours) >= 2 * 14
+    assert crash_everywhere(ours) >= 2 * 14
     assert ours.final() == whole.final()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.coordinator.crashes import crash_everywhere
 
 from fedpeft.schemes import Sharing
 from fedpeft.tensors import Tensors
@@ -65,7 +66,7 @@ def test_the_step_is_the_mean_over_all_sites_of_all_tasks(fake: ModuleType, tmp_
 def test_crashes_before_and_after_every_commit_give_the_same_bits(fake: ModuleType, tmp_path: Path) -> None:
     whole, ours = (federation(fake, tmp_path / name, Sharing("A", report=True, split_after=1)) for name in ("whole", "ours"))
     whole.open().run()
-    assert fake.crash_everywhere(ours) >= 2 * 24
+    assert crash_everywhere(ours) >= 2 * 24
     assert ours.final() == whole.final()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tests.unit.mixtures.crowd import ROWS, TABLES
 
 from fedpeft.adapters import Adapter, AdapterSpec, make_spec
 from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
@@ -83,3 +85,26 @@ def make_adapter() -> Callable[..., Adapter]:
 def head_of() -> Callable[[str], HeadSpec]:
     """The head that fits a base."""
     return HEADS.__getitem__
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """A row for each name of `ROWS`, some of them padded."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 60, (len(ROWS), 6), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 4:], mask[5, 2:], mask[8, 3:], mask[6, 5:] = 0, 0, 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def crowd(warm: Any, make_adapter: Any, head_of: Any) -> Callable[..., Any]:
+    """The base, its head, and one adapter per method; on an encoder the heads differ in their number of labels."""
+
+    def make(name: str, quantization: str = "none") -> Any:
+        base = warm(name, quantization)
+        wide = HeadSpec("classification", ("a", "b", "c", "d", "e"))
+        heads = [head_of(name), wide if name == "encoder" else head_of(name)]
+        return base, head_of(name), {key: make_adapter(key, base, table, heads[i % 2], i) for i, (key, table) in enumerate(TABLES.items())}
+
+    return make

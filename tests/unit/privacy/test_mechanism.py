@@ -9,53 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.privacy.sums import COUNTERS, LAYOUT, MODES, NOISE, SEEN, delta, total
 
-import fedpeft.privacy.mechanism as mechanism_module
-from fedpeft.errors import ConfigError, PrivacyError, UpdateError
-from fedpeft.privacy.accounting import Event, epsilon
-from fedpeft.privacy.clipping import bounded, clipped, moved
-from fedpeft.privacy.mechanism import SIDE, Bounded, Mechanism, check_shares, protect, release
-from fedpeft.privacy.noise import SecureNoise
+from fedpeft.errors import PrivacyError, UpdateError
+from fedpeft.privacy.accounting import Event
+from fedpeft.privacy.mechanism import SIDE, Mechanism, check_shares, protect, release
 from fedpeft.privacy.packing import Schema, pack, unpack
-from fedpeft.privacy.selftest import check_moved, self_test
 from fedpeft.privacy.settings import (
-    PRIVACY,
     Central,
     Cohort,
-    Distributed,
-    Example,
-    check_phase,
-    make_privacy,
-    noise_for,
-    of_adapter,
     of_evaluation,
-    steps_noise,
 )
-from fedpeft.tensors import Entry, Layout, Tensors
+from fedpeft.tensors import Entry, Layout
 from fedpeft.update import Update
-
-NOISE = SecureNoise()
-LAYOUT = Layout.of([Entry("B", "q.lora_B", (40, 4)), Entry("head", "score.weight", (3, 40))])
-COUNTERS = {"train.loss": Bounded(2, 50.0), "train.seen": Bounded(1, 1000.0)}
-SEEN = {"train.loss": (10.0, 20.0), "train.seen": (500.0,), "train.tokens": (1e9,)}
-
-
-def delta(size: float, seed: int = 0, layout: Layout = LAYOUT) -> Tensors:
-    flat = np.random.default_rng(seed).normal(size=layout.size)
-    return Tensors(layout, (flat * size / max(np.linalg.norm(flat), 1e-30)).astype(np.float32))
-
-
-def total(mechanism: Mechanism, sites: int, size: float = 1.0, layout: Layout = LAYOUT) -> Update:
-    updates = [protect(delta(size, site, layout), SEEN, mechanism, NOISE) for site in range(sites)]
-    return sum(updates[1:], start=updates[0])
-
-
-MODES = [
-    {},
-    {"side": 0.1, "counters": COUNTERS},
-    {"side": 0.1, "adaptive": True},
-    {"side": 0.3, "counters": COUNTERS, "adaptive": True},
-]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -254,154 +220,3 @@ def test_side_roles_sort_behind_every_role_of_an_adapter():
     entries = one.layout(LAYOUT).entries
     assert [entry.role for entry in entries][-3:] == [SIDE] * 3
     assert entries[: len(LAYOUT.entries)] == LAYOUT.entries
-
-
-# clipping
-
-
-def test_clipping_scales_down_and_never_up():
-    values = delta(3.0).flat
-    assert np.linalg.norm(clipped(values, 1.0)) == pytest.approx(1.0)
-    assert np.array_equal(clipped(values, 5.0), values.astype(np.float64))
-    assert not clipped(np.zeros(4), 1.0).any()
-    assert np.linalg.norm(clipped(np.full(10, 3e38, np.float32), 1.0)) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("rounding", [np.ceil, np.rint, lambda v: np.rint(v / 16) * 16])
-def test_coarse_rounding_stays_within_the_bound(rounding):
-    values = np.random.default_rng(0).normal(size=5000)
-    made = bounded(values * 400 / np.linalg.norm(values), 400.0, rounding)
-    assert np.linalg.norm(made) <= 400.0
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_fine_rounding_ends_just_below_the_bound(seed):
-    values = np.random.default_rng(seed).normal(size=280)
-    made = bounded(values * 1e7 / np.linalg.norm(values), 1e7, np.rint)
-    assert 1e7 * (1 - 1e-5) < np.linalg.norm(made) <= 1e7
-
-
-def test_a_codec_that_cannot_be_bounded_is_refused():
-    with pytest.raises(PrivacyError, match="finer codec"):
-        bounded(np.ones(10), 1.0, lambda values: np.full(10, 5.0))
-
-
-@pytest.mark.parametrize("start", [1e-3, 50.0])
-@pytest.mark.parametrize("quantile", [0.3, 0.5, 0.8])
-def test_adaptive_clipping_finds_the_quantile_from_both_sides(start, quantile):
-    norms = np.random.default_rng(1).lognormal(size=4000)
-    clip, path = start, []
-    for _ in range(400):
-        clip = moved(clip, float((norms <= clip).mean()) + float(NOISE.gaussian(1, 0.02)[0]), quantile, 0.2, start)
-        path.append(clip)
-    assert np.mean(path[-50:]) == pytest.approx(np.quantile(norms, quantile), rel=0.1)
-
-
-def test_the_norm_moves_the_right_way():
-    assert moved(1.0, 0.0, 0.5, 0.2, 1.0) > 1.0 > moved(1.0, 1.0, 0.5, 0.2, 1.0)
-    assert moved(1.0, 0.5, 0.5, 0.2, 1.0) == 1.0
-    assert moved(1.0, -99.0, 0.5, 0.2, 1.0) == moved(1.0, 0.0, 0.5, 0.2, 1.0)
-
-
-def test_adaptive_clipping_works_through_the_noised_sum():
-    clip = 8.0
-    for _ in range(40):
-        one = Mechanism(0.5, clip, 20, 15, side=0.2, adaptive=True)
-        updates = [protect(delta(0.1 * (site + 1), site), {}, one, NOISE) for site in range(20)]
-        clip = moved(clip, release(sum(updates[1:], start=updates[0]), one, NOISE).inside, 0.5, 0.2, 8.0)
-    assert 0.7 < clip < 1.5
-
-
-# settings
-
-
-def test_budgets_become_noise_and_mechanisms():
-    for kind, shares in ((Central, 0), (Distributed, 6)):
-        chosen = kind(4.0, counters={"train.loss": 50.0}, quantile=0.5, evaluation=3.0)
-        noise = noise_for(chosen, 20)
-        one = of_adapter(chosen, noise, Cohort(9, 6), {"train.loss": 2}, 0.4)
-        assert (one.shares, one.clip, one.adaptive, set(one.counters)) == (shares, 0.4, True, {"train.loss"})
-        two = of_evaluation(chosen, noise, Cohort(9, 6), {"train.loss": 2})
-        spent = epsilon([one.event(100).times(20), two.event(2).times(20)], chosen.delta)
-        assert 0.99 * 4.0 < spent <= 4.0
-
-
-def test_colluding_sites_do_not_count_as_noise():
-    assert of_adapter(Distributed(1.0, colluding=0.2), 1.0, Cohort(10, 8), {}, 1.0).shares == 6
-    with pytest.raises(PrivacyError, match="colluding"):
-        of_adapter(Distributed(1.0, colluding=0.8), 1.0, Cohort(10, 8), {}, 1.0)
-
-
-def test_example_level_budgets_use_sampling():
-    noise = steps_noise(Example(2.0), 0.01, 50)
-    assert epsilon([Event(noise, 0.01, 50)], 1e-5) <= 2.0 < epsilon([Event(noise, 1.0, 50)], 1e-5)
-
-
-def test_tables_become_settings():
-    assert make_privacy("none") == PRIVACY["none"]()
-    chosen = make_privacy({"kind": "central", "epsilon": 8, "counters": {"train.loss": 50}, "rate": 0.5})
-    assert chosen == Central(8.0, counters={"train.loss": 50.0}, rate=0.5)
-
-
-@pytest.mark.parametrize(
-    ("table", "word"),
-    [
-        ({"kind": "central"}, "epsilon"),
-        ({"kind": "central", "epsilon": 0}, "epsilon"),
-        ({"kind": "distributed", "epsilon": 1, "rate": 0.5}, "rate"),
-        ({"kind": "central", "epsilon": 1, "seed": 3}, "seed"),
-        ({"kind": "central", "epsilon": 1, "clip": float("inf")}, "clip"),
-        ({"kind": "laplace"}, "central"),
-    ],
-)
-def test_wrong_tables_name_what_is_allowed(table, word):
-    with pytest.raises(ConfigError, match=word):
-        make_privacy(table)
-
-
-def test_seeds_cannot_be_configured():
-    for kind in PRIVACY.values():
-        assert not any(word in item.name for item in dataclasses.fields(kind) for word in ("seed", "source", "generator", "random"))
-
-
-def test_two_moving_factors_and_noise_clash():
-    check_phase(Central(1.0), True, "alternating")
-    check_phase(PRIVACY["none"](), False, "fedavg")
-    with pytest.raises(PrivacyError, match="fedavg"):
-        check_phase(Distributed(1.0), False, "fedavg")
-
-
-# self-test
-
-
-@pytest.mark.parametrize("shares", [0, 3, 9])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_sound_mechanism_passes_its_self_test(shares, mode):
-    found = self_test(Mechanism(1.0, 0.3, 12, shares, **mode), LAYOUT, NOISE)
-    assert 0.7 < found.noise < 1.3
-    assert found.values >= 280
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-def test_missing_or_misscaled_noise_fails_the_self_test(monkeypatch, factor):
-    honest = SecureNoise.rounded
-    monkeypatch.setattr(SecureNoise, "rounded", lambda self, size, sigma: np.rint(honest(self, size, sigma) * factor).astype(np.int64))
-    with pytest.raises(PrivacyError, match="self-test"):
-        self_test(Mechanism(1.0, 0.3, 6), LAYOUT, NOISE)
-
-
-def test_missing_clipping_fails_the_self_test(monkeypatch):
-    monkeypatch.setattr(mechanism_module, "clipped", lambda values, bound: values.astype(np.float64) * 0.01)
-    with pytest.raises(PrivacyError, match="self-test"):
-        self_test(Mechanism(0.01, 0.3, 6), LAYOUT, NOISE)
-
-
-def test_tensors_that_stood_still_are_named():
-    before = delta(1.0)
-    after = Tensors(LAYOUT, before.flat.copy())
-    after.named()["q.lora_B"][:] += 1
-    check_moved(before, after, {"B"})
-    with pytest.raises(PrivacyError, match=r"score\.weight"):
-        check_moved(before, after, {"B", "head"})
-    with pytest.raises(PrivacyError, match="0 trained"):
-        check_moved(before, after, {"A"})

@@ -1,16 +1,22 @@
-"""A tiny live adapter and task with the contract's surface: a two-factor regression whose every value is known."""
+"""A tiny live adapter and task with the contract's surface: a two-factor regression whose every value is known; a small real one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tests.unit.training.private import TASK, place
 from torch import nn
 
+from fedpeft.adapters import attach, make_spec
+from fedpeft.adapters.live import Live
+from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.methods import Lora
 from fedpeft.tensors import Entry, Layout
 
 
@@ -91,3 +97,18 @@ def toy_task():
 @pytest.fixture(scope="session")
 def toy_data() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(1).normal(size=(23, 2, 5)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def causal(shared_models: Path) -> Base:
+    """A real causal model of 260k parameters."""
+    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
+
+
+@pytest.fixture
+def live(causal: Base) -> Iterator[Live]:
+    """It with a small LoRA at values none of which is zero."""
+    spec = make_spec("t", causal, Lora(r=4, alpha=4), TASK.head)
+    with attach(causal, spec) as found:
+        place(found)
+        yield found

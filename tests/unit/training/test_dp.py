@@ -7,85 +7,20 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from tests.unit.training.private import SGD, TASK, Seeded, clipped_sum, place, private, rows
 
 from fedpeft.adapters import attach, initial, make_spec
-from fedpeft.bases import BaseSpec, load_base
 from fedpeft.config import build
 from fedpeft.errors import DataError, PrivacyError
 from fedpeft.methods import Lora
 from fedpeft.privacy.accounting import Event
 from fedpeft.privacy.noise import SecureNoise
-from fedpeft.tasks import Choice, Classification, Encoded, Generation
+from fedpeft.tasks import Encoded, Generation
 from fedpeft.training import ENGINES, TrainJob, TrainSettings, dp, dp_check, engine, train
-from fedpeft.training.dp import FLOAT, DpEngine, DpRun
-from fedpeft.training.dp_sampling import batches_of, subset
+from fedpeft.training.dp import FLOAT, DpEngine
+from fedpeft.training.dp_sampling import batches_of
 from fedpeft.training.dp_sums import singles, terms_of
 from fedpeft.training.modes import evaluating, training
-
-TASK = Generation("t", metrics=("perplexity",))
-SGD = TrainSettings(steps=1, batch_size=8, lr=0.5, optimizer="sgd")
-
-
-class Seeded:
-    """Noise that repeats, for tests alone; ``scale`` 0 is none at all."""
-
-    def __init__(self, seed: int = 0, scale: float = 1.0) -> None:
-        self.rng, self.scale = np.random.default_rng(seed), scale
-
-    def words(self, size: int) -> np.ndarray:
-        return self.rng.integers(0, 2**64, size, np.uint64)
-
-    def rounded(self, size: int, sigma: float) -> np.ndarray:
-        return np.rint(self.rng.standard_normal(size) * sigma * self.scale).astype(np.int64)
-
-    def chosen(self, size: int, rate: float) -> np.ndarray:
-        return self.rng.random(size) < rate
-
-
-def rows(count: int, seed: int = 0) -> Encoded:
-    """Random causal examples of many lengths, some of one loss term."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 24, count)
-    ids = tuple(rng.integers(3, 500, length).astype(np.int32) for length in lengths)
-    return Encoded(ids, np.arange(count), np.maximum(1, lengths // 2), np.arange(count), 0)
-
-
-@pytest.fixture(scope="module")
-def causal(shared_models):
-    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
-
-
-@pytest.fixture
-def live(causal):
-    spec = make_spec("t", causal, Lora(r=4, alpha=4), TASK.head)
-    with attach(causal, spec) as found:
-        place(found)
-        yield found
-
-
-def place(live):
-    """At values none of which is zero, the same each time."""
-    live.load(initial(live.base, live.spec, 0).tensors)
-    live.flat.add_(torch.randn(live.flat.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
-
-
-def private(live, settings=SGD, engine=None, source=None, **job):
-    roles = job.pop("roles", live.spec.layout.roles)
-    live.train_roles(roles)
-    return DpRun(engine or DpEngine(1.0, 0.1), live, TASK, settings, TrainJob(roles, 0, **job), source or Seeded())
-
-
-def clipped_sum(live, batch, clip):
-    """One plain backward for each example, float64."""
-    total, norms = np.zeros(live.spec.layout.size), []
-    for one, terms in zip(singles(batch), terms_of(batch).tolist(), strict=True):
-        live.grad.zero_()
-        TASK.loss(live.model, one).total.backward()
-        gradient = live.grad.double().numpy() / terms
-        norms.append(np.linalg.norm(gradient))
-        total += gradient * min(1.0, clip / norms[-1])
-    live.grad.zero_()
-    return total, np.array(norms)
 
 
 def test_a_step_moves_by_the_clipped_sum_over_the_expected_batch(live):
@@ -268,40 +203,6 @@ def test_a_killed_job_goes_on_and_counts_its_steps_once(tmp_path, live):
     assert (result.resumed_from, result.private) == (4, Event(1.0, 0.2, 6))
     live.load(start)
     assert train(live, TASK, data, settings, job).resumed_from == 0, "a job without privacy does not take over a private one"
-
-
-def test_sampling_is_poisson(live):
-    run = private(live, replace(SGD, batch_size=10))
-    drawn, sizes = run.windows(rows(50)), []
-    for _ in range(200):
-        sizes.append(sum(batch.examples for batch in next(drawn)))
-    assert run.rate == 0.2
-    assert np.mean(sizes) == pytest.approx(10, abs=5 * np.sqrt(8 / 200))
-    assert np.var(sizes) == pytest.approx(8, rel=0.5)
-
-
-def test_batches_are_whole_and_of_a_size_that_runs(live):
-    data = rows(30)
-    for count in (0, 1, 7, 12, 30):
-        parts = [batch.examples for batch in batches_of(TASK, data, np.arange(count), 8)]
-        assert sum(parts) == count
-        assert max(parts, default=0) <= 12
-    long = replace(data, ids=tuple(np.full(900, 5, np.int32) for _ in range(30)))
-    assert [batch.examples for batch in batches_of(TASK, long, np.arange(5), 8)] == [2, 2, 1]
-
-
-def test_subsets_keep_what_belongs_together():
-    zero, places = np.zeros(6, np.int64), np.array([0, 2])
-    ids = tuple(np.full(3, number, np.int32) for number in range(6))
-    choices = Encoded(ids, np.array([1, 2, 5]), zero, np.array([0, 0, 1, 1, 2, 2]), 0)
-    part = subset(choices, places, True)
-    assert [int(one[0]) for one in part.ids] == [0, 1, 4, 5]
-    assert (part.labels.tolist(), part.owners.tolist()) == ([1, 3], [0, 0, 1, 1])
-    (batch,) = batches_of(Choice("c"), choices, places, 2)
-    assert set(batch.inputs["input_ids"][0].tolist()) == {1, 5}
-    classes = Encoded(ids, np.array([1, 0, 1, 0, 1, 1]), zero, np.arange(6), 0)
-    (batch,) = batches_of(Classification("k", ("a", "b")), classes, places, 2)
-    assert sorted(zip(batch.inputs["input_ids"][:, 0].tolist(), batch.labels.tolist(), strict=True)) == [(0, 1), (2, 1)]
 
 
 def test_a_model_that_mixes_rows_is_refused(live):

@@ -103,10 +103,11 @@ def test_offload_without_checkpointing_and_momentum_of_adam_are_refused():
 @pytest.mark.filterwarnings("ignore")
 def test_the_memory_benchmark_runs_without_cuda_and_counts_what_is_known():
     from tests.bench import k_memory
+    from tests.bench._bound import flop_per_token
     from tests.bench._random import random_base
 
-    assert k_memory.flop_per_token("7B", False) == pytest.approx(28.0e9, rel=0.01)
-    assert k_memory.flop_per_token("8B", True) == pytest.approx(47.2e9, rel=0.03)
+    assert flop_per_token("7B", False, k_memory.SEQUENCE["7B"]) == pytest.approx(28.0e9, rel=0.01)
+    assert flop_per_token("8B", True, k_memory.SEQUENCE["8B"]) == pytest.approx(47.2e9, rel=0.03)
     base = random_base("tiny", "cpu")
     lean, plain = (k_memory.ours(base, replace(k_memory.LEAN, steps=4, **more), 16) for more in ({}, {"chunked_loss": False}))
     assert lean.speed > 0

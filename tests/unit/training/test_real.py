@@ -25,11 +25,6 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def causal(shared_models):
-    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
-
-
-@pytest.fixture(scope="module")
 def intents(encoder, shared_data):
     source = Source(path=str(shared_data / "banking77.jsonl"), where={"label": list(LABELS)}, limit=150)
     return {split: INTENTS.encode(read_rows(source, split), encoder) for split in ("train", "test")}

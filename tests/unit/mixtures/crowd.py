@@ -1,0 +1,45 @@
+"""Adapters of every method that a bank holds, a batch for them, and what each says alone."""
+
+from __future__ import annotations
+
+import torch
+
+from fedpeft.adapters import attach
+
+TABLES = {
+    "wide": {"kind": "lora", "r": 4, "targets": ["all"]},
+    "twin": {"kind": "lora", "r": 4, "targets": ["all"]},
+    "rs": {"kind": "lora", "r": 3, "rslora": True},
+    "two": {"kind": "lora", "r": 2, "extra": 2},
+    "gain": {"kind": "ia3"},
+    "bias": {"kind": "bitfit"},
+    "bottle": {"kind": "bottleneck", "dim": 5},
+    "prompt": {"kind": "prompt", "tokens": 3},
+    "longer": {"kind": "prompt", "tokens": 5},
+    "prefix": {"kind": "prefix", "tokens": 4},
+    "hydra": {"kind": "hydralora", "r": 3, "experts": 3, "targets": ["all"]},
+    "moe": {"kind": "molora", "r": 2, "experts": 3, "top": 2},
+}
+ROWS = ["wide", "gain", "rs", None, "bottle", "prompt", "bias", "twin", "prefix", "wide", "longer", "two", "hydra", "moe", "hydra"]
+
+
+def losses(logits):
+    return [row[torch.isfinite(row)].square().mean() for row in logits]
+
+
+def alone(base, adapters, batch):
+    """Logits of every row under its own adapter alone, and the gradients of each adapter."""
+    logits, grads = {}, {}
+    for name, adapter in adapters.items():
+        rows = [i for i, row in enumerate(ROWS) if row == name]
+        with attach(base, adapter.spec) as live:
+            live.load(adapter.tensors)
+            out = live.model(**{key: value[rows] for key, value in batch.items()}).logits
+            sum(losses(out)).backward()
+            logits |= {row: part.detach() for row, part in zip(rows, out, strict=True)}
+            grads[name] = live.grad.clone()
+    return logits, grads
+
+
+def near(found, wanted, tolerance=1e-5):
+    assert float((found.detach() - wanted).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
