@@ -61,6 +61,11 @@ class Base(Section):
     max_tokens: int = Field(default=256, ge=1)
     fingerprint: str | None = None
 
+    def rooted(self, folder: Path) -> Base:
+        """With a model that looks like a path taken from ``folder``; everything else is an alias or a hub id, as in a site's file."""
+        path = self.model.startswith((".", "~"))
+        return self.model_copy(update={"model": str(folder / Path(self.model).expanduser())}) if path else self
+
     @property
     def spec(self) -> BaseSpec:
         """The platform's noun."""
@@ -229,6 +234,7 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),
+            "base": federation.base.rooted(folder),
             "start": start.rooted(folder) if start else None,
             "tasks": tasks,
             "registry": None if federation.registry is None else folder / federation.registry.expanduser(),

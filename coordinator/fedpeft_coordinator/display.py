@@ -79,7 +79,9 @@ def _answer(event: Event) -> str | None:
 
 def _scores(event: Event) -> str:
     parts = [f"{task} {_values(found)}" for task, found in event["tasks"].items() if found]
-    return escape(f"round {event['round']} scores: {'; '.join(parts) or 'no site holds test rows'}")
+    return escape(
+        f"round {event['round']} scores: {'; '.join(parts) or 'none: no site holds test rows, or [privacy] pays for no evaluation'}"
+    )
 
 
 def _values(found: dict[str, float]) -> str:
@@ -112,7 +114,7 @@ LINES: dict[str, Callable[[Event], str | None]] = {
     "masking": _masking,
     "unscored": _unscored,
     "published": lambda event: escape(f"published {event['task']} as {event['version'][:19]} (round {event['round']})"),
-    "link": lambda event: f"[dim]link: {escape(event['reason'])}[/dim]",
+    "link": lambda event: None if "pid" in event else f"[dim]link: {escape(event['reason'])}[/dim]",
     "left": lambda event: f"[dim]site {escape(event['site'])} left[/dim]",
     "again": lambda event: f"[dim]site {escape(event['site'])} is asked again: {escape(event['reason'])}[/dim]",
     "stranger": lambda event: f"[yellow]node {event['node']} is turned away: {escape(event['reason'])}[/yellow]",

@@ -119,7 +119,7 @@ def summary(found: dict[str, Any], console: Console) -> None:
     """Print how the federation stands."""
     console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
     console.print(f"sums over sites: {'masked' if found['masked'] else 'in the clear'}", highlight=False)
-    tasks = Table(Column("task", overflow="fold"), "rounds moved", "loss", "drift", "scores", "version")
+    tasks = Table(Column("task", no_wrap=True), "rounds moved", "loss", "drift", "scores", "version")
     for name, task in found["tasks"].items():
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(task["scores"].items()))
         loss = "" if task["loss"] is None else f"{task['loss']:.4f}"
@@ -135,7 +135,7 @@ def summary(found: dict[str, Any], console: Console) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
-    sites = Table(Column("site", overflow="fold"), "state", "tasks (rows)", "base loads", "up", "down", "training / answer")
+    sites = Table(Column("site", no_wrap=True), "state", "tasks (rows)", "base loads", "up", "down", "training / answer")
     for name, site in found["sites"].items():
         rows = ", ".join(f"{task} ({count})" for task, count in sorted(site["tasks"].items()))
         times = "" if site["seconds_training"] is None else f"{site['seconds_training']:.1f} / {site['seconds_answer']:.1f} s"

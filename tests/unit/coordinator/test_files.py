@@ -65,6 +65,11 @@ def test_status_of_a_run(fake: ModuleType, tmp_path: Path) -> None:
     out = io.StringIO()
     summary(found, Console(file=out, width=200))
     assert "area" in out.getvalue()
+    out = io.StringIO()
+    summary(found, Console(file=out, width=80))
+    assert all(name in out.getvalue() for name in ("north", "south"))
+    assert "last drop-out of south: " in out.getvalue()
+    assert "weight 9.0" in out.getvalue()
     assert "untouched" not in out.getvalue()
 
 
