@@ -28,7 +28,7 @@ from fedpeft.training import checkpoint
 from fedpeft.training.config import load_central
 
 SECONDS = 600
-"""How long the ranks may take on a loaded machine; idle, the first part takes 40, the other two minutes."""
+"""How long the ranks of a part may take on a loaded machine: the first costs 60 CPU seconds, the other 160."""
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(2 * SECONDS + 60)]
 
 JOB = """

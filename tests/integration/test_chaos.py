@@ -52,7 +52,7 @@ kind = "scaffold"
 factors = "alternating"
 
 [training]
-steps = 12
+steps = 8
 batch_size = 8
 lr = 0.003
 save_every = 1
