@@ -227,9 +227,9 @@ SCORED = {
 
 
 def others(folder: Path) -> dict[str, dict[str, str]]:
-    """Jobs on other kinds of base: an encoder that classifies, with a head for each task, and one in 8 bit."""
+    """Jobs on other kinds of base: an encoder that classifies, with a head for each task, one in 8 bit, and an encoder-decoder."""
     encoder = json.loads((folder / "encoder.json").read_text())
-    return {"encoder": encoder, "int8": {"base.quantization": "int8", "training.steps": "2"}}
+    return {"encoder": encoder, "int8": {"base.quantization": "int8", "training.steps": "2"}, "paired": {"base.model": "t5"}}
 
 
 def one(folder: Path, world: World) -> dict[str, object]:

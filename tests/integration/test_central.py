@@ -96,6 +96,7 @@ def folder(tmp_path_factory, shared_models) -> Path:
         told = [{"text": f"once a {dice.choice('abcdefg')} day {i}", "label": labels[i % len(labels)], "split": "train"} for i in range(24)]
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, told)))
     encoder(shared_models / "stories260k", place / "bert")
+    pair(shared_models / "stories260k", place / "t5")
     shallow(shared_models / "stories260k", place / "model")
     (place / "job.toml").write_text(JOB.format(model=place / "model"))
     return place
@@ -110,6 +111,18 @@ def shallow(source: Path, target: Path) -> None:
     model.config.num_hidden_layers = 2
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def pair(source: Path, target: Path) -> None:
+    """A small random T5 with the real model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(source)
+    sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 64, "d_kv": 16, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(words), **sizes)).save_pretrained(target)
+    words.save_pretrained(target)
 
 
 def encoder(source: Path, target: Path) -> None:
@@ -356,6 +369,13 @@ def test_an_encoder_with_a_head_for_each_task_is_the_same_on_two_ranks_in_stage_
 
 
 @pytest.mark.slow
+def test_an_encoder_decoder_is_the_same_on_two_ranks_in_stage_3(folder, more):
+    assert losses(more["1.0"]["paired"])[-1] < losses(more["1.0"]["paired"])[0]
+    np.testing.assert_allclose(losses(more["2.0"]["paired"]), losses(more["1.0"]["paired"]), rtol=1e-5)
+    assert_close(values(folder, "paired2"), values(folder, "paired1"), 1e-3)
+
+
+@pytest.mark.slow
 def test_an_8_bit_base_trains_on_two_ranks_in_stage_3(folder, more):
     one, two = more["1.0"]["int8"], more["2.0"]["int8"]
     assert losses(one)[-1] < losses(one)[0]
@@ -388,7 +408,10 @@ def test_a_job_is_exported_without_its_rows(folder, found, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), [("encoder", ENCODER), ("int8", {"base.quantization": "int8", "training.steps": "2"})])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("encoder", ENCODER), ("int8", {"base.quantization": "int8", "training.steps": "2"}), ("paired", {"base.model": "t5"})],
+)
 def test_jobs_on_other_bases_go_on_from_two_ranks_in_stage_3_and_are_exported(folder, more, name, changes, tmp_path):
     whole = more["1.0"][name]
     np.testing.assert_allclose(losses(more["1.0"][f"{name}-resumed"]), losses(whole)[1:], rtol=1e-5)

@@ -165,7 +165,7 @@ def _seq2seq(config: Any, spec: BaseSpec) -> Family:
     name = type(config).__name__
     if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         raise BaseError(f"base {spec.model}: {name} is an encoder-decoder that writes no text; use one of text, such as T5 or BART")
-    if hasattr(config, "encoder") or hasattr(config, "text_config"):
+    if any(hasattr(config, own) for own in ("encoder", "decoder", "text_config")):
         raise BaseError(
             f"base {spec.model}: {name} has a config of its own for each half; use one with one for both, such as T5, mT5, BART or mBART"
         )
@@ -187,7 +187,8 @@ def _tokenizer(folder: Path, config: Any, spec: BaseSpec) -> Any:
 
 
 def _check_length(tokenizer: Any, config: Any, spec: BaseSpec) -> None:
-    longest = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", None) or 10**9))
+    windows = [getattr(config, f"max_{half}position_embeddings", None) or 10**9 for half in ("", "encoder_", "decoder_")]
+    longest = min(int(tokenizer.model_max_length), *map(int, windows))
     if spec.max_tokens > longest:
         raise BaseError(f"base {spec.model}: max_tokens is {spec.max_tokens}, the model takes {longest}; set base.max_tokens = {longest}")
 
