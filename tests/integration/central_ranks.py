@@ -46,7 +46,9 @@ class Stopped(Exception):
     """A job that is left half done."""
 
 
-def play(folder: Path, world: World, name: str, stop: int | None = None, full: int | None = None, **changes: str) -> dict[str, object]:
+def play(
+    folder: Path, world: World, name: str, stop: int | None = None, full: int | None = None, resume: bool = False, **changes: str
+) -> dict[str, object]:
     """Losses and scores of each step of one job, or the fault that ended it; from step ``full`` on no file may be longer than 1 kB."""
     losses: list[dict[str, float]] = []
     scores: list[Scores] = []
@@ -64,7 +66,7 @@ def play(folder: Path, world: World, name: str, stop: int | None = None, full: i
     table = {key.replace("__", "."): value for key, value in changes.items()} | {"output": str(folder / name)}
     began = time.perf_counter()
     try:
-        final = run(load_central(folder / "job.toml", table), world, progress=heard).scores
+        final = run(load_central(folder / "job.toml", table), world, progress=heard, resume=resume).scores
     except Stopped:
         final = {}
     except FedpeftError as fault:
@@ -240,6 +242,7 @@ def one(folder: Path, world: World) -> dict[str, object]:
     found["full"] = play(folder, world, "full1", full=2, deepspeed__stage="0", training__save_every="1")
     with held(folder / "full1" / NAME, "trains", ""):
         found["taken"] = play(folder, world, "full1", deepspeed__stage="0", training__save_every="1")
+    found["changed"] = play(folder, world, "full1", resume=True, deepspeed__stage="0", training__lr="0.5")
     found["diverged"] = play(folder, world, "diverged1", deepspeed__stage="0", training__lr="1e38", training__clip="0.0")
     found |= balanced(folder, world, "0", "uncertainty") | scaled(folder, world, "0", cut=True)
     waited(folder / "half2" / "left")

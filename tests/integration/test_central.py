@@ -489,6 +489,11 @@ def test_one_job_at_a_time_has_an_output(found):
     assert "trains a job there; stop it, or give this one another `output`" in fault["fault"]
 
 
+def test_a_job_of_other_settings_is_not_resumed(folder, found):
+    fault = found["1.0"]["changed"]
+    assert (fault["code"], "of step 1, is of other settings" in fault["fault"]) == (3, True), fault
+
+
 def test_a_full_disk_ends_the_job_with_its_exit_code_and_leaves_the_last_checkpoint(folder, found):
     fault = found["1.0"]["full"]
     assert (fault["code"], "free space" in fault["fault"]) == (9, True), fault

@@ -86,14 +86,14 @@ def train(  # noqa: PLR0913, PLR0917 - one an option
 
     asked, places = Asked(job, overrides, start), _places(launcher, ranks, hostfile)
     config = asked.checked()
-    if show and places is None:
-        raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
-    if show and places is not None:
-        print("\n".join(launch.line(place, asked.arguments) for place in places))
-        return 0
     if places is not None:
         zero_of(config, len(places))
-    return _started(asked, launcher, places)
+    if not show:
+        return _started(asked, launcher, places)
+    if places is None:
+        raise ConfigError(f"--print: with --launcher {launcher} the ranks are started by others; use local or hostfile")
+    print("\n".join(launch.line(place, asked.arguments) for place in places))
+    return 0
 
 
 @app.command()

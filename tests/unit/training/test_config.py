@@ -118,6 +118,16 @@ def test_settings_and_schema_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_relative_paths_are_relative_to_the_file(tmp_path):
+    settings = {"base.model": "./model", "tasks.area.data": '{ path = "rows.jsonl" }', "tasks.error.data": '{ path = "/rows.jsonl" }'}
+    (tmp_path / "job.toml").write_text(EXAMPLE.read_text())
+    job = load_central(tmp_path / "job.toml", settings)
+    assert job.base.model == str(tmp_path / "model")
+    assert [entry.data.path for entry in job.tasks.values()] == [str(tmp_path / "rows.jsonl"), "/rows.jsonl"]
+    assert (job.state, job.registry) == (tmp_path / "central-run" / "checkpoint", tmp_path / "central-registry")
+    assert load_central(EXAMPLE).base.model == "minilm"
+
+
 def test_conflicts_need_something_shared_and_patience_a_metric_of_the_task():
     ends = load_central(EXAMPLE, {"validation.patience": "2", "validation.metric": '{ area = "macro_f1", error = "loss" }'})
     assert ends.patience_metrics == {"area": "macro_f1"}
