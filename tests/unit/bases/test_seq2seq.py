@@ -75,8 +75,7 @@ def test_modules_are_watched_under_either_heads_names_the_decoders_at_its_first_
         base.watch("w1", ["decoder.block.9"])
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "ao-int8"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(("kind", "quantization"), [("t5", "nf4"), ("t5", "ao-int8"), ("bart", "int8")])
 def test_the_blocks_are_quantized_but_for_what_t5_keeps_wide(seq2seq_folder: Folder, kind: str, quantization: str) -> None:
     base = load(seq2seq_folder(kind), quantization)
     roles = module_roles(base.model)

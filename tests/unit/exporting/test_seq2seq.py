@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TYPES = {None: "SEQ_2_SEQ_LM", True: "SEQ_CLS"}
 
 
-@pytest.fixture(scope="module", params=["t5", "bart"])
+@pytest.fixture(scope="module", params=["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def base(request, seq2seq_folder):
     return load_base(BaseSpec(str(seq2seq_folder(request.param)), max_tokens=32), "cpu")
 

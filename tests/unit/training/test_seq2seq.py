@@ -41,7 +41,7 @@ def test_levers_end_where_the_plain_loop_ends(base):
     torch.testing.assert_close(fit(base, TrainSettings(steps=4, lr=1e-2, **levers)), plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [Lora(targets=("all",)), METHODS["ia3"]()], ids=["lora", "ia3"])
+@pytest.mark.parametrize("method", [Lora(targets=("all",)), pytest.param(METHODS["ia3"](), marks=pytest.mark.slow)], ids=["lora", "ia3"])
 def test_gradients_of_examples_are_those_of_each_alone(base, method):
     for task, rows in ((TASK, ROWS), (KINDS, TEXTS)):
         spec = make_spec(task.name, base, method, task.head)
