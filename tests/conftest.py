@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 
 # `make test` says the same of the same code every time; `make fuzz` looks for what nobody has seen.
-hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True, max_examples=200)
 hypothesis.settings.load_profile(os.environ.get("FEDPEFT_HYPOTHESIS", "repeat"))
 gc.disable()  # while tests are collected: imports make a million objects and no garbage

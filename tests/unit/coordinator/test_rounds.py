@@ -120,11 +120,14 @@ def paused(fake: ModuleType, folder: Path, seconds: float) -> dict[str, str]:
 
 
 def test_kill_minus_nine_of_real_processes(fake: ModuleType, tmp_path: Path, forked: Callable[..., Any]) -> None:
-    """One process after the other on the same folder, each killed later than the one before."""
+    """One process after the other on the same folder, each killed later than the last; on a busy machine one may reach the end."""
+    codes = []
     for seconds in (0.02, 0.1, 0.2, 0.3):
         killed = forked(lambda _say: paused(fake, tmp_path / "cut", 0.05))
         time.sleep(seconds)
-        assert killed.end(kill=True)[1] == -9
+        codes.append(killed.end(kill=True)[1])
+    assert codes[0] == -9
+    assert set(codes) <= {-9, 0}
     assert paused(fake, tmp_path / "cut", 0.0) == paused(fake, tmp_path / "whole", 0.0)
 
 
