@@ -6,12 +6,14 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpeft.errors import ConfigError, LinkError, StorageError
+from fedpeft.errors import ConfigError, FedpeftError, LinkError, StorageError
 from fedpeft.processes import free_port, last_words
 from fedpeft_coordinator.children import Child, Tell
 from fedpeft_coordinator.config import Link
@@ -34,6 +36,7 @@ class LinkProcess:
     folder: Path
     tell: Tell = lambda *_a, **_k: None
     _child: Child | None = None
+    _admitting: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
         """Start the child and the thread that restarts it. Raises `LinkError` when its port is taken, `StorageError` without space."""
@@ -45,6 +48,8 @@ class LinkProcess:
         env = {"FLWR_HOME": str((self.folder / "flwr").resolve()), "OMP_NUM_THREADS": "1"}
         self._child = Child("link", [sys.executable, "-m", module, str(settings)], self.folder / "link.log", env, self.tell)
         self._child.start()
+        if self.link.node_auth:
+            threading.Thread(target=self._welcome, name="welcome", daemon=True).start()
 
     def stop(self) -> None:
         """End the child."""
@@ -96,16 +101,23 @@ class LinkProcess:
         run.__enter__()
         return Session(run.grid, run.close)
 
+    def _welcome(self) -> None:
+        """Admit the sites while the base is built: a refused SuperNode ends, and waits longer each time. A fault is for `connect`."""
+        with suppress(FedpeftError):
+            self._wait_until_up(time.monotonic() + START_SECONDS)
+            self._admit()
+
     def _admit(self) -> None:
         """Register the sites' public keys: NAME.pub, one site each."""
         if not self.link.node_auth:
             return
         from fedpeft.wire._compat import list_nodes, register_node
 
-        known = {node.name for node in list_nodes(self.endpoint)}
-        for path in key_files(self.link.node_keys):
-            if path.stem not in known:
-                register_node(self.endpoint, path, path.stem)
+        with self._admitting:
+            known = {node.name for node in list_nodes(self.endpoint)}
+            for path in key_files(self.link.node_keys):
+                if path.stem not in known:
+                    register_node(self.endpoint, path, path.stem)
 
     def _prepare(self) -> bytes:
         """Write secret and settings for the child."""

@@ -99,7 +99,11 @@ def test_adapters_one_after_the_other_do_not_touch_each_other(warm: Warm, inputs
         assert held[kind].flat.tobytes() == alone[kind].flat.tobytes(), kind
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "ao-int8", "bf16", "fp16"])
+HALVES = [pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16")]
+"""What holds no state of its own: that each method trains on them is in the catalogue's tests."""
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "ao-int8", *HALVES])
 def test_quantized_bases_train_every_tensor_and_stay_as_they_were(
     warm: Warm, placed: Placed, inputs: dict[str, Any], quantization: str
 ) -> None:

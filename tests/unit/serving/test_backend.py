@@ -49,7 +49,7 @@ def expected(base: Any, adapter: Adapter, text: str) -> np.ndarray:
     return logits[0].softmax(0).numpy()
 
 
-@pytest.mark.parametrize("model", ["minilm", "stories260k"])
+@pytest.mark.parametrize("model", [pytest.param("minilm", marks=pytest.mark.slow), "stories260k"])
 def test_labels_of_different_tasks_come_from_one_mixed_batch_as_from_each_alone(shared_models, tmp_path, model):
     spec = BaseSpec(model if model == "minilm" else str(shared_models / model), max_tokens=64)
     free, store = load_base(spec, "cpu"), Registry(tmp_path / "registry")

@@ -101,8 +101,7 @@ def test_clipping_acts_on_gradients_that_are_not_scaled_and_an_overflow_takes_a_
     assert not torch.equal(live.flat, found[0])
 
 
-@pytest.mark.parametrize("clip", [0.1, 1e3])
-@pytest.mark.parametrize("power", [16, 28])
+@pytest.mark.parametrize(("power", "clip"), [(16, 1e3), (28, 0.1)])
 def test_private_steps_in_fp16_arithmetic_are_nearly_those_in_fp32_whatever_overflows(live, monkeypatch, clip, power):
     data, moved = rows(6, 7), []
     monkeypatch.setattr(dp, "START", 2.0**power)

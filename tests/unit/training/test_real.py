@@ -54,6 +54,7 @@ def learn(base, task, data, settings, method):
         return result, before, task.scores(evaluate(live, task, data["test"]))
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_intents(encoder, intents):
     settings = TrainSettings(steps=25, batch_size=16, lr=2e-3, lr_by_role={"head": 1e-2}, warmup=3, schedule="linear")
     result, before, after = learn(encoder, INTENTS, intents, settings, Lora(dropout=0.05))
@@ -164,6 +165,7 @@ def test_fp16_arithmetic_trains_nearly_as_fp32_does(causal, slots, half):
     assert np.linalg.norm(found.flat - wanted.flat) < 0.1 * np.linalg.norm(wanted.flat - start.flat)
 
 
+@pytest.mark.slow
 def test_fp16_arithmetic_leaves_out_steps_until_its_gradients_fit(causal, slots, half, monkeypatch):
     monkeypatch.setattr(scaling, "START", 2.0**23)
     result, found = fit(causal, SLOTS, slots, half)
