@@ -640,14 +640,11 @@ def test_kill_9_of_a_rank_ends_the_job_and_the_same_command_finishes_it(folder, 
 
 
 @pytest.mark.slow
-def test_the_command_answers_9_where_no_checkpoint_can_be_written(folder, found):
+def test_the_command_answers_9_where_nothing_can_be_written(folder, found):
     settings = ("output=full1", "training.save_every=1", "deepspeed.stage=0", "track=tensorboard", "evaluate.every=1")
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-W", "ignore", "-m", "fedpeft", "central", "train", "job.toml"]
     command = [*limited, "--launcher", "torchrun", *(part for setting in settings for part in ("--set", setting))]
     one = World(port=free_port()).environment()
     done = subprocess.run(command, cwd=folder, env=os.environ | one, capture_output=True, text=True, timeout=200)
     assert (done.returncode, "free space" in done.stderr) == (9, True), done.stderr
-    assert "step 2/4" in done.stdout
-    held = checkpoint.read(folder / "full1" / "checkpoint")
-    assert held is not None
-    assert held.tally.step == 1
+    assert "animals.safetensors: cannot be written" in done.stderr  # the router card, which comes before the first step
