@@ -17,13 +17,12 @@ from fedpeft.errors import ConfigError
 from fedpeft.tasks import Source
 from fedpeft_client.serve.settings import Serve
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 HOURS = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 
 
 def _name(value: str) -> str:
-    if not NAME.fullmatch(value):
+    if not re.fullmatch(config.NAME, value):
         raise ValueError("a name is 1 to 63 of a-z, 0-9, '.', '_', '-' and starts with a letter or digit")
     return value
 

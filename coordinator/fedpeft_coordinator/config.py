@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from fedpeft import config
 from fedpeft.bases import BaseSpec, Quantization
+from fedpeft.bases.spec import rooted_model
 from fedpeft.config import Section
 from fedpeft.methods import METHODS, read_method
 from fedpeft.privacy.secagg import LEAST
@@ -25,7 +26,7 @@ from fedpeft_coordinator.rules import RULES
 from fedpeft_coordinator.starting import Start, StartTable
 from fedpeft_coordinator.tables import TaskEntry, named
 
-NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+NAME = f"^{config.NAME}$"
 
 
 def _scheme(value: Any) -> Any:
@@ -60,11 +61,6 @@ class Base(Section):
     revision: str | None = None
     max_tokens: int = Field(default=256, ge=1)
     fingerprint: str | None = None
-
-    def rooted(self, folder: Path) -> Base:
-        """With a model that looks like a path taken from ``folder``; everything else is an alias or a hub id, as in a site's file."""
-        path = self.model.startswith((".", "~"))
-        return self.model_copy(update={"model": str(folder / Path(self.model).expanduser())}) if path else self
 
     @property
     def spec(self) -> BaseSpec:
@@ -234,7 +230,7 @@ def load_federation(path: Path | str, overrides: Mapping[str, str] | None = None
     return federation.model_copy(
         update={
             "state": folder / federation.state.expanduser(),
-            "base": federation.base.rooted(folder),
+            "base": federation.base.model_copy(update={"model": rooted_model(folder, federation.base.model)}),
             "start": start.rooted(folder) if start else None,
             "tasks": tasks,
             "registry": None if federation.registry is None else folder / federation.registry.expanduser(),

@@ -12,7 +12,9 @@ from cryptography.exceptions import InvalidSignature
 
 from fedpeft.errors import ConfigError
 
-URI = re.compile(r"fedpeft:([a-z]+):([A-Za-z0-9][A-Za-z0-9._-]{0,62})")
+LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+"""What a caller in a role may be called."""
+URI = re.compile(rf"fedpeft:([a-z]+):({LABEL})")
 
 
 @dataclass(frozen=True)

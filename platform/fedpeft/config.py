@@ -15,6 +15,8 @@ from fedpeft.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+"""What a federation, a site or a task may be called."""
 NOT_TOML = (tomllib.TOMLDecodeError, ValueError, RecursionError)
 """A number of thousands of digits is a plain ValueError, a nest of thousands of brackets ends the stack."""
 

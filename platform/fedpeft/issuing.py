@@ -23,13 +23,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedpeft.certificates import LABEL
+from fedpeft.control.roles import ROLES
 from fedpeft.errors import ConfigError
 
 Key = ec.EllipticCurvePrivateKey
 Made = tuple[x509.Certificate, Key]
 PEM = serialization.Encoding.PEM
-ROLES = ("reader", "site", "publisher", "monitor", "operator")
-NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def write(path: Path, data: bytes, mode: int) -> None:
@@ -109,7 +109,7 @@ def keep(folder: Path, label: str, made: Made) -> None:
 def parts(who: str) -> tuple[str, str]:
     """Role and name of ``ROLE:NAME``. Raises `ConfigError`."""
     role, _, label = who.partition(":")
-    if role not in ROLES or not NAMES.fullmatch(label):
+    if role not in ROLES or not re.fullmatch(LABEL, label):
         raise ConfigError(f"{who!r}: write ROLE:NAME with a role of {', '.join(ROLES)} and a name of letters, digits, '.', '_', '-'")
     return role, label
 

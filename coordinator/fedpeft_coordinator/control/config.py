@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fedpeft import certificates
 from fedpeft.config import Section
 from fedpeft.control.address import loopback
+from fedpeft.control.roles import ROLES
 from fedpeft.errors import ConfigError
 from fedpeft_coordinator.listening import Tls, guarded, rooted
 
 Role = Literal["reader", "site", "publisher", "monitor", "operator"]
-SCOPED = r"^(reader|site|publisher|monitor|operator)(:[A-Za-z0-9][A-Za-z0-9._-]{0,62})?$"
-LABEL = r"^(reader|site|publisher|monitor|operator):[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+LABEL = f"^({'|'.join(ROLES)}):{certificates.LABEL}$"
+SCOPED = f"^({'|'.join(ROLES)})(:{certificates.LABEL})?$"
 
 
 class Control(Section):

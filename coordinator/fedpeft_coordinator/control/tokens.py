@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedpeft.certificates import Holder
+from fedpeft.certificates import LABEL, Holder
 from fedpeft.errors import ConfigError
 from fedpeft.registry.manifest import sha256
 
-LINE = re.compile(r"([a-z]+):([A-Za-z0-9][A-Za-z0-9._-]{0,62}) ([0-9a-f]{64}) (\d{4}-\d\d-\d\d)")
+LINE = re.compile(rf"([a-z]+):({LABEL}) ([0-9a-f]{{64}}) (\d{{4}}-\d\d-\d\d)")
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 

@@ -50,14 +50,17 @@ class Asked:
         given = [("--set", pair) for pair in self.overrides or []] + [("--from", ref) for ref in self.refs or []]
         return [str(self.job), *(part for pair in given for part in pair), "--verb", self.verb]
 
-    def checked(self) -> CentralConfig:
-        """The job, refused where that can be before any rank starts."""
+    def checked(self, places: list[Rank] | None) -> CentralConfig:
+        """The job, refused where that can be before any rank starts; how many there will be is known with ``places``."""
         from fedpeft.central.publish import starts
+        from fedpeft.central.zero import zero_of
 
         config = self.load()
         starts(config, self.refs or [])
         for tracker in config.track:
             tracker.check()
+        if places is not None:
+            zero_of(config, len(places))
         return config
 
     def rank(self, world: World) -> int:
@@ -81,13 +84,10 @@ def train(  # noqa: PLR0913, PLR0917 - one an option
 ) -> int:
     """Train, score and publish; a job that was interrupted goes on from its last checkpoint."""
     from fedpeft.central import launch
-    from fedpeft.central.zero import zero_of
     from fedpeft.errors import ConfigError
 
     asked, places = Asked(job, overrides, start), _places(launcher, ranks, hostfile)
-    config = asked.checked()
-    if places is not None:
-        zero_of(config, len(places))
+    asked.checked(places)
     if not show:
         return _started(asked, launcher, places)
     if places is None:
@@ -104,14 +104,11 @@ def resume(
 
     Of another job it is when settings, base, method or the versions of --from are others.
     """
-    from fedpeft.central.zero import zero_of
     from fedpeft.errors import StorageError
     from fedpeft.training import checkpoint
 
     asked, places = Asked(job, overrides, start, "resume"), _places(launcher, ranks, hostfile)
-    config = asked.checked()
-    if places is not None:
-        zero_of(config, len(places))
+    config = asked.checked(places)
     if checkpoint.read(config.state) is None:
         raise StorageError(f"{config.state}: holds no whole checkpoint to go on from; use `fedpeft central train`")
     return _started(asked, launcher, places)

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.config import NAME
 from fedpeft.control.address import loopback
 from fedpeft.errors import ConfigError
 from fedpeft.issuing import issue
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 TAKEN = {"coordinator", "keys"}
 FEDERATION = """\
 # One federation; start it with: fedpeft coordinator up federation.toml
@@ -95,7 +95,7 @@ class Starter:
     def check(self) -> None:
         """Raise `ConfigError` when a name cannot be one, or is there twice."""
         names = [self.name, *self.sites, *self.tasks]
-        wrong = [name for name in names if not NAME.fullmatch(name)] + [name for name in self.sites if name in TAKEN]
+        wrong = [name for name in names if not re.fullmatch(NAME, name)] + [name for name in self.sites if name in TAKEN]
         if wrong or len(set(self.sites)) < len(self.sites):
             raise ConfigError(
                 f"names {wrong or list(self.sites)}: a federation (the folder's name), a site and a task are 1 to 63 of a-z, 0-9, '.', "

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.bases.spec import rooted_model
 from fedpeft.config import read_toml
 from fedpeft.errors import ConfigError
 from fedpeft.files import write_atomic
-from fedpeft.parity.plan import MARK, rooted
+from fedpeft.parity.plan import MARK
 from fedpeft.tasks import Source
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def tables(federation: Path, sites: Sequence[Path], port: int) -> dict[str, dict
     Raises:
         ConfigError: a file cannot be read, or the federation needs more sites than there are.
     """
-    made = {MARK: _federation(read_toml(federation), len(sites), port)}
+    made = {MARK: _federation(read_toml(federation), federation.resolve().parent, len(sites), port)}
     for path in sites:
         table = _site(read_toml(path), path.resolve().parent, port)
         made[f"{table['name']}.toml"] = table
@@ -53,23 +54,26 @@ def describe(spec: BaseSpec) -> dict[str, Any]:
     return {"model": spec.model, "quantization": spec.quantization, "revision": spec.revision, "max_tokens": spec.max_tokens}
 
 
-def _federation(table: dict[str, Any], sites: int, port: int) -> dict[str, Any]:
+def _federation(table: dict[str, Any], folder: Path, sites: int, port: int) -> dict[str, Any]:
     cohort = table.get("cohort", {})
     if cohort.get("min_sites", 1) > sites:
         raise ConfigError(f"cohort.min_sites = {cohort['min_sites']} and {sites} site file(s): name as many sites, or lower it")
     masks = {key: value for key, value in table.get("secure_aggregation", {}).items() if key != "identities"}
     kept = {key: value for key, value in table.items() if key not in ELSEWHERE}
     here = {"state": "coordinator", "link": {"host": "127.0.0.1", "port": port}, "cohort": {**cohort, "wait_for_sites": sites}}
-    return kept | here | ({"secure_aggregation": masks} if masks else {})
+    return kept | here | _base(table, folder) | ({"secure_aggregation": masks} if masks else {})
 
 
 def _site(table: dict[str, Any], folder: Path, port: int) -> dict[str, Any]:
-    base = dict(table.get("base", {}))
-    if str(base.get("model", "")).startswith((".", "~")):
-        base["model"] = str((folder / Path(base["model"]).expanduser()).resolve())
-    data = {task: rooted(Source.model_validate(source), folder).model_dump(exclude_defaults=True) for task, source in table["data"].items()}
+    data = {task: Source.model_validate(source).rooted(folder).model_dump(exclude_defaults=True) for task, source in table["data"].items()}
     kept = {key: value for key, value in table.items() if key not in BEYOND}
-    return kept | {"coordinator": f"127.0.0.1:{port}", "state": table["name"], "base": base, "data": data}
+    return kept | {"coordinator": f"127.0.0.1:{port}", "state": table["name"], "data": data} | _base(table, folder)
+
+
+def _base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The table of the base, where there is one, with a path in it taken from ``folder``."""
+    base = table.get("base", {})
+    return {"base": {**base, "model": rooted_model(folder, str(base["model"]))}} if "model" in base else {}
 
 
 def _plain(value: Any) -> Any:

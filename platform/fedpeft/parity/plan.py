@@ -155,14 +155,9 @@ def beside(federation: Path) -> list[Path]:
     return found
 
 
-def rooted(source: Source, folder: Path) -> Source:
-    """``source`` with a relative path taken from ``folder``."""
-    return source if source.path is None else source.model_copy(update={"path": str((folder / Path(source.path).expanduser()).resolve())})
-
-
 def _site(path: Path) -> Site:
     site = config.parse(config.read_toml(path), Site, str(path))
-    return site.model_copy(update={"data": {task: rooted(source, path.parent) for task, source in site.data.items()}})
+    return site.model_copy(update={"data": {task: source.rooted(path.resolve().parent) for task, source in site.data.items()}})
 
 
 def _spec(table: Mapping[str, Any], noun: str) -> BaseSpec:

@@ -24,7 +24,7 @@ from fedpeft.training.trackers import TRACKERS
 
 LOSS = "loss"
 """What `Validation.metric` calls the training loss."""
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Name = Annotated[str, Field(pattern=f"^{config.NAME}$")]
 
 
 def _reader(table: Mapping[str, type[Any]], noun: str) -> BeforeValidator:

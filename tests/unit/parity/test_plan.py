@@ -104,6 +104,13 @@ def test_copies_stay_on_this_machine_and_in_one_folder(files, tmp_path: Path) ->
     assert sorted(Plan.of(run).sites) == ["north", "south", "west"]
 
 
+def test_a_base_beside_the_federation_is_found_from_its_copy(files, tmp_path: Path) -> None:
+    federation = files(base='model = "./weights"')
+    federation.write_text(federation.read_text().replace('"minilm"', '"./weights"'))
+    copies.write_toml(tmp_path / "run" / "federation.toml", copies.tables(federation, beside(federation), 4567)["federation.toml"])
+    assert load_federation(tmp_path / "run" / "federation.toml").base.model == str(federation.parent / "weights")
+
+
 @pytest.mark.parametrize(
     ("mood", "more", "said"),
     [
