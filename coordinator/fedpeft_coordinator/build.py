@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegistryPublisher:
-    """Publishes to a registry on disk; ``specs`` and ``tasks`` (their tables) by task."""
+    """Publishes to a registry on disk; ``specs`` and ``tasks`` (their tables) by task, whose texts are cut to ``max_tokens``."""
 
     registry: Registry
     specs: Mapping[str, AdapterSpec]
     tasks: Mapping[str, Mapping[str, Any]]
     scheme: str
+    max_tokens: int
 
     def __call__(self, task: TaskSetup, tensors: Tensors, release: Release) -> str:
         """Publish and return the version's digest. Raises `StorageError`."""
@@ -51,6 +52,7 @@ class RegistryPublisher:
         manifest = Manifest(
             task_settings=self.tasks[task.name],
             quantization=release.kinds,
+            max_tokens=self.max_tokens,
             scheme=self.scheme,
             federation=release.federation,
             round=release.round,
@@ -100,7 +102,8 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         privacy=settings_of(config),
         encoder=encoder.encoder,
     )
-    return setup, RegistryPublisher(open_registry(config.registry_folder, config.control), specs, tables, type(config.scheme).kind)
+    registry = open_registry(config.registry_folder, config.control)
+    return setup, RegistryPublisher(registry, specs, tables, type(config.scheme).kind, config.base.max_tokens)
 
 
 def limits(config: FederationConfig) -> Limits:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,13 @@ class Service:
             name: config.build(TASKS, version.manifest.task_settings, f"task {name}") for name, version in versions.items()
         }
         return Service(base, registry, versions, tasks, {name: served[name][1] for name in versions})
+
+    def renewed(self, versions: dict[str, Version], cards: dict[str, RouterCard]) -> Service:
+        """Other versions of the tasks over the same base; what embeds stays loaded where their cards name the same."""
+        found = replace(self, versions=versions, cards=cards)
+        if "encoder" in vars(self) and found.named_encoder == self.named_encoder:
+            vars(found)["encoder"] = self.encoder
+        return found
 
     def router(self, kind: str = DEFAULT) -> Router:
         """The router ``kind`` over the served adapters. Raises `AdapterError` when there is none, or their cards lack what it needs."""
@@ -191,12 +198,14 @@ def _alike(pairs: Sequence[tuple[Row, Route]], apart: bool) -> Collection[list[t
 
 
 def base_of(versions: Mapping[str, Version], quantization: str = "none") -> BaseSpec:
-    """The base that ``versions`` were trained on, as it is loaded. Raises `AdapterError` when there are none."""
+    """The base that ``versions`` were trained on; it cuts texts where the longest were cut. Raises `AdapterError` when there are none."""
     from fedpeft.bases import BaseSpec
 
     if not versions:
         raise AdapterError("the registry holds no version yet; run a federation first, push a version to it, or give --registry of another")
-    return BaseSpec(next(iter(versions.values())).manifest.base_model, quantization)  # type: ignore[arg-type]
+    manifests = [version.manifest for version in versions.values()]
+    told = max(manifest.max_tokens for manifest in manifests)
+    return BaseSpec(manifests[0].base_model, quantization, max_tokens=told or BaseSpec.max_tokens)  # type: ignore[arg-type]
 
 
 def load_base_of(versions: Mapping[str, Version], quantization: str = "none") -> Base:

@@ -172,7 +172,7 @@ def publish(registry: Registry, seed: int, task: str, width: int) -> Any:
 def served(folder: Path) -> Iterator[tuple[int, int]]:
     """`fedpeft coordinator serve` on ``folder``: port and process id."""
     port = free_port()
-    command = [sys.executable, "-m", "fedpeft", "coordinator", "serve", str(folder), "--set", f"port={port}"]
+    command = [sys.executable, "-m", "fedpeft", "coordinator", "serve", str(folder), "--set", f"port={port}", "--set", "embed=false"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()

@@ -52,7 +52,18 @@ class Serve:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "fedpeft", "coordinator", "serve", str(self.folder), "--set", f"port={self.port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedpeft",
+            "coordinator",
+            "serve",
+            str(self.folder),
+            "--set",
+            f"port={self.port}",
+            "--set",
+            "embed=false",
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert "control plane of" in (first := self.process.stdout.readline()), first  # type: ignore[union-attr]
 

@@ -31,7 +31,7 @@ class Control(Section):
         store: an fsspec URL (s3://bucket/place) for versions; absent: the registry's folder.
         database: an SQLAlchemy URL for histories; absent: files, or SQLite in the registry's folder where ``store`` is a URL.
         base: identity of the base that pushed versions must be for; absent: that of the versions that are there.
-        embed: whether texts are routed here, which loads the base.
+        embed: whether texts are routed here, which loads base and encoder in the background as soon as a version is served.
         max_version: bytes of one pushed version; ``staging``: bytes of all broken pushes together.
         poll: seconds between looks for what other processes published.
     """

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedpeft.control import files
 from fedpeft.control.faults import UnknownError
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, FedpeftError
 from fedpeft.registry import Registry, Version, router_card
 from fedpeft.registry.manifest import SIGNATURE
 from fedpeft.routing import FILE, Request, RouterCard, make_router
@@ -26,6 +28,7 @@ from fedpeft_coordinator.control.gate import CALLER, AbsentError, Caller
 if TYPE_CHECKING:
     from fedpeft.service import Service
 
+LOG = logging.getLogger("fedpeft.control")
 Reader = Callable[["Served", str], Request]
 """A text as routers see it."""
 
@@ -52,20 +55,31 @@ class Served:
 
 
 class Texts:
-    """Reads texts with the base of what is served, loaded at the first one."""
+    """Reads texts with the base and the encoder of what is served."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self._service: Service | None = None
+        self._loading = Lock()
 
     def __call__(self, served: Served, text: str) -> Request:
         """``text`` as routers see it. Raises `BaseError` when the base cannot be loaded or is another one."""
+        return self._opened(served).request(text)
+
+    def ready(self, served: Served) -> None:
+        """Load what texts are read with, where it is not. Raises `BaseError` as a call does, and without the encoder of the cards."""
+        _ = self._opened(served).encoder
+
+    def _opened(self, served: Served) -> Service:
         from fedpeft.service import Service, load_base_of
 
-        if self._service is None or self._service.cards != served.cards:
-            base = self._service.base if self._service else load_base_of(dict(served.versions))
-            self._service = Service(base, self.registry, dict(served.versions), {}, dict(served.cards))
-        return self._service.request(text)
+        with self._loading:
+            versions, cards = dict(served.versions), dict(served.cards)
+            if self._service is None:
+                self._service = Service(load_base_of(versions), self.registry, versions, {}, cards)
+            elif self._service.cards != cards:
+                self._service = self._service.renewed(versions, cards)
+            return self._service
 
 
 class RouterService(RouterServicer):
@@ -105,6 +119,19 @@ class RouterService(RouterServicer):
             if self._served.generation != self.feed.generation:
                 self._served = await self.work(self._served.renewed, self.feed.registry, self.feed.generation)
             return self._served
+
+    async def warm(self, texts: Texts, told: Callable[[bool], Awaitable[None]]) -> None:
+        """Have ``texts`` load before the first text comes, as soon as there is a version; ``told`` hears whether it can read. For ever."""
+        while True:
+            try:
+                served = await self._now()
+                if served.versions:
+                    await self.work(texts.ready, served)
+                    await told(True)
+            except FedpeftError as fault:
+                LOG.error("router: texts cannot be read: %s", fault)
+                await told(False)
+            await self.feed.newer(self._served.generation)
 
     def _route(self, served: Served, cards: Mapping[str, RouterCard], request: pb.RouteRequest) -> Found:
         """By the ``cards`` of ``served`` that the caller may see."""

@@ -38,6 +38,8 @@ LOG = logging.getLogger("fedpeft.control")
 READERS, WORKERS = 8, 2
 STREAMS = 2048
 """Calls at once on one connection."""
+TEXTS = "fedpeft.v1.Router.Texts"
+"""What health calls the reading of texts: it serves once base and encoder are loaded."""
 GRACE = 2.0
 """Seconds that calls under way have when the server is ended; streams go on elsewhere where they stopped."""
 OPTIONS: list[tuple[str, Any]] = [
@@ -73,23 +75,29 @@ class Server:
         anonymous = "" if self.control.tls else self.control.role
         self.gate = Gate(anonymous, self.record, frozenset(self.control.revoked), tokens, scopes)
         self._server = grpc.aio.server(interceptors=[self.gate], options=OPTIONS)
+        router = RouterService(self.feed, texts, run, work)
         services = {
             "Registry": RegistryService(self.feed, self.control, Staging(self.state / "staging", self.control.staging), run, work),
-            "Router": RouterService(self.feed, texts, run, work),
+            "Router": router,
             "Federation": FederationService(self.federation, run, self.control.poll),
         }
         self._health = _add(self._server, services)
         port = self._listen()
         await self._server.start()
-        await _serving(self._health, list(services))
-        self._following = asyncio.create_task(self.feed.follow())
+        for name in ("", *(f"fedpeft.v1.{name}" for name in services)):
+            await self._tell(name, True)
+        self._tasks = [asyncio.create_task(self.feed.follow())]
+        if isinstance(texts, Texts):
+            await self._tell(TEXTS, False)
+            self._tasks.append(asyncio.create_task(router.warm(texts, partial(self._tell, TEXTS))))
         return port
 
     async def stop(self) -> None:
         """Refuse new calls, end those under way after `GRACE`."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(GRACE)
-        self._following.cancel()
+        for task in self._tasks:
+            task.cancel()
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
@@ -103,6 +111,11 @@ class Server:
             await ended.wait()
         finally:
             await self.stop()
+
+    async def _tell(self, name: str, serving: bool) -> None:
+        from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+        await self._health.set(name, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     def _listen(self) -> int:
         host, tls = self.control.host, self.control.tls
@@ -150,13 +163,6 @@ def _add(server: Any, services: dict[str, Any]) -> Any:
         (*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
     )
     return watched
-
-
-async def _serving(health: Any, names: list[str]) -> None:
-    from grpc_health.v1 import health_pb2
-
-    for name in ("", *(f"fedpeft.v1.{name}" for name in names)):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
 async def _on(pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -41,6 +41,7 @@ def publish(config: CentralConfig, trained: Trained, parents: Mapping[str, str])
         manifest = Manifest(
             task_settings=describe(entry.task) if entry else {},
             quantization=(config.base.quantization,),
+            max_tokens=config.base.max_tokens,
             scheme="central",
             federation=config.name,
             round=trained.steps,

@@ -27,8 +27,11 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "metrics": lambda value: isinstance(value, dict) and all(isinstance(score, int | float) for score in value.values()),
     "card": lambda value: value is None or isinstance(value, dict),
     "files": lambda value: isinstance(value, dict) and all(map(FILE.fullmatch, value)) and all(isinstance(h, str) for h in value.values()),
+    "max_tokens": lambda value: type(value) is int and value > 0,
 }
 """What of a manifest others read before they trust it."""
+SINCE = {"max_tokens"}
+"""Fields that manifests of old lack: left out where they say nothing, so that those keep their digests."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Manifest:
     Attributes:
         task_settings: the table that builds the task again (``kind`` and settings).
         quantization: how the sites held the base, each kind once.
+        max_tokens: where texts were cut; 0, which is not written, in versions that do not say.
         parents: digests of the versions that this one was trained from.
         metrics: finite scores by name; others are left out.
         weight: sum of the sites' weights in the last round; ``examples`` and ``sites`` count likewise.
@@ -65,21 +69,21 @@ class Manifest:
     adapter: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     fedpeft: str = ""
+    max_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON form that `from_json` reads back."""
         table = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in table.items()}
+        told = {name: list(value) if isinstance(value, tuple) else value for name, value in table.items()}
+        return {name: value for name, value in told.items() if value or name not in SINCE}
 
     @staticmethod
     def from_json(table: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_json`. Raises `StorageError` when fields are missing or unknown."""
         names = {item.name for item in dataclasses.fields(Manifest)}
-        if set(table) != names:
-            raise StorageError(
-                f"manifest: fields {sorted(set(table) ^ names)} are missing or unknown; it was written by another version of fedpeft"
-            )
-        wrong = [name for name, good in SHAPES.items() if not good(table[name])]
+        if odd := sorted((set(table) | SINCE) ^ names):
+            raise StorageError(f"manifest: fields {odd} are missing or unknown; it was written by another version of fedpeft")
+        wrong = [name for name, good in SHAPES.items() if name in table and not good(table[name])]
         if wrong:
             raise StorageError(f"manifest: {wrong} are not what they should be; it was not written by fedpeft, do not use it")
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tests.bench.routing.compare import Table, compare, to_the_base
-from tests.bench.routing.world import ENCODERS, TASKS, make_world
+from tests.bench.routing.world import ENCODERS, TASKS, Size, make_world
 
 
 def main() -> None:
@@ -23,7 +23,8 @@ def main() -> None:
         sys.exit(0)
     torch.set_num_threads(1)
     began = time.monotonic()
-    world = make_world(chosen.data, chosen.models, 16 if chosen.quick else 100, 0.1 if chosen.quick else 1.0, chosen.encoder)
+    size = Size(16, 0.1, chosen.keep) if chosen.quick else Size(keep=chosen.keep)
+    world = make_world(chosen.data, chosen.models, size, chosen.encoder)
     table, own = compare(world)
     away = to_the_base(world, own)
     print("\n".join([*matrix(table), "", *summary(table), "", *abroad(away), "", f"{time.monotonic() - began:.0f} s in all"]))
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, default=_folder(f"FEDPEFT_{name.upper()}"))
     parser.add_argument("--encoder", nargs="+", default=ENCODERS, metavar="MODEL", help="what embeds; `base` is the base itself")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where trained adapters and gates are kept, and read again")
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps and 16 rows a task: that it runs, not what comes out")
     return parser.parse_args()
 

@@ -10,8 +10,9 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import safetensors.numpy as safetensors
 
-from fedpeft.adapters import Adapter, attach, initial, make_spec
+from fedpeft.adapters import Adapter, attach, initial, load, make_spec, save
 from fedpeft.bases import Base, BaseSpec, Encoder, load_base
 from fedpeft.bases.encoders import make_encoder
 from fedpeft.methods import Lora
@@ -85,21 +86,44 @@ def _pair(row: dict[str, Any]) -> Row | None:
     return {"prompt": " ".join(words[: len(words) // 2]), "answer": " ".join(words[len(words) // 2 :])} if len(words) > 5 else None
 
 
-def make_world(data: Path, models: Path, tests: int, steps: float = 1.0, encoders: Sequence[str] = ENCODERS) -> World:
-    """Train all adapters, then their gates; ``tests`` rows a task are kept for measuring, ``steps`` scales the training."""
+@dataclass(frozen=True)
+class Size:
+    """How large a run is: ``tests`` rows a task are kept for measuring, ``steps`` scales the training; ``keep`` is where it is kept."""
+
+    tests: int = 100
+    steps: float = 1.0
+    keep: Path | None = None
+
+
+def make_world(data: Path, models: Path, size: Size, encoders: Sequence[str] = ENCODERS) -> World:
+    """Train all adapters, then their gates."""
     base = load_base(BaseSpec(str(models / "stories260k"), max_tokens=TOKENS))
     encoder = make_encoder(encoders, base, lambda model: load_base(BaseSpec(model)))
     split = {name: rows_of(data / f"{name}.jsonl") for name in TASKS}
     trained = {name: split[name]["train"][:1000] for name in TASKS}
-    strangers = {name: [row["prompt"] for rows in rows_of(data / f"{name}.jsonl").values() for row in rows][:tests] for name in STRANGERS}
+    strangers = {
+        name: [row["prompt"] for rows in rows_of(data / f"{name}.jsonl").values() for row in rows][: size.tests] for name in STRANGERS
+    }
     adapters, cards = {}, {}
     for name in TASKS:
-        adapters[name], gates = _specialist(base, name, trained[name], steps)
+        adapters[name], gates = _kept(base, name, trained[name], size)
         derived = derive(adapters[name].tensors, gates=gates)
         cards[name] = _card(base, [row["prompt"] for row in trained[name][:SCORED]], derived)
         print(f"trained {name}", flush=True)
     cards = embedded(cards, encoder, trained)
-    return World(base, encoder, trained, {name: split[name]["test"][:tests] for name in TASKS}, strangers, adapters, cards)
+    return World(base, encoder, trained, {name: split[name]["test"][: size.tests] for name in TASKS}, strangers, adapters, cards)
+
+
+def _kept(base: Base, name: str, rows: list[Row], size: Size) -> tuple[Adapter, dict[str, Any]]:
+    """A specialist and its gates, trained here or by a run of the same size before."""
+    folder = None if size.keep is None else size.keep / f"{name}-{size.steps}"
+    if folder is not None and folder.is_dir():
+        return load(folder), safetensors.load_file(folder / "gates")
+    adapter, gates = _specialist(base, name, rows, size.steps)
+    if folder is not None:
+        save(adapter, folder)
+        safetensors.save_file(gates, folder / "gates")
+    return adapter, gates
 
 
 def _specialist(base: Base, name: str, rows: list[Row], scale: float) -> tuple[Adapter, dict[str, Any]]:

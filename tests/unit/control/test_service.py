@@ -19,6 +19,8 @@ from fedpeft.v1 import registry_pb2 as pb
 from fedpeft.v1 import router_pb2 as router
 from fedpeft.v1.registry_pb2_grpc import RegistryStub
 from fedpeft_coordinator.control import registry as service
+from fedpeft_coordinator.control.router import Texts
+from fedpeft_coordinator.control.serve import TEXTS
 
 pytestmark = pytest.mark.integration
 
@@ -212,6 +214,31 @@ def test_texts_are_read_by_the_base_and_cards_route_without_asking(serve, made, 
     local = make_router("centroid", {task: card for task, (_, card) in cards.items()})
     assert local.route(Request.of(np.eye(8)[1])).task == "area"
     assert cards["kind"][1].arrows.keys() == {"q"}
+
+
+def test_health_says_when_texts_can_be_read(serve, made, tmp_path):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    registry, gate, loads = Registry(tmp_path / "texts"), threading.Event(), []
+
+    class Slow(Texts):
+        def ready(self, served):
+            assert gate.wait(30)
+            loads.append(sorted(served.versions))
+            if "kind" in served.versions:
+                raise BaseError("no such encoder here")
+
+    running = serve(registry, texts=Slow(registry))
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+        asked = health_pb2.HealthCheckRequest(service=TEXTS)
+        states = health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=30)
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        made.fill(registry, 1)
+        gate.set()
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        made.fill(registry, 3, task="kind")
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert loads == [["area"], ["area", "kind"]]
 
 
 def test_health_and_reflection(running):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,18 @@ def test_neither_clock_nor_machine_enters_the_digest(tmp_path, make_adapter):
     assert keys[0] != keys[1]
     table = json.loads((versions[0].path / "manifest.json").read_bytes())
     assert not {"created", "time", "date", "host"} & set(table)
+
+
+def test_a_manifest_of_old_keeps_its_digest_and_a_new_one_says_where_texts_were_cut():
+    told = replace(LINEAGE, metrics={})
+    old = told.to_bytes()
+    assert b"max_tokens" not in old
+    assert Manifest.from_bytes(old) == told
+    assert Manifest.from_bytes(old).to_bytes() == old
+    new = replace(told, max_tokens=1024)
+    assert Manifest.from_bytes(new.to_bytes()).max_tokens == 1024
+    with pytest.raises(StorageError, match="max_tokens"):
+        Manifest.from_json(new.to_json() | {"max_tokens": "many"})
 
 
 def test_numbers_count_per_task_and_references_resolve(registry, make_adapter):
