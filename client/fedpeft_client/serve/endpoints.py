@@ -108,7 +108,7 @@ class Endpoints:
         return found
 
     async def _generate(self, http: HttpRequest, job: Job) -> Response:
-        if self.backend.base.family != "causal":
+        if self.backend.base.family == "encoder":
             why = f"'auto' found no task near this request ({job.target.route.get('why', '')}), and " if job.body.model == AUTO else ""
             tasks = [TASK + task for task in sorted(self.backend.catalog.served())]
             base = f"the base {self.backend.base.spec.model} is an encoder and generates no text"

@@ -44,14 +44,15 @@ def of_input(backend: Backend, given: str | list[int], cut: bool = False) -> Rea
 
 def fitted(job: Job, backend: Backend, limit: int) -> list[Wanted]:
     """Every choice with what it may generate. Raises `ApiError` when prompt and answer do not fit the context, or the answer the limit."""
-    context, found = backend.context, []
+    found = []
     _known(job.body.logit_bias or {}, backend.vocabulary)
     for ids in job.prompts:
-        room = context - len(ids)
+        room = backend.room(len(ids))
         asked = min(room, limit) if job.budget is None else job.budget
         if room < 1 or asked > room:
             raise invalid(
-                f"the base takes {context} tokens; the prompt has {len(ids)} and max_tokens is {job.budget}; shorten one of them",
+                f"the base takes {backend.context} tokens{' on each side' if backend.apart else ''}; the prompt has {len(ids)} "
+                f"and max_tokens is {job.budget}; shorten one of them",
                 "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )

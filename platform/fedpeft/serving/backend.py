@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.adapters import Adapter
-from fedpeft.errors import AdapterError, BaseError
+from fedpeft.errors import AdapterError
 from fedpeft.routing import Route, XLoraRouter
 from fedpeft.routing.policies import token_router
 from fedpeft.serving.beside import OWN, Beside
@@ -43,11 +43,6 @@ class Backend:
     def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain", beside: Beside | None = None) -> None:
         from fedpeft.mixtures import Bank as Mixtures
 
-        if base.family == "seq2seq":
-            raise BaseError(
-                f"base {base.spec.model}: {type(base.model).__name__} is an encoder-decoder, whose two caches this server does not keep; "
-                "ask it with fedpeft route, or export its adapters merged and serve those with transformers"
-            )
         self.base, self._router, self._beside = base, router, beside
         self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None
@@ -61,7 +56,7 @@ class Backend:
         self._oneshots = Oneshots(base, self._bank, self._heads)
         try:
             decoder = Decoder(base, self._bank)
-            if base.family == "causal":
+            if base.family != "encoder":
                 decoder.probe()
         except BaseException:
             self._open.close()
@@ -85,11 +80,20 @@ class Backend:
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Most tokens of prompt and answer together, or of each where they are `apart`."""
         from fedpeft.tasks.encoding import token_limit
 
         window = getattr(self.base.config.get_text_config(), "sliding_window", None)
         return min(token_limit(self.base), window) if isinstance(window, int) and window > 0 else token_limit(self.base)
+
+    @property
+    def apart(self) -> bool:
+        """Whether prompt and answer have the context each to itself: an encoder-decoder's halves."""
+        return self.base.family == "seq2seq"
+
+    def room(self, read: int) -> int:
+        """How many tokens an answer to a prompt of ``read`` may have; less than 1 where the prompt is too long."""
+        return self.context if self.apart and read <= self.context else self.context - read
 
     @property
     def vocabulary(self) -> int:
@@ -127,6 +131,10 @@ class Backend:
 
     def classify(self, ids: Sequence[int], mixture: Mixture, labels: tuple[str, ...]) -> Future[dict[str, float]]:
         """Label -> probability by the only adapter of ``mixture``; released as by `embed`."""
+        from fedpeft.tasks.encoding import ended
+
+        if self.apart:
+            ids = ended(self.base, list(ids))
         return self._asked(self._oneshots.classify, Text(tuple(ids), mixture, labels), mixture)
 
     def answer(self, text: str, mixture: Mixture, task: Any) -> Future[Any]:
@@ -198,7 +206,7 @@ class Backend:
 
         tokenizer = self._front.tokenizer
         ids = tokenizer(text, truncation=cut, max_length=token_limit(self.base) if cut else None, verbose=False)["input_ids"]
-        if not cut and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        if not cut and self.base.family == "causal" and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
         return list(ids) or [pad_id(self.base)]
 
@@ -228,13 +236,13 @@ class Backend:
         self._put_version(name, adapter)
         own = None if self._beside is None else self._beside.adapter(adapter)
         if own is not None:
-            self._bank.put(name + OWN, bare(own, self._head))
+            self._bank.put(name + OWN, bare(own, self.base, self._head))
             self._own |= {name}
 
     def _put_version(self, name: str, adapter: Adapter) -> None:
         if adapter.spec.head.kind != "classification":
             return self._bank.put(name, adapter)
-        self._bank.put(name, bare(adapter, self._head))
+        self._bank.put(name, bare(adapter, self.base, self._head))
         try:
             self._heads.put(name, adapter)
         except BaseException:
@@ -254,7 +262,7 @@ def _head(base: Base) -> HeadSpec:
     """The head that the bank's model has: an encoder's is never used, each task brings its own."""
     from fedpeft.bases import HeadSpec
 
-    return HeadSpec("lm") if base.family == "causal" else HeadSpec("classification", ("no", "yes"))
+    return HeadSpec("classification", ("no", "yes")) if base.family == "encoder" else HeadSpec("lm")
 
 
 def _ends(base: Base) -> frozenset[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.adapters import Adapter
+from fedpeft.methods.values import PREFIX
 from fedpeft.tensors import Layout, Tensors
 
 if TYPE_CHECKING:
@@ -67,11 +68,21 @@ class Heads:
         return found
 
 
-def bare(adapter: Adapter, head: HeadSpec) -> Adapter:
-    """The adapter without its head's tensors, as the bank takes it: a causal base serves text and labels in one mixed batch."""
-    layout = Layout.of([entry for entry in adapter.spec.layout.entries if entry.role != "head"])
+def bare(adapter: Adapter, base: Base, head: HeadSpec) -> Adapter:
+    """The adapter without its head's tensors, as the bank takes it: a base that writes serves text and labels in one mixed batch."""
+    named, unnamed = adapter.tensors.named(), _unnamed(base, head)
+    kept = {
+        name.replace(unnamed, PREFIX, 1): entry for entry in adapter.spec.layout.entries if entry.role != "head" for name in [entry.name]
+    }
+    layout = Layout.of([dataclasses.replace(entry, name=name) for name, entry in kept.items()])
     spec = dataclasses.replace(adapter.spec, head=head, layout=layout)
-    return Adapter(spec, Tensors.from_named(layout, {name: adapter.tensors.named()[name] for name in layout.names}))
+    return Adapter(spec, Tensors.from_named(layout, {name: named[entry.name] for name, entry in kept.items()}))
+
+
+def _unnamed(base: Base, head: HeadSpec) -> str:
+    """What the names of a classifier's tensors begin with that is not there in the model with ``head``: T5's holds its parts itself."""
+    trunk = f"{base.model.base_model_prefix}."
+    return PREFIX + (trunk if head.kind == "lm" and not hasattr(base.model, trunk[:-1]) else "")
 
 
 def rows_of(output: Any, places: Sequence[int]) -> Any:

@@ -117,23 +117,31 @@ class Oneshots:
         return found
 
     def _embed(self, texts: list[Text]) -> list[NDArray[np.float32]]:
-        output, inputs = self._forward(texts)
+        inputs = self._inputs(texts)
         mask = inputs["attention_mask"].float()
-        mean = torch.einsum("ntd,nt->nd", output.last_hidden_state.float(), mask) / mask.sum(1, keepdim=True)
+        hidden = self._forward(texts, self._base.reader, inputs).last_hidden_state.float()
+        mean = torch.einsum("ntd,nt->nd", hidden, mask) / mask.sum(1, keepdim=True)
         return list(normalize(mean).cpu().numpy())
 
     def _classify(self, texts: list[Text]) -> list[dict[str, float]]:
-        output, inputs = self._forward(texts)
+        inputs = self._inputs(texts)
+        model: Any = self._base.model
+        paired = self._base.family == "seq2seq"
+        said = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(inputs["input_ids"])} if paired else {}
+        output = self._forward(texts, self._base.trunk, inputs | said)
         logits = self._heads.logits(output, inputs, [next(iter(text.mixture)) for text in texts])
         return [dict(zip(text.labels, row.softmax(0).tolist(), strict=True)) for text, row in zip(texts, logits, strict=True)]
 
-    @torch.no_grad()
-    def _forward(self, texts: list[Text]) -> tuple[Any, dict[str, Tensor]]:
-        """The trunk's output for all rows, and its inputs (N, T)."""
+    def _inputs(self, texts: list[Text]) -> dict[str, Tensor]:
+        """Ids and mask (N, T)."""
         pad = int(self._base.tokenizer.pad_token_id)
         width = max(len(text.ids) for text in texts)
         ids = torch.tensor([[*text.ids, *[pad] * (width - len(text.ids))] for text in texts])
         mask = (torch.arange(width) < torch.tensor([len(text.ids) for text in texts])[:, None]).long()
-        inputs = {"input_ids": ids.to(self._base.device), "attention_mask": mask.to(self._base.device)}
+        return {"input_ids": ids.to(self._base.device), "attention_mask": mask.to(self._base.device)}
+
+    @torch.no_grad()
+    def _forward(self, texts: list[Text], part: Any, inputs: Mapping[str, Tensor]) -> Any:
+        """What a part of the model says to all rows, each under its mixture."""
         self._bank.use(gates([text.mixture for text in texts]))
-        return self._base.trunk(**inputs), inputs
+        return part(**inputs)

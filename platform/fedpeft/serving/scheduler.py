@@ -19,7 +19,9 @@ from fedpeft.serving.text import TextStream
 
 
 class Rows(Protocol):
-    """The model's side: `Decoder`, or a test's oracle."""
+    """The model's side: `Decoder`, or a test's oracle. ``whole`` says that a prompt is read in one step, as an encoder must."""
+
+    whole: bool
 
     def open(self, mixture: Mixture) -> Any:
         """A place for a new row."""
@@ -40,7 +42,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """``rows`` run at once, ``queue`` more wait; at most ``bite`` prompt tokens are read in a step, between which all others go on.
+    """``rows`` run at once, ``queue`` more wait; at most ``bite`` prompt tokens, or one prompt where prompts are read whole, in a step.
 
     ``alike`` lets only rows of one mixture run together, from the whole queue: how one-adapter-at-a-time servers work, for comparison.
     """
@@ -155,11 +157,14 @@ class Scheduler:
 
     def _read(self, rows: list[_Running]) -> None:
         """The next bite of prompts, first come first served."""
-        left, work = self.limits.bite, []
+        left = self.limits.bite
+        work: list[tuple[_Running, list[int]]] = []
         for row in rows:
-            if left > 0:
-                work.append((row, row.due[:left]))
-                left -= len(work[-1][1])
+            bite = row.due if self.rows.whole else row.due[:left]
+            if (work and len(bite) > left) or left <= 0:
+                break
+            work.append((row, bite))
+            left -= len(bite)
         self.counts.prompt_tokens += self.limits.bite - left
         self._decode(work)
 

@@ -5,7 +5,7 @@ Shape suffixes: S slots, N rows of this forward, T tokens a row in this forward,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from transformers.cache_utils import Cache
 
 PAGE = 64
 """Slots grow in length by so many tokens, and in number by doubling."""
+
+
+class Held(NamedTuple):
+    """What one layer has: keys and values (N, H, W, D)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Slots(Cache):  # type: ignore[misc]
@@ -55,9 +62,8 @@ class Slots(Cache):  # type: ignore[misc]
         positions = starts[:, None] + torch.arange(longest)
         self._width = max(self.lengths[slot] + count for slot, count in zip(slots, counts, strict=True))
         self._room = (max(len(self.lengths), self._room[0]), max(self._width, self._room[1]))
-        whole = slots[-1] - slots[0] + 1 == len(slots)
         places = torch.tensor(slots)
-        self._where = slice(slots[0], slots[-1] + 1) if whole else places.to(device)
+        self._where = _where(slots, device)
         row, token = (torch.arange(longest) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
         self._into = (places[row].to(device), positions[row, token].to(device))
         self._from = None if len(row) == len(slots) * longest else (row.to(device), token.to(device))
@@ -65,6 +71,19 @@ class Slots(Cache):  # type: ignore[misc]
             self.lengths[slot] += count
         seen = torch.arange(self._width) <= positions[:, None, :, None]
         return positions.to(device), seen.to(device)
+
+    def look(self, slots: list[int], device: torch.device) -> Tensor:
+        """Prepare a forward that only reads what ``slots`` (ascending) hold, by `layers`; which keys are a row's own (N, W)."""
+        self._width = max(self.lengths[slot] for slot in slots)
+        where = _where(slots, device)
+        pairs = zip(self._keys, self._values, strict=True)
+        self.layers = [Held(keys[where, :, : self._width], values[where, :, : self._width]) for keys, values in pairs]
+        return self.own(slots, device)
+
+    def own(self, slots: list[int], device: torch.device) -> Tensor:
+        """Which of the keys that the next forward reads are a row's own (N, W)."""
+        lengths = torch.tensor([self.lengths[slot] for slot in slots])
+        return (torch.arange(self._width) < lengths[:, None]).to(device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_settings: Any) -> tuple[Tensor, Tensor]:
         """Write this forward's keys and values (N, H, T, D); give those of its rows so far (N, H, W, D)."""
@@ -82,6 +101,12 @@ class Slots(Cache):  # type: ignore[misc]
         tokens = states.transpose(1, 2)  # (N, T, H, D)
         buffer[self._into[0], :, self._into[1]] = tokens[self._from] if self._from else tokens.flatten(0, 1)
         return buffer[self._where, :, : self._width]
+
+
+def _where(slots: list[int], device: torch.device) -> slice | Tensor:
+    """Slots that lie side by side are a view, others are gathered."""
+    whole = slots[-1] - slots[0] + 1 == len(slots)
+    return slice(slots[0], slots[-1] + 1) if whole else torch.tensor(slots, device=device)
 
 
 def _grown(buffer: Tensor, room: tuple[int, int]) -> Tensor:

@@ -7,12 +7,9 @@ import json
 import pytest
 
 from fedpeft.adapters.convert import to_lora
-from fedpeft.bases import BaseSpec, HeadSpec, load_base
-from fedpeft.errors import AdapterError, BaseError
+from fedpeft.bases import BaseSpec, load_base
+from fedpeft.errors import AdapterError
 from fedpeft.exporting import Export, exported, make_format
-from fedpeft.registry import Registry
-from fedpeft.serving import Limits
-from fedpeft.serving.backend import Backend
 from fedpeft.tasks import Generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -37,10 +34,3 @@ def test_stock_peft_and_merged_weights_answer_as_the_adapter_does(base, made, tm
         assert Generation("g", max_new_tokens=4).answer(merged.model, merged, "w1 w2") is not None
         with pytest.raises(AdapterError, match="is of an encoder-decoder, which vLLM takes not"):
             exported(make_format("vllm"), export, tmp_path / "vllm", check=False)
-
-
-def test_a_server_says_what_to_use_instead(base, tmp_path):
-    with pytest.raises(BaseError, match=r"is an encoder-decoder, .* ask it with fedpeft route, or export its adapters merged"):
-        Backend(base, Registry(tmp_path), Limits())
-    assert base.holder is None
-    assert base.shell(HeadSpec("lm")) is base.model

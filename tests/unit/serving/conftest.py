@@ -23,7 +23,8 @@ def next_logits(mixture: Mapping[str, float], tokens: Sequence[int]) -> np.ndarr
 class OracleRows:
     """`Rows` whose state is the plain list of tokens of each seat; ``forwards`` keeps what every forward held."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.seats: dict[int, tuple[Mapping[str, float], list[int]]] = {}
         self.forwards: list[list[tuple[int, int]]] = []
         self.opened = 0
@@ -80,8 +81,8 @@ class Heard:
 
 @pytest.fixture
 def oracle() -> Callable[..., tuple[Scheduler, OracleRows]]:
-    def make(**settings: Any) -> tuple[Scheduler, OracleRows]:
-        rows = OracleRows()
+    def make(whole: bool = False, **settings: Any) -> tuple[Scheduler, OracleRows]:
+        rows = OracleRows(whole)
         return Scheduler(rows, Letters(), {END}, **settings), rows
 
     return make

@@ -27,9 +27,9 @@ LIMITS = st.builds(Limits, rows=st.integers(1, 4), queue=st.just(100), bite=st.i
 
 
 @FIXTURES
-@given(asked=st.lists(st.tuples(ASKED, st.integers(0, 6)), min_size=1, max_size=7), limits=LIMITS)
-def test_every_request_is_answered_as_if_alone(oracle, ask, alone, asked, limits):
-    scheduler, rows = oracle(limits=limits)
+@given(asked=st.lists(st.tuples(ASKED, st.integers(0, 6)), min_size=1, max_size=7), limits=LIMITS, whole=st.booleans())
+def test_every_request_is_answered_as_if_alone(oracle, ask, alone, asked, limits, whole):
+    scheduler, rows = oracle(limits=limits, whole=whole)
     requests = [ask(**settings) for settings, _ in asked]
     arrivals = sorted(range(len(asked)), key=lambda place: asked[place][1])
     clock = 0
@@ -42,7 +42,11 @@ def test_every_request_is_answered_as_if_alone(oracle, ask, alone, asked, limits
     for request in requests:
         assert request.sink.events == alone(request).events
     assert rows.seats == {}
-    assert all(sum(count for _, count in work if count > 1) <= limits.bite for work in rows.forwards)
+    bites = [[count for _, count in work if count > 1] for work in rows.forwards]
+    assert all(sum(bite) <= limits.bite or (whole and len(bite) == 1) for bite in bites)
+    if whole:
+        first = {seat: count for work in reversed(rows.forwards) for seat, count in work}
+        assert sorted(first.values()) == sorted(len(request.prompt) for request in requests)
 
 
 @FIXTURES
