@@ -1,4 +1,4 @@
-# make demo | test | fuzz | check | bench: each sets up its own virtual environment first; nothing else is needed than
+# make demo | test | fuzz | kernels | check | bench: each sets up its own virtual environment first; nothing else is needed than
 # Python 3.11+, git, make and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE   # tests start many processes: each would compile our packages again
 
-.PHONY: install demo test fuzz check format bench protos clean
+.PHONY: install demo test fuzz kernels check format bench protos clean
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: export FEDPEFT_HYPOTHESIS = search
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow and not integration' tests/unit
+
+# The Triton kernels without a card: their values under Triton's interpreter, then machine code for cards from its compiler.
+kernels: export OMP_NUM_THREADS ?= 1
+kernels: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[kernels]'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/mixtures/test_kernels.py tests/unit/mixtures/test_products.py
+	$(BIN)/python -m pytest tests/unit/mixtures/test_kernels.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

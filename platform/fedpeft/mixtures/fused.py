@@ -1,7 +1,8 @@
-"""The way of the Triton kernels: no factor is gathered, no segment launched apart. CUDA alone; `available` says whether it can run."""
+"""The way of the Triton kernels: no factor is gathered, no segment launched apart; `available` says whether it can run."""
 
 from __future__ import annotations
 
+import os
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +15,9 @@ from fedpeft.mixtures.ways import Segments
 
 @lru_cache
 def available(device: str) -> bool:
-    """Whether kernels can be compiled for ``device`` (its type)."""
-    return device == "cuda" and find_spec("triton") is not None
+    """Whether kernels run on ``device`` (its type): CUDA, or for tests a CPU under Triton's interpreter (``TRITON_INTERPRET=1``)."""
+    here = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return here and find_spec("triton") is not None
 
 
 class Fused(Segments):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from fedpeft.adapters import attach
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+"""Whether Triton kernels run here, on a CPU (`make kernels`)."""
 TABLES = {
     "wide": {"kind": "lora", "r": 4, "targets": ["all"]},
     "twin": {"kind": "lora", "r": 4, "targets": ["all"]},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.mixtures.crowd import INTERPRETED
 from torch import nn
 
 from fedpeft.adapters import Adapter, AdapterSpec
@@ -21,7 +22,7 @@ from fedpeft.mixtures.state import State
 from fedpeft.tensors import Entry, Layout, Tensors
 
 WIDTH, OUT = 8, {"q": 6, "v": 10}
-PATHS = ("auto", "loop", "batched", "segments", "grouped")
+PATHS = ("auto", "loop", "batched", "segments", "grouped", *(["fused"] if INTERPRETED else []))
 
 
 class Pair(nn.Module):
@@ -199,7 +200,7 @@ def test_routed_tokens_are_the_loop(setup, k, normalise, shut):
 
 
 @settings(max_examples=10)
-@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["loop", "batched", "segments"]))
+@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["loop", "batched", "segments", *PATHS[5:]]))
 def test_dropout_draws_one_mask_per_row_and_goes_back_through_it(rows, tokens, way):
     own = {name: adapter(name, 2, seed, dropout=0.4) for seed, name in enumerate(("a", "b"))}
     x = torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(rows)).requires_grad_()
@@ -229,7 +230,7 @@ def test_dropout_draws_one_mask_per_row_and_goes_back_through_it(rows, tokens, w
         close(slab.grad(row), flats[name].grad)
 
 
-@pytest.mark.parametrize("way", ["loop", "batched", "segments"])
+@pytest.mark.parametrize("way", ["loop", "batched", "segments", *PATHS[5:]])
 def test_autocast_computes_in_its_own_type(way):
     own = {name: adapter(name, 4, seed) for seed, name in enumerate(("a", "b"))}
     x = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -256,17 +257,17 @@ def test_the_measured_way_is_kept_and_can_be_named(monkeypatch):
     )
     for _ in range(3):
         forward(own, Gates.rows(["a", "b", "a", None]), x, "auto")
-    assert asked == ["Batched", "Segments", "Grouped"]
+    assert asked == ["Batched", "Segments", "Grouped", *(["Fused"] if INTERPRETED else [])]
     assert set(choice.FASTEST.values()) == {"segments"}
     forward(own, Gates.rows(["a", "b", "a", None]), x, "batched")
-    assert len(asked) == 3
+    assert len(asked) == 3 + INTERPRETED
 
 
 def test_settled_choices_are_those_of_another_process_and_nothing_is_timed_for_them(monkeypatch):
     from fedpeft.mixtures import choice
 
     plan = pairs_of_rows([0, 1], 2, torch.device("cpu"))
-    times = {"Batched": 3.0, "Segments": 1.0, "Grouped": 2.0}
+    times = {"Batched": 3.0, "Segments": 1.0, "Grouped": 2.0, "Fused": 9.5}
     monkeypatch.setattr(choice, "FASTEST", {})
     monkeypatch.setattr(choice, "_seconds", lambda way, plan, shape: times[type(way).__name__])
     shapes = [choice.Shape(2**power, torch.float32, 2, 8, 8, True) for power in range(5)]
@@ -276,7 +277,7 @@ def test_settled_choices_are_those_of_another_process_and_nothing_is_timed_for_t
     times |= {"Segments": 9.0}
     choice.FASTEST.clear()
     second, stranger = choice.Choices(), choice.Choices()
-    second.recall({**first.kept, "cpu nowhere": "fused", "cpu then": "no way"})
+    second.recall({**first.kept, "mps nowhere": "fused", "cpu then": "no way"})
     assert second.kept == first.kept
     for each in (first, second):
         assert [each(plan, shape) for shape in shapes] == ["segments"] * 5  # the last two as most others, whatever is fastest now
