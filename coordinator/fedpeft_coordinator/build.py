@@ -1,18 +1,19 @@
-"""From a federation.toml to what rounds need: layouts and round-0 tensors from the base's architecture, no weights where possible."""
+"""From a federation.toml to what rounds need: plain values, and what `laying` says of the base."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.bases import meta_encoder
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.bases import BaseSpec, Fingerprint, fingerprint
 from fedpeft.bases.base import OWN
 from fedpeft.config import build as build_plugin
 from fedpeft.config import describe
-from fedpeft.errors import BaseError, ConfigError, DataError
+from fedpeft.errors import BaseError, ConfigError
 from fedpeft.privacy.secagg import enough
 from fedpeft.privacy.settings import Distributed
 from fedpeft.routing import BINS
@@ -23,14 +24,12 @@ from fedpeft.wire.codecs import as_delta
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.control.opening import open_registry
 from fedpeft_coordinator.fitting import check_fit
+from fedpeft_coordinator.laying import Beginning, Laid, begun, laid
 from fedpeft_coordinator.private_rules import lengths, settings_of
 from fedpeft_coordinator.release import Release
 from fedpeft_coordinator.setup import Limits, SecureAggregation, Setup, TaskSetup
 
 if TYPE_CHECKING:
-    from fedpeft.adapters import AdapterSpec
-    from fedpeft.adapters.starts import Samples
-    from fedpeft.bases import Base
     from fedpeft.registry import Registry
 
 
@@ -75,9 +74,12 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         ConfigError: a task and the base, or the method and the base, do not fit; both settings are named.
         AdapterError: the method finds nothing to attach to.
     """
-    base = _base(config)
-    encoder = meta_encoder(config.routing.encoder, base)
-    specs = {name: _spec(config, base, name) for name in config.tasks}
+    dense = replace(config.base.spec, quantization="none")
+    known = _fingerprint(config, dense)
+    heads = {name: entry.task.head for name, entry in config.tasks.items()}
+    base = laid(dense, known, config.method, heads, config.routing.encoder)
+    specs = {name: _spec(config, base, known.identity, name) for name in config.tasks}
+    starts = Starts(config, dense, base, specs)
     for spec in specs.values():
         check_fit(config, spec.layout)
     tables = {name: describe(entry.task) for name, entry in config.tasks.items()}
@@ -85,22 +87,22 @@ def build(config: FederationConfig) -> tuple[Setup, RegistryPublisher]:
         name=config.name,
         seed=config.seed,
         rounds=config.rounds,
-        tasks={name: _task(config, base, specs[name], encoder.width) for name in config.tasks},
+        tasks={name: _task(config, starts, specs[name]) for name in config.tasks},
         scheme=config.scheme,
         scheme_json=json.dumps(describe(config.scheme)),
         server=config.server,
         limits=limits(config),
         evaluate_every=config.evaluate_every,
         publish_every=config.publish_every,
-        identity=base.fingerprint.identity,
-        facts=facts(config, base.fingerprint.identity, tables),
+        identity=known.identity,
+        facts=facts(config, known.identity, tables),
         combine=config.combine,
         renew=renewed,
         secure=secure(config),
         routing=config.routing,
         sharing=config.sharing,
         privacy=settings_of(config),
-        encoder=encoder.encoder,
+        encoder=base.encoder,
     )
     registry = open_registry(config.registry_folder, config.control)
     return setup, RegistryPublisher(registry, specs, tables, type(config.scheme).kind, config.base.max_tokens)
@@ -190,67 +192,66 @@ def _full(kinds: Mapping[str, type[Any]], table: Any) -> Any:
         return table
 
 
-def _base(config: FederationConfig) -> Base:
-    from fedpeft.bases import load_base, meta_base
-
-    spec = replace(config.base.spec, quantization="none")
-    base = load_base(spec, "cpu") if config.method.needs_weights or any(map(config.start_of, config.tasks)) else meta_base(spec)
-    found, pinned = base.fingerprint.identity, config.base.fingerprint
+def _fingerprint(config: FederationConfig, spec: BaseSpec) -> Fingerprint:
+    known = fingerprint(spec)
+    found, pinned = known.identity, config.base.fingerprint
     if pinned is not None and pinned != found:
         raise BaseError(f"base {config.base.model}: identity is {found}, base.fingerprint pins {pinned}; get those weights, or pin anew")
-    return base
+    return known
 
 
-def _spec(config: FederationConfig, base: Base, name: str) -> AdapterSpec:
-    from fedpeft.adapters import make_spec
-
+def _spec(config: FederationConfig, base: Laid, identity: str, name: str) -> AdapterSpec:
     task = config.tasks[name].task
-    if task.head.kind == "lm" and base.family == "encoder":
+    if name not in base.layouts:
         raise ConfigError(
-            f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is an encoder; "
+            f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is an {base.family}; "
             "take a causal base or an encoder-decoder, or kind = 'classification'"
         )
-    return make_spec(name, base, config.method, task.head)
+    return AdapterSpec(name, identity, config.base.model, config.method, task.head, base.layouts[name])
 
 
-def _task(config: FederationConfig, base: Base, spec: AdapterSpec, width: int) -> TaskSetup:
-    task, seed = config.tasks[spec.task].task, start_seed(config.seed, spec.task, shared=config.sharing is not None)
+def _task(config: FederationConfig, starts: Starts, spec: AdapterSpec) -> TaskSetup:
+    task = config.tasks[spec.task].task
     return TaskSetup(
         name=spec.task,
         layout=spec.layout,
         task_json=json.dumps(describe(task)),
         spec_json=json.dumps(spec.to_json()),
         settings_json=json.dumps(asdict(config.settings(spec.task)), sort_keys=True),
-        initial=cache(lambda: _round_zero(config, base, spec, seed)),
-        seed=seed,
+        initial=lambda: starts.round_zero(spec.task),
+        seed=starts.seed(spec.task),
         scores=task.scores,
         rows=task.name if task.name != spec.task else "",
         travel=lambda role: config.settings(spec.task).travel(role) * spec.method.lr_scale(role),
-        counters=lengths(len(task.head.labels), width, spec.task, BINS),
+        counters=lengths(len(task.head.labels), starts.laid.width, spec.task, BINS),
     )
 
 
-def _round_zero(config: FederationConfig, base: Base, spec: AdapterSpec, seed: int) -> Tensors:
-    """The tensors that every site starts from. Raises `AdapterError` or `DataError` where the start does not fit."""
-    from fedpeft.adapters import initial
+@dataclass(frozen=True)
+class Starts:
+    """The tensors that every site starts from, made when the first is asked for."""
 
-    start = config.start_of(spec.task)
-    if start is None:
-        return initial(base, spec, seed).tensors
-    from fedpeft.adapters.starts import make_start
+    config: FederationConfig
+    base: BaseSpec
+    laid: Laid
+    specs: Mapping[str, AdapterSpec]
 
-    return make_start(start.how, base, spec, seed, _samples(config, base, spec.task)).tensors
+    def seed(self, task: str) -> int:
+        """The seed of the task's round 0."""
+        return start_seed(self.config.seed, task, shared=self.config.sharing is not None)
 
+    def round_zero(self, task: str) -> Tensors:
+        """Round 0 of ``task``. Raises `AdapterError` or `DataError` where its start does not fit."""
+        return self._all[task]
 
-def _samples(config: FederationConfig, base: Base, name: str) -> Samples | None:
-    start = config.start_of(name)
-    if start is None or start.data is None:
-        return None
-    from fedpeft.adapters.starts import Samples
-    from fedpeft.tasks import read_rows
+    @cached_property
+    def _all(self) -> dict[str, Tensors]:
+        given = {task: self.config.start_of(task) for task in self.specs}
+        drawn = {task: self.laid.drawn(spec, self.seed(task)) for task, spec in self.specs.items() if given[task] is None}
+        beginnings = {task: self._beginning(task) for task in self.specs if drawn.get(task) is None}
+        made = begun(self.base, beginnings) if beginnings else {}
+        return {task: tensors for task, tensors in drawn.items() if tensors is not None} | made
 
-    task, source = config.tasks[name].task, start.data
-    rows = [row for row in read_rows(source) if row.get("task", name) == name]
-    if not rows:
-        raise DataError(f"start.data: {source.label} holds no row of task {name!r}; its column `task` must name the federation's tasks")
-    return Samples(task, task.encode(rows, base))
+    def _beginning(self, task: str) -> Beginning:
+        start, of = self.config.start_of(task), (self.specs[task], self.seed(task), self.config.tasks[task].task)
+        return Beginning(*of) if start is None else Beginning(*of, start.how, start.data)

@@ -247,6 +247,7 @@ def test_real_processes_end_at_the_bits_of_the_clear(tmp_path: Path, free_port: 
     worker = int(json.loads((folder / "north" / "worker.json").read_text())["pid"])
     os.kill(worker, signal.SIGSTOP)  # so that the federation does not end before all is asked
     try:
+        assert (loads_torch(worker), loads_torch(coordinator.pid)) == (True, False)
         published = used(url, tmp_path / "cache", folder)
         joined_once(folder)
     finally:
@@ -288,6 +289,11 @@ def only_the_fleet(folder: Path, port: int) -> None:
         assert public.post("/v1/fleet/push-object", content=iter([b"of unknown length"])).status_code == 413
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+def loads_torch(process: int) -> bool:
+    """Whether torch's library is in the memory of ``process``."""
+    return "libtorch" in Path(f"/proc/{process}/maps").read_text()
 
 
 def joined_once(folder: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.adapters.spec import Adapter, AdapterSpec, entry_seed
+from fedpeft.adapters.drawing import draw
+from fedpeft.adapters.spec import Adapter, AdapterSpec
 from fedpeft.bases.base import Base
 from fedpeft.bases.spec import HeadSpec
 from fedpeft.errors import AdapterError
@@ -34,7 +35,7 @@ def initial(base: Base, spec: AdapterSpec, seed: int) -> Adapter:
         AdapterError: the spec is of another base, or the method needs weights and this is a meta base.
     """
     check_base(base, spec)
-    drawn = {entry: _draw(spec, entry, seed, base) for entry in spec.layout.entries}
+    drawn = draw(spec, seed, base.config)
     missing = [entry for entry, values in drawn.items() if values is None]
     if missing and base.device == "meta":
         raise AdapterError(
@@ -80,11 +81,6 @@ def _attached(base: Base, method: Method, head: HeadSpec, look: Callable[[nn.Mod
     finally:
         method.detach(model)
         base.model.requires_grad_(False)
-
-
-def _draw(spec: AdapterSpec, entry: Entry, seed: int, base: Base) -> NDArray[np.float32] | None:
-    values = spec.method.initial(entry, np.random.default_rng(entry_seed(seed, entry.name)), base.config)
-    return None if values is None else np.asarray(values, np.float32)
 
 
 def _values(method: Method, model: nn.Module, wanted: list[Entry]) -> dict[str, NDArray[np.float32]]:

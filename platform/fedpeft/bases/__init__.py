@@ -70,12 +70,16 @@ def meta_encoder(models: Sequence[str], base: Base) -> Encoder:
     return make_encoder(models, base, lambda model: meta_base(BaseSpec(model=model)))
 
 
-def meta_base(spec: BaseSpec) -> Base:
-    """The architecture alone, on the meta device: enough for layouts and initial tensors. Raises `BaseError` as `load_base`."""
+def meta_base(spec: BaseSpec, known: Fingerprint | None = None) -> Base:
+    """The architecture alone, on the meta device: enough for layouts and initial tensors; its fingerprint may be ``known`` already.
+
+    Raises:
+        BaseError: as `load_base`.
+    """
     hush()
     from fedpeft.bases.loading import blueprint
 
-    return blueprint(spec)
+    return blueprint(spec, known)
 
 
 def outline_base(spec: BaseSpec) -> Base:

@@ -72,10 +72,10 @@ def load(spec: BaseSpec, device: str = "auto", zero: Mapping[str, Any] | None = 
     return base
 
 
-def blueprint(spec: BaseSpec) -> Base:
+def blueprint(spec: BaseSpec, known: Fingerprint | None = None) -> Base:
     """The architecture of ``spec`` without weights, on the meta device. Raises `BaseError` as `load`."""
     base = outline(spec)
-    base.fingerprint = fingerprint(spec)
+    base.fingerprint = known or fingerprint(spec)
     base.tokenizer = _tokenizer(resolve_model(spec.model, spec.revision), base.config, spec)
     _check_length(base.tokenizer, base.config, spec)
     if base.family == "seq2seq":
