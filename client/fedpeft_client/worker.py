@@ -34,7 +34,7 @@ from fedpeft_client.shelf import Shelf, Split
 from fedpeft_client.store import Held, Store, scratch, sweep
 
 if TYPE_CHECKING:
-    from fedpeft.bases import Base, Encoder
+    from fedpeft.bases import Base, BaseSpec, Encoder
     from fedpeft.privacy.secagg import Instance
 
 KEPT_PER_TASK = 8
@@ -71,12 +71,13 @@ class Worker:
     """One site. `handle` is called with one message at a time and never raises for the fault of a single task.
 
     ``progress`` hears (what, step) while work goes on; the supervisor's watchdog lives on it. ``broken`` is set once the
-    device has failed in a way that only a new process cures.
+    device has failed in a way that only a new process cures. ``load`` brings the base where several sites of one process share it.
     """
 
     site: SiteConfig
     progress: Callable[[str, int], None] = lambda _what, _step: None
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
+    load: Callable[[BaseSpec, str], Base] = bases.load_base
     _scores: dict[tuple[str, str, int], Counters] = field(default_factory=dict)
     _encoders: dict[str, Encoder] = field(default_factory=dict)
 
@@ -102,14 +103,12 @@ class Worker:
         """The site's base, loaded when first needed and kept. Raises `BaseError`."""
         import torch
 
-        from fedpeft.bases import load_base
-
         if self.site.threads:
             torch.set_num_threads(self.site.threads)
         if self.site.gpu_share < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(self.site.gpu_share)
         self.progress("loading the base", 0)
-        return load_base(self.site.base.spec(), self.site.device)
+        return self.load(self.site.base.spec(), self.site.device)
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer one message.

@@ -234,7 +234,8 @@ class Coordinator:
 
     def _rate(self, done: Round) -> Round:
         """Score the round where that is due; everything that a version will say is in the journal before it is published."""
-        if not (self._due(done.number) or due(done.number, self.setup.evaluate_every)):
+        every = self.setup.evaluate_every
+        if not (self._due(done.number) or due(done.number, every) or (every and done.number == self.setup.rounds)):
             return done.at("scored")
         return self._rater.rate(done, self.history, cards=self._due(done.number))
 
