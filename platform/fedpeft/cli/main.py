@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
 def tree() -> typer.Typer:
     """The whole command tree: the platform's verbs and what installed rooms add under ``fedpeft.commands``."""
-    from fedpeft.cli import adapters, answers, audit, central, combine, inspection, ledger, methods, parity, schemes, setup
+    from fedpeft.cli import adapters, answers, audit, central, combine, compare, inspection, ledger, methods, parity, schemes, setup
 
     app = typer.Typer(
         name="fedpeft",
@@ -66,6 +66,7 @@ def tree() -> typer.Typer:
     inspection.register(app)
     answers.register(app)
     parity.register(app)
+    compare.register(app)
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(ledger.app, name="ledger")
     app.add_typer(methods.app, name="methods")

@@ -30,11 +30,15 @@ def tables(federation: Path, sites: Sequence[Path], port: int) -> dict[str, dict
     Raises:
         ConfigError: a file cannot be read, or the federation needs more sites than there are.
     """
-    made = {MARK: _federation(read_toml(federation), federation.resolve().parent, len(sites), port)}
-    for path in sites:
-        table = _site(read_toml(path), path.resolve().parent, port)
-        made[f"{table['name']}.toml"] = table
-    return made
+    return arranged({path: read_toml(path) for path in (federation, *sites)}, port)
+
+
+def arranged(read: Mapping[Path, dict[str, Any]], port: int) -> dict[str, dict[str, Any]]:
+    """As `tables`, of what was ``read``: the federation's file first. Raises `ConfigError`."""
+    (federation, table), *sites = read.items()
+    made = {MARK: _federation(table, federation.resolve().parent, len(sites), port)}
+    copied = (_site(site, path.resolve().parent, port) for path, site in sites)
+    return made | {f"{site['name']}.toml": site for site in copied}
 
 
 def digest(federation: Path, sites: Sequence[Path]) -> str:

@@ -48,10 +48,21 @@ class Plan:
 
     @staticmethod
     def read(federation: Path, sites: Sequence[Path] = ()) -> Plan:
+        """As `open`, of what all three arms can train.
+
+        Raises:
+            ConfigError: as `open`; or no site holds a task, or one arm alone could begin there.
+        """
+        plan = Plan.open(federation, sites)
+        plan._check()
+        return plan
+
+    @staticmethod
+    def open(federation: Path, sites: Sequence[Path] = ()) -> Plan:
         """The plan of a federation.toml and its sites' files; none: those beside it that have a table ``[data]``.
 
         Raises:
-            ConfigError: a file is missing or has faults, a name is there twice, or no site holds a task.
+            ConfigError: a file is missing or has faults, or a name is there twice.
         """
         outline = config.parse(config.read_toml(federation), Outline, str(federation))
         found = [_site(path) for path in sites or beside(federation)]
@@ -59,9 +70,7 @@ class Plan:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"sites {twice} are there twice; give each site's file once, and each a name of its own")
-        plan = Plan(outline, {site.name: site for site in found})
-        plan._check()
-        return plan
+        return Plan(outline, {site.name: site for site in found})
 
     @staticmethod
     def of(folder: Path) -> Plan:
@@ -150,7 +159,7 @@ def beside(federation: Path) -> list[Path]:
     found = [path for path in sorted(federation.parent.glob("*.toml")) if path.name != federation.name and "data" in config.read_toml(path)]
     if not found:
         raise ConfigError(
-            f"{federation.parent}: no site's file beside {federation.name}; name them: fedpeft parity {federation.name} SITE.TOML ..."
+            f"{federation.parent}: no site's file beside {federation.name}; name them behind it: {federation.name} SITE.TOML ..."
         )
     return found
 

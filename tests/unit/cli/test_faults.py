@@ -156,6 +156,7 @@ FLAGS = {
     "client start": ["--fit", "--identity", "--json", "--plan", "--registry", "--task"],
     "combine": ["--json"],
     "combine show": [],
+    "compare": ["--json", "--out", "--seeds", "--set"],
     "coordinator serve": ["--config", "--set"],
     "coordinator status": ["--identity", "--json"],
     "coordinator up": ["--set"],
