@@ -40,6 +40,8 @@ LOADERS: dict[Family, Any] = {
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
+UNSTEADY = ("prophetnet",)
+"""Encoder-decoders whose answer at every position changes with how far their row is filled, so that no batch has the loss of its rows."""
 
 
 def load(spec: BaseSpec, device: str = "auto", zero: Mapping[str, Any] | None = None) -> Base:
@@ -169,6 +171,8 @@ def _seq2seq(config: Any, spec: BaseSpec) -> Family:
         raise BaseError(
             f"base {spec.model}: {name} has a config of its own for each half; use one with one for both, such as T5, mT5, BART or mBART"
         )
+    if config.model_type in UNSTEADY:
+        raise BaseError(f"base {spec.model}: {name}'s answers change with how far rows are filled; use another one, such as T5 or BART")
     return "seq2seq"
 
 

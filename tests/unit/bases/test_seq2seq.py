@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base, meta_base, module_roles, outline_base
+from fedpeft.bases.loading import _family
 from fedpeft.bases.quantize import is_quantized
 from fedpeft.bases.spec import LAST
 from fedpeft.errors import AdapterError, BaseError
@@ -106,6 +109,50 @@ def test_what_is_no_encoder_decoder_of_text_or_cannot_tell_its_end_is_refused(se
     table = {"model_type": "t5gemma", "encoder": {}, "decoder": {}}
     with pytest.raises(BaseError, match="T5GemmaConfig has a config of its own for each half"):
         load(spoilt(seq2seq_folder("t5"), tmp_path / "gemma", **table))
+    with pytest.raises(BaseError, match="ProphetNetConfig's answers change with how far rows are filled"):
+        load(spoilt(seq2seq_folder("t5"), tmp_path / "prophet", model_type="prophetnet"))
     endless = load(spoilt(seq2seq_folder("t5"), tmp_path / "endless", eos_token_id=0))
     with pytest.raises(BaseError, match="its classifier reads where the end token stands, and eos_token_id is 0"):
         endless.shell(LABELS)
+
+
+HALVES = {
+    f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
+HALVES |= {f"num_{name}": n for name, n in HALVES.items() if not name.endswith("dim")}
+SMALL = HALVES | {
+    **{name: 64 for name in ("vocab_size", "src_vocab_size", "tgt_vocab_size", "t2u_vocab_size", "unit_hifi_gan_vocab_size", "d_ff")},
+    **{"d_model": 32, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "num_experts": 4, "speech_encoder_layers": 1},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attention_window": [8, 8], "router_jitter_noise": 0.0},
+}
+
+
+def small(kind: str) -> object | None:
+    """The config of ``kind``, shrunk; None where its bases are refused."""
+    default = CONFIG_MAPPING[kind]()
+    fitting = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    config = CONFIG_MAPPING[kind](**{name: value for name, value in fitting.items() if kind != "fsmt" or name != "vocab_size"})
+    try:
+        return config if _family(config, BaseSpec(kind)) == "seq2seq" else None
+    except BaseError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
+def test_what_is_taken_answers_each_row_the_same_however_it_is_filled(kind: str) -> None:
+    """The law that `UNSTEADY` architectures break, of every one that transformers knows and we take."""
+    config = small(kind)
+    if config is None:
+        pytest.skip("refused")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        for values in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            values.normal_(0, 0.3)
+        asked, said = ([torch.randint(5, 60, (count,)) for count in counts] for counts in ((9, 4, 6), (3, 7, 5)))
+        ids = pad_sequence(asked, True)
+        filled = model(input_ids=ids, attention_mask=(ids != 0).long(), decoder_input_ids=pad_sequence(said, True), use_cache=False).logits
+        for row, (one, two) in enumerate(zip(asked, said, strict=True)):
+            alone = model(input_ids=one[None], decoder_input_ids=two[None], use_cache=False).logits[0]
+            torch.testing.assert_close(filled[row, : len(two)], alone, rtol=1e-4, atol=1e-4)
