@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,48 @@ def test_only_gates_move_and_the_same_seed_gives_the_same_bits(base, adapter):
     assert all(gate.shape == (384,) and np.abs(gate).max() > 0 for gate in one.values())
     assert [step for step, _ in heard] == [1, 2, 3, 4, 5] * 2
     assert heard[4][1] < heard[0][1]
+
+
+class Through(torch.autograd.Function):
+    """The identity, whose gradient is ``change``d."""
+
+    @staticmethod
+    def forward(ctx, value, change):
+        ctx.change = change
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.change(gradient), None
+
+
+def test_in_fp16_precision_small_gradients_survive_and_steps_that_overflow_are_left_out(base, adapter):
+    """AdamW's first steps are as long whatever the gradients' size, so a loss of a billionth trains the same gates."""
+
+    def tiny(gradient):
+        return (gradient * 1e-9).half().float() * 1e9
+
+    def overflowing(gradient):
+        sizes.append(float(gradient))
+        return torch.where(gradient > 2.0**13, torch.inf, gradient)
+
+    found, sizes, settings = {}, [], TrainSettings(steps=3, batch_size=4, lr=0.05)
+    with attach(base, adapter[0]) as live:
+        live.load(adapter[1])
+        data = TASK.encode(ROWS, base)
+        for name, precision, change in (("plain", "fp32", None), ("lost", "fp32", tiny), ("kept", "fp16", tiny), ("cut", "fp16", overflowing)):
+
+            def loss(model, batch, change=change):
+                made = TASK.loss(model, batch)
+                return made if change is None else replace(made, total=Through.apply(made.total, change))
+
+            task = SimpleNamespace(batches=TASK.batches, loss=loss)
+            gates = train_gates(live, task, data, replace(settings, precision=precision), TrainJob(frozenset(), 3))
+            found[name] = np.concatenate(list(gates.values()))
+    assert not found["lost"].any()
+    np.testing.assert_allclose(found["kept"], found["plain"], rtol=0.05, atol=1e-3)
+    assert sizes == [2.0**14, 2.0**13, 2.0**13]
+    assert 0 < np.abs(found["cut"]).max() < np.abs(found["plain"]).max()
 
 
 def test_an_adapter_without_lora_layers_has_no_gates(base):
