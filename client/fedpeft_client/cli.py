@@ -27,9 +27,10 @@ Overrides = Annotated[
 @app.command()
 def join(site: Site) -> None:
     """Join the federation and stay until interrupted: runs the SuperNode and the worker, and restarts what dies."""
+    from fedpeft.processes import end_service
     from fedpeft_client.join import join as run
 
-    run(site, _Display())
+    end_service(run(site, _Display()))
 
 
 @app.command()
@@ -49,13 +50,12 @@ def serve(
         str | None, typer.Option(envvar="FEDPEFT_REGISTRY", help="Folder of the registry or grpc://HOST:PORT, watched for new versions.")
     ] = None,
     overrides: Overrides = None,
-) -> int:
+) -> None:
     """Answer an OpenAI-compatible HTTP API from the registry's adapters until interrupted; new versions are swapped in meanwhile."""
-    from fedpeft.cli.main import INTERRUPTED
+    from fedpeft.processes import end_service
     from fedpeft_client.serve.run import serve as run
 
-    run(site, registry, table(overrides, "policy.max_rank=16"))
-    return INTERRUPTED
+    end_service(run(site, registry, table(overrides, "policy.max_rank=16")))
 
 
 @app.command()

@@ -21,8 +21,8 @@ FATAL = frozenset({3, 4, 5})
 """Exit codes of the worker that no restart cures: configuration, data, base."""
 
 
-def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) -> None:
-    """Keep the site of ``path`` in its federation until SIGINT or SIGTERM; then end its processes.
+def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) -> int:
+    """Keep the site of ``path`` in its federation until SIGINT or SIGTERM; then end its processes. Returns the signal's number.
 
     ``on_tick`` is told the processes, and why the coordinator cannot be reached (empty: it can).
 
@@ -37,7 +37,7 @@ def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) 
         supervisor = Supervisor(children(path, site), site.state / "supervisor.json")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, supervisor.stop)
-        supervisor.run(lambda running: on_tick(site, running, watch.found))
+        return supervisor.run(lambda running: on_tick(site, running, watch.found))
 
 
 def children(path: Path, site: SiteConfig) -> tuple[Child, Child]:

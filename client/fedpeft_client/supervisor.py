@@ -73,12 +73,15 @@ class Supervisor:
     tick: float = 0.2
     running: list[Running] = field(init=False)
     _stop: Event = field(default_factory=Event)
+    _by: int = 0
 
     def __post_init__(self) -> None:
         self.running = [Running(child) for child in self.children]
 
-    def run(self, on_tick: Callable[[list[Running]], None] = lambda _: None) -> None:
+    def run(self, on_tick: Callable[[list[Running]], None] = lambda _: None) -> int:
         """Supervise until `stop` is called; then end the children. ``on_tick`` is called about five times a second.
+
+        Returns the number of the signal that called it first; 0 where none did.
 
         Raises:
             FedpeftError: a child ended with one of its fatal exit codes; the kind is that of the code.
@@ -92,9 +95,11 @@ class Supervisor:
         finally:
             _end([one for one in self.running if one.process is not None])
             self._write()
+        return self._by
 
-    def stop(self, *_: object) -> None:
-        """Ask `run` to end; safe in a signal handler."""
+    def stop(self, number: int = 0, _frame: object = None) -> None:
+        """Ask `run` to end; a signal handler."""
+        self._by = self._by or number
         self._stop.set()
 
     def _step(self, one: Running) -> bool:

@@ -77,11 +77,12 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a registry and its router over gRPC, in the foreground, until it is interrupted."""
+    from fedpeft.processes import end_service
     from fedpeft_coordinator.control.process import run
     from fedpeft_coordinator.control.settings import standalone
 
-    settings = standalone(registry, config, table(set_, "cohort.deadline=60"))
+    settings = standalone(registry, config, table(set_, "port=8001"))
     control = settings.control
     by = "TLS, roles by token" if control.tokens else "mutual TLS, roles by certificate"
     kind = by if control.tls else f"no TLS, everybody is {control.role}"
-    run(settings, lambda port: print(f"control plane of {registry} on grpc://{control.host}:{port} ({kind})", flush=True))
+    end_service(run(settings, lambda port: print(f"control plane of {registry} on grpc://{control.host}:{port} ({kind})", flush=True)))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -39,7 +36,7 @@ def up(config: FederationConfig, console: Console) -> None:
     Raises:
         FedpeftError: what stopped it; nothing committed is lost, and the same call goes on.
     """
-    with held(config.state), display.shown(config.rounds, console) as show, terminable():
+    with held(config.state), display.shown(config.rounds, console) as show:
         events = Events(config.state / "events.jsonl", [show])
         link = LinkProcess(config.link, config.state / "link", events)
         link.start()
@@ -96,23 +93,6 @@ def hello(setup: Setup) -> Hello:
     """What every new node is told."""
     tasks = sorted({task.rows or name for name, task in setup.tasks.items()})
     return Hello(federation=setup.name, version=__version__, tasks=tasks, task_blind=setup.task_blind)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """A polite end (SIGTERM) is taken like an interrupt from the keyboard: children are ended, files closed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def summary(found: dict[str, Any], console: Console) -> None:

@@ -15,8 +15,9 @@
     └── PrivacyError            12  masking, noise or the privacy budget cannot be kept as promised
 
 A message names the thing, the value seen, what is allowed and the next step, in one line. Exit code 2 is the
-command line's own (unknown option), 130 an interrupt (`client serve` by
-SIGTERM too), 70 a defect of fedpeft (with the traceback in the log).
+command line's own (unknown option), 130 an interrupt by SIGINT, or by
+SIGTERM of work that is not done (a service that SIGTERM ends answers 0:
+`fedpeft.processes`), 70 a defect of fedpeft (with the traceback in the log).
 """
 
 from __future__ import annotations

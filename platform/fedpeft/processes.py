@@ -1,15 +1,45 @@
-"""Child processes: a free port for them, the last line of their log, and a lifeline that ends them with their parent."""
+"""Processes: what ends them and how they answer it; for children a free port, the last line of their log, and a lifeline.
+
+Whoever runs a process asks it to end by SIGTERM, who sits before it by SIGINT. A service (`client join`, `client serve`, `coordinator
+serve`) has no other end than SIGTERM, after which it ends in order: exit code 0. All other verbs were not done then, and answer as to
+SIGINT: 130.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 FLAG = "FEDPEFT_LIFELINE"
 """Environment variable by which a parent says that the child's standard input is a lifeline."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, SIGTERM is an interrupt: what was begun is taken down as after SIGINT, children and files too."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def mortal() -> None:
+    """Let SIGTERM end this process at once: who waits for other ranks in a library hears nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_service(number: int) -> None:
+    """How a service answers that ended in order because of signal ``number``. Raises `KeyboardInterrupt` when it was SIGINT."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def free_port() -> int:
@@ -34,6 +64,10 @@ def hold() -> None:
     """
     if os.environ.pop(FLAG, None):
         threading.Thread(target=_watch, args=(sys.stdin.fileno(),), name="lifeline", daemon=True).start()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _watch(handle: int) -> None:

@@ -88,7 +88,7 @@ def server(registry: Registry, free_port: int) -> Any:
     found = Serve(registry.root, free_port)
     yield found
     found.process.send_signal(signal.SIGTERM)
-    found.process.wait(20)
+    assert found.process.wait(20) == 0
     found.process.stdout.close()  # type: ignore[union-attr]
 
 

@@ -46,9 +46,12 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, door: Door, patience: float, close: Callable[[], None]) -> None:
         super().__init__(config)
         self._door, self._patience, self._close = door, patience, close
+        self.asked = 0
+        """The number of the first signal."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal; none is handed on when the loop is over."""
+        self.asked = self.asked or sig
         if not self._door.closed:
             return self._door.close(self._patience)
         for number in (signal.SIGINT, signal.SIGTERM):

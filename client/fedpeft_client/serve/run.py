@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 HERE = "registry"
 
 
-def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> None:
+def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> int:
     """Answer until SIGINT or SIGTERM; then no request is accepted, and running ones go on for ``patience_seconds``, or a second signal.
+
+    Returns the number of the first signal.
 
     Raises:
         ConfigError: settings that contradict each other, or a key file that is not as it must be.
@@ -45,7 +47,7 @@ def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str])
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
         for noisy in ("httpx", "uvicorn.access"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        _answer((settings, spec, device), listener, config)
+        return _answer((settings, spec, device), listener, config)
 
 
 class Alone(Section):
@@ -105,7 +107,7 @@ def _listen(settings: Serve) -> socket.socket:
     return listener
 
 
-def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> None:
+def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: SiteConfig | None) -> int:
     from fedpeft.bases import load_base
     from fedpeft_client.serve.own import Own
 
@@ -116,7 +118,9 @@ def _answer(what: tuple[Serve, BaseSpec, str], listener: socket.socket, site: Si
         tasks = sorted(backend.catalog.served())
         listener.listen()  # who reads the next line may call at once
         print(f"serving {spec.model} and {len(tasks)} tasks {tasks} at {name}/v1", flush=True)
-        server(settings, backend).run(sockets=[listener])
+        running = server(settings, backend)
+        running.run(sockets=[listener])
+        return running.asked
 
 
 def opened(settings: Serve, base: Base, own: Beside | None = None) -> Backend:

@@ -13,14 +13,14 @@ from fedpeft_coordinator.control.settings import Settings
 from fedpeft_coordinator.events import Events
 
 
-def run(settings: Settings, told: Callable[[int], None]) -> None:
-    """Serve until SIGTERM or SIGINT; ``told`` hears the port. Raises `LinkError`, `ConfigError`, `PolicyError`, `StorageError`."""
+def run(settings: Settings, told: Callable[[int], None]) -> int:
+    """Serve until SIGTERM or SIGINT, whose number is returned; ``told`` hears the port. Raises `LinkError`, `ConfigError`, `PolicyError`, `StorageError`."""
     from fedpeft_coordinator.control.serve import Server
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     record = Events(settings.state / "calls.jsonl")
     registry = open_registry(settings.registry, settings.control)
-    asyncio.run(Server(registry, settings.control, settings.state, settings.federation, record=record).run(told))
+    return asyncio.run(Server(registry, settings.control, settings.state, settings.federation, record=record).run(told))
 
 
 def main() -> int:

@@ -101,14 +101,14 @@ class Server:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    async def run(self, told: Callable[[int], None]) -> None:
-        """Serve until SIGTERM or SIGINT; ``told`` hears the port."""
-        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    async def run(self, told: Callable[[int], None]) -> int:
+        """Serve until SIGTERM or SIGINT, whose number is returned; ``told`` hears the port."""
+        asked: asyncio.Queue[int] = asyncio.Queue()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
+            asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, int(number))
         told(await self.start())
         try:
-            await ended.wait()
+            return await asked.get()
         finally:
             await self.stop()
 

@@ -66,7 +66,9 @@ class Asked:
     def rank(self, world: World) -> int:
         """Do it, as one rank of ``world``."""
         from fedpeft.cli import transfers
+        from fedpeft.processes import mortal
 
+        mortal()
         if self.verb in ("transfer", "pairs"):
             return transfers.show(self.load(), world, self.verb == "pairs")
         return _rank(self.load(), self.refs or [], world, self.verb == "resume")

@@ -15,7 +15,7 @@ import typer
 
 from fedpeft import plugins
 from fedpeft.errors import FedpeftError, StorageError
-from fedpeft.processes import hold
+from fedpeft.processes import hold, interruptible
 
 DEFECT = 70
 INTERRUPTED = 130
@@ -25,7 +25,9 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def main() -> None:
     """Run the command line and exit with its code (see `fedpeft.errors`)."""
     hold()
-    sys.exit(run(sys.argv[1:]))
+    with interruptible():
+        code = run(sys.argv[1:])
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -33,7 +35,8 @@ def run(arguments: list[str]) -> int:
     try:
         plugins.load()
         result = typer.main.get_command(tree())(args=arguments, prog_name="fedpeft", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return _interrupted() if code == INTERRUPTED else code  # so typer says that it was
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except click.ClickException as fault:
@@ -42,7 +45,7 @@ def run(arguments: list[str]) -> int:
     except FedpeftError as fault:
         return _say(str(fault), fault.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted; the same command goes on from the last committed step", INTERRUPTED)
+        return _interrupted()
     except BrokenPipeError:
         return _broken_pipe()
     except OSError as fault:
@@ -93,6 +96,10 @@ def _say(message: str, code: int) -> int:
     for line in message.splitlines() or [""]:
         print(f"fedpeft: {line}", file=sys.stderr)
     return code
+
+
+def _interrupted() -> int:
+    return _say("interrupted; the same command goes on from the last committed step", INTERRUPTED)
 
 
 def _broken_pipe() -> int:

@@ -41,7 +41,7 @@ class App:
 def run():
     """Serve in this thread, the only one that signals reach, while ``caller`` works in another; its result, and the app."""
 
-    def go(caller, patience: float):
+    def go(caller, patience: float, first: int = signal.SIGTERM):
         app, door, found, before = App(), Door(), [], set(threading.enumerate())
         with socket.create_server(("127.0.0.1", 0)) as listener:
             guard = Guard(app, Serve(), Metrics(), ["/slow", "/quick"], door)
@@ -62,6 +62,7 @@ def run():
             thread.join()
         assert set(threading.enumerate()) == before
         assert len(app.closed) == 1
+        assert server.asked == first
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         return found[0], app
 
@@ -93,7 +94,7 @@ def test_after_a_signal_nobody_is_let_in_and_who_is_inside_gets_all(run, number)
             thread.join()
         return [*answers, *refused]
 
-    (inside, *refused), _ = run(caller, patience=30.0)
+    (inside, *refused), _ = run(caller, 30.0, number)
     assert (inside.status_code, inside.text) == (200, "all")
     for one in refused:
         assert (one.status_code, one.headers["retry-after"]) == (503, "5")
