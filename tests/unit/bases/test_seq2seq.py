@@ -116,9 +116,7 @@ def test_what_is_no_encoder_decoder_of_text_or_cannot_tell_its_end_is_refused(se
         endless.shell(LABELS)
 
 
-HALVES = {
-    f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
-}
+HALVES = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}
 HALVES |= {f"num_{name}": n for name, n in HALVES.items() if not name.endswith("dim")}
 SMALL = HALVES | {
     **{name: 64 for name in ("vocab_size", "src_vocab_size", "tgt_vocab_size", "t2u_vocab_size", "unit_hifi_gan_vocab_size", "d_ff")},

@@ -114,7 +114,12 @@ def test_in_fp16_precision_small_gradients_survive_and_steps_that_overflow_are_l
     with attach(base, adapter[0]) as live:
         live.load(adapter[1])
         data = TASK.encode(ROWS, base)
-        for name, precision, change in (("plain", "fp32", None), ("lost", "fp32", tiny), ("kept", "fp16", tiny), ("cut", "fp16", overflowing)):
+        for name, precision, change in (
+            ("plain", "fp32", None),
+            ("lost", "fp32", tiny),
+            ("kept", "fp16", tiny),
+            ("cut", "fp16", overflowing),
+        ):
 
             def loss(model, batch, change=change):
                 made = TASK.loss(model, batch)
