@@ -14,7 +14,11 @@ from fedpeft_coordinator.events import Events
 
 
 def run(settings: Settings, told: Callable[[int], None]) -> int:
-    """Serve until SIGTERM or SIGINT, whose number is returned; ``told`` hears the port. Raises `LinkError`, `ConfigError`, `PolicyError`, `StorageError`."""
+    """Serve until SIGTERM or SIGINT, whose number is returned; ``told`` hears the port.
+
+    Raises:
+        LinkError, ConfigError, PolicyError, StorageError: it cannot begin.
+    """
     from fedpeft_coordinator.control.serve import Server
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
