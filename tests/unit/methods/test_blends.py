@@ -82,36 +82,36 @@ def test_facts_are_there_for_every_blend():
     assert all(SPECS[kind] is BLEND_SPECS[kind] for kind in BLENDS)
 
 
-def test_starts_as_declared_and_detaches_without_a_trace(at_work):
-    method, model, head, inputs, _ = at_work
-    modules = {name: id(module) for name, module in model.named_modules()}
-    tensors = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+def test_starts_as_declared_learns_and_detaches_without_a_trace(at_work, make, tmp_path):
+    method, model, head, inputs, name = at_work
+    modules = {key: id(module) for key, module in model.named_modules()}
+    tensors = {key: (id(p), p.detach().clone()) for key, p in model.named_parameters()}
     state, before = torch.get_rng_state(), logits(model, inputs)
     live = method.attach(model, head)
+    assert torch.equal(state, torch.get_rng_state())
     start(method, live, model.config)
     assert torch.allclose(logits(live, inputs), before, atol=2e-6) == spec_of(method).identity
     with pytest.raises(AdapterError, match="still attached"):
         method.attach(model, head)
-    start(method, live, model.config, noise=0.3)
+    train(method, live, inputs)
+    start(method, live, model.config, noise=0.3)  # every tensor matters, routers and frozen experts included
     assert not torch.allclose(logits(live, inputs), before, atol=1e-4)
+    rebuild(method, live, make(name), head, inputs, tmp_path / "a")
     method.detach(live)
-    assert modules == {name: id(module) for name, module in model.named_modules()}
-    assert all(tensors[name][0] == id(p) and torch.equal(tensors[name][1], p) for name, p in model.named_parameters())
+    assert modules == {key: id(module) for key, module in model.named_modules()}
+    assert all(tensors[key][0] == id(p) and torch.equal(tensors[key][1], p) for key, p in model.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(logits(model, inputs), before)
-    assert torch.equal(state, torch.get_rng_state())
 
 
-def test_learns_and_its_saved_folder_alone_rebuilds_it(at_work, make, tmp_path):
-    method, model, head, inputs, name = at_work
-    live = method.attach(model, head)
-    start(method, live, model.config)
+def train(method, live, inputs):
+    """What the facts call trained is all that trains, each tensor of it is reached, and a few steps lower the loss."""
     spec, entries = spec_of(method), method.entries(live)
     assert {role for role, _ in entries.values()} - {"head"} <= set(spec.tensors)
     trained = {key: (role, p) for key, (role, p) in entries.items() if role in spec.trained | {"head"}}
     assert {id(p) for p in live.parameters() if p.requires_grad} == {id(p) for _, p in trained.values()}
     assert all(p.dtype == torch.float32 for _, p in entries.values())
-    target = torch.full_like(logits(live, inputs), 0.3)
+    target = torch.full_like(logits(live.eval(), inputs), 0.3)
     groups = [{"params": [p], "lr": spec.learning_rate * method.lr_scale(role)} for role, p in trained.values() if role != "head"]
     optimizer, losses = torch.optim.AdamW(groups), []
     for _ in range(4):
@@ -122,13 +122,16 @@ def test_learns_and_its_saved_folder_alone_rebuilds_it(at_work, make, tmp_path):
         losses.append(float((logits(live.eval(), inputs) - target).square().mean()))
     assert losses[-1] < losses[0]
     assert [key for key, (_, p) in trained.items() if p.grad is None] == []
-    start(method, live, model.config, noise=0.1)  # every tensor matters, routers and frozen experts included
-    adapter = Adapter(AdapterSpec("t", "0" * 64, name, method, head, layout_of(method, live)), read(method, live))
-    save(adapter, tmp_path / "a")
-    again = load(tmp_path / "a")
+
+
+def rebuild(method, live, fresh, head, inputs, folder):
+    """The saved folder alone makes of ``fresh`` what ``live`` is."""
+    adapter = Adapter(AdapterSpec("t", "0" * 64, "base", method, head, layout_of(method, live)), read(method, live))
+    save(adapter, folder)
+    again = load(folder)
     assert again.digest == adapter.digest
     assert again.spec.method == method
-    other = again.spec.method.attach(make(name), head)
+    other = again.spec.method.attach(fresh, head)
     assert not torch.equal(logits(other, inputs), logits(live, inputs))
     write(method, other, again.tensors)
     assert torch.equal(logits(other, inputs), logits(live, inputs))

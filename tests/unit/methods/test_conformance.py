@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 
 from fedpeft.config import build, describe
@@ -78,110 +79,81 @@ def pair(request, make, head_of, inputs_of):
     return METHODS_AT_WORK[method], make(model), head_of(model), inputs_of(model), method, model
 
 
-def test_only_entries_require_gradients_and_all_are_reached(pair):
-    method, model, head, inputs, *_ = pair
+def test_starts_as_the_base_learns_rebuilds_and_detaches_without_a_trace(pair, make):
+    method, model, head, inputs, kind, name = pair
+    modules = {key: id(module) for key, module in model.named_modules()}
+    tensors = {key: (id(p), p.detach().clone()) for key, p in model.named_parameters()}
+    state, before = torch.get_rng_state(), logits(model, inputs)
     live = method.attach(model, head)
-    start(method, live, model.config, noise=0.01)
+    assert torch.equal(state, torch.get_rng_state())
+    if kind not in ("prompt", "prefix"):
+        assert torch.allclose(logits(live, inputs), before, atol=1e-6)
+    with pytest.raises(AdapterError, match="still attached"):
+        method.attach(model, head)
+    start(method, live, model.config)
+    trained = train(method, live, inputs)
+    heads = {key.rpartition("base_model.")[2].removeprefix("model.") for key, (role, _) in method.entries(live).items() if role == "head"}
+    assert bool(heads) == (head.kind == "classification")
+    other = method.attach(make(name), head)
+    write(method, other, trained)
+    assert torch.equal(logits(other, inputs), logits(live, inputs))
+    start(method, live, model.config, noise=0.1)
+    assert not torch.allclose(logits(live, inputs), before, atol=1e-4)
+    method.detach(live)
+    assert modules == {key: id(module) for key, module in model.named_modules()}
+    for key, parameter in model.named_parameters():
+        assert tensors[key][0] == id(parameter)
+        assert key in heads or torch.equal(tensors[key][1], parameter)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if not heads:
+        assert torch.equal(logits(model, inputs), before)
+    method.detach(method.attach(model, head))
+
+
+def train(method, live, inputs):
+    """Its entries are all that trains, each is reached, and three steps lower the loss; the trained values."""
     entries = method.entries(live)
     assert entries
     assert {id(p) for p in live.parameters() if p.requires_grad} == {id(p) for _, p in entries.values()}
     assert all(p.dtype == torch.float32 for _, p in entries.values())
-    assert ("head" in {role for role, _ in entries.values()}) == (head.kind == "classification")
-    live.train()(**inputs).logits.square().sum().backward()
-    # an unused key bias has no effect under softmax, all else must be reached
-    assert [name for name, (_, p) in entries.items() if p.grad is None] == []
-
-
-def test_starts_as_the_base_and_detaches_without_a_trace(pair):
-    method, model, head, inputs, kind, _ = pair
-    modules = {name: id(module) for name, module in model.named_modules()}
-    tensors = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
-    state = torch.get_rng_state()
-    before = logits(model, inputs)
-    live = method.attach(model, head)
-    if kind not in ("prompt", "prefix"):
-        assert torch.allclose(logits(live, inputs), before, atol=1e-6)
-    heads = {name.rpartition("base_model.")[2].removeprefix("model.") for name, (role, _) in method.entries(live).items() if role == "head"}
-    with pytest.raises(AdapterError, match="still attached"):
-        method.attach(model, head)
-    start(method, live, model.config, noise=0.1)
-    assert not torch.allclose(logits(live, inputs), before, atol=1e-4)
-    method.detach(live)
-    assert modules == {name: id(module) for name, module in model.named_modules()}
-    for name, parameter in model.named_parameters():
-        assert tensors[name][0] == id(parameter)
-        assert name in heads or torch.equal(tensors[name][1], parameter)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if not heads:
-        assert torch.equal(logits(model, inputs), before)
-    assert torch.equal(state, torch.get_rng_state())
-    method.detach(method.attach(model, head))
-
-
-def test_three_steps_lower_the_loss_and_its_entries_are_all_of_it(pair, make):
-    method, model, head, inputs, _, name = pair
-    live = method.attach(model, head)
-    start(method, live, model.config)
-    entries = method.entries(live)
+    optimizer, losses = torch.optim.AdamW([p for _, p in entries.values()], lr=1e-2), []
     target = torch.full_like(logits(live, inputs), 0.3)
-    optimizer = torch.optim.AdamW([p for _, p in entries.values()], lr=1e-2)
-    losses = []
     for _ in range(4):
         loss = (live(**inputs).logits - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
+    # an unused key bias has no effect under softmax, all else must be reached
+    assert [key for key, (_, p) in entries.items() if p.grad is None] == []
     assert losses[-1] < losses[0]
-    values = {key: p.detach().clone() for key, (_, p) in entries.items()}
-    other = method.attach(make(name), head)
-    write(method, other, values)
-    assert torch.equal(logits(other, inputs), logits(live, inputs))
+    return {key: p.detach().clone() for key, (_, p) in entries.items()}
 
 
-def test_initial_values_come_from_the_seed_alone(pair):
-    method, model, head, _, *_ = pair
+def test_seeds_alone_make_the_start_that_peft_loads_and_shapes_alone_the_layout(pair, make, tmp_path):
+    method, model, head, inputs, kind, name = pair
     live = method.attach(model, head)
+    layout = layout_of(method, live)
     torch.manual_seed(1)
     one = start(method, live, model.config, seed=5)
     torch.manual_seed(2)
-    two = start(method, live, model.config, seed=5)
-    other = start(method, live, model.config, seed=6)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one) or method.kind in ("ia3", "bitfit")
-    missing = [e for e in layout_of(method, live).entries if method.initial(e, np.random.default_rng(0), model.config) is None]
-    assert bool(missing) == method.needs_weights
-
-
-def test_peft_loads_the_folder_and_gives_the_same_logits(pair, make, tmp_path):
-    from peft import PeftModel
-
-    method, model, head, inputs, kind, name = pair
-    live = method.attach(model, head)
+    two, other = start(method, live, model.config, seed=5), start(method, live, model.config, seed=6)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one) or method.kind in ("ia3", "bitfit")
+    first = [method.initial(entry, np.random.default_rng(0), model.config) for entry in layout.entries]
+    assert any(value is None for value in first) == method.needs_weights
+    for value, entry in zip(first, layout.entries, strict=True):
+        assert value is None or (value.dtype == np.float32 and value.shape == entry.shape)
+    assert layout_of(method, method.attach(make(name).to("meta"), head)) == layout
     start(method, live, model.config, noise=0.1)
-    layout = layout_of(method, live)
-    config = method.peft_config(name, head, layout)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(method.peft_config(name, head, layout)))
     save_file({key: p.detach().contiguous() for key, (_, p) in method.entries(live).items()}, tmp_path / "adapter_model.safetensors")
     if kind in OWN:
         with pytest.raises((ValueError, KeyError)):
             PeftModel.from_pretrained(make(name), tmp_path)
         return
-    theirs = PeftModel.from_pretrained(make(name), tmp_path).eval()
-    with torch.no_grad():
-        want = theirs(**inputs).logits
-    got = logits(live.eval(), inputs)
+    want, got = logits(PeftModel.from_pretrained(make(name), tmp_path).eval(), inputs), logits(live.eval(), inputs)
     assert torch.allclose(got, want[:, -got.shape[1] :] if want.dim() == 3 else want, atol=1e-5)
-
-
-def test_a_base_without_weights_gives_the_same_layout(pair, make):
-    method, model, head, _, _, name = pair
-    meta = make(name).to("meta")
-    one, two = method.attach(model, head), method.attach(meta, head)
-    assert layout_of(method, one) == layout_of(method, two)
-    for entry in layout_of(method, two).entries:
-        value = method.initial(entry, np.random.default_rng(0), model.config)
-        assert value is None or (value.dtype == np.float32 and value.shape == entry.shape)
 
 
 @pytest.mark.parametrize(("kind", "name"), sorted(REFUSED))

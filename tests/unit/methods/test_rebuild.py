@@ -1,4 +1,7 @@
-"""Another process: the trained tensors alone make the same model there, for every method at once, and starts are the same tensors."""
+"""Another process: the trained tensors alone make the same model there, for every method at once, and starts are the same tensors.
+
+Slow: a process that has to import transformers. The catalogue's tests rebuild every method in their own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from fedpeft.methods import METHODS, Lora
 KINDS = sorted(METHODS)
 MAKING = Path(__file__).parent / "conftest.py"
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CHILD = """
 import importlib.util, json, sys, torch
