@@ -47,11 +47,13 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("place", [("encoder", LABELS), ("causal", LM)], ids=["encoder", "causal"])
-@pytest.mark.parametrize("kind", EXACT)
-def test_a_sufficient_rank_is_exact(kind, place, made, inputs, tmp_path):
+PLACES = {"encoder": LABELS, "causal": LM}
+
+
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "causal") for kind in EXACT), ("lora", "encoder"), ("dora", "encoder")])
+def test_a_sufficient_rank_is_exact(kind, name, made, inputs, tmp_path):
     method, rank = EXACT[kind]
-    base, adapter = made(method, *place)
+    base, adapter = made(method, name, PLACES[name])
     done = to_lora(base, adapter, rank)
     assert done.weight_error < 1e-5
     assert done.output_error < 1e-4

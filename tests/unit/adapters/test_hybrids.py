@@ -36,7 +36,7 @@ PAIRS = [
     (name, quantization)
     for name in TABLES
     for quantization in ("none", "nf4", "int8")
-    if quantization != "int8" or name in ("rosa", "scaled")
+    if quantization == "none" or name in ("rosa", "scaled") or (name, quantization) == ("unipelt", "nf4")
 ]
 
 

@@ -64,13 +64,20 @@ def test_same_logits_in_stock_peft(
     assert (ours - bare).abs().max() > 1e-3
 
 
-def test_minilm(method: Method, shaken: Shaken, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def minilm() -> Base:
+    return load_base(BaseSpec("minilm"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["dora", "ia3", "lora", "prefix", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("prompt", "rslora"))],
+    indirect=True,
+)
+def test_minilm(minilm: Base, method: Method, shaken: Shaken, tmp_path: Path) -> None:
     from fedpeft.bases import resolve_model
 
-    base = load_base(BaseSpec("minilm"), "cpu")
-    adapter = shaken(make_spec("t", base, method, LABELS))
-    if is_own(adapter):
-        return  # its refusal by peft is tested above
+    base, adapter = minilm, shaken(make_spec("t", minilm, method, LABELS))
     inputs = base.tokenizer(["open a file", "sort the items of a list by a key"], padding=True, return_tensors="pt")
     ours, theirs, _ = parity(base, resolve_model("minilm"), adapter, dict(inputs), tmp_path / "a")
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

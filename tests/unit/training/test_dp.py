@@ -103,7 +103,7 @@ def test_clipping_acts_on_gradients_that_are_not_scaled_and_an_overflow_takes_a_
 
 @pytest.mark.parametrize(("power", "clip"), [(16, 1e3), (28, 0.1)])
 def test_private_steps_in_fp16_arithmetic_are_nearly_those_in_fp32_whatever_overflows(live, monkeypatch, clip, power):
-    data, moved = rows(6, 7), []
+    data, moved = rows(3, 7), []
     monkeypatch.setattr(dp, "START", 2.0**power)
     for precision in ("fp32", "fp16"):
         monkeypatch.setattr(engine, "half_of", lambda settings, device: torch.float16 if settings.precision == "fp16" else None)
@@ -112,7 +112,7 @@ def test_private_steps_in_fp16_arithmetic_are_nearly_those_in_fp32_whatever_over
         run = private(live, replace(SGD, precision=precision), DpEngine(1.0 if clip < 1 else 1e-9, clip), Seeded(scale=0.0))
         dp_check.check(run.recorder, live, TASK, data)
         with training(live.model, SGD):
-            run.step(0, list(batches_of(TASK, data, np.arange(6), 6)))
+            run.step(0, list(batches_of(TASK, data, np.arange(3), 3)))
         moved.append(live.flat - start)
     assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < 0.02
 
@@ -182,11 +182,11 @@ def test_the_steps_noisy_gradient_is_what_a_scheme_is_given(live):
 
 
 def test_a_killed_job_goes_on_and_counts_its_steps_once(tmp_path, live):
-    settings, data = TrainSettings(steps=6, batch_size=4, save_every=2, lr=1e-3), rows(20)
+    settings, data = TrainSettings(steps=4, batch_size=4, save_every=2, lr=1e-3), rows(20)
     start, engine = live.read(), DpEngine(1.0)
 
     def stop(step, _loss):
-        if step == 5:
+        if step == 3:
             raise KeyboardInterrupt
 
     job = TrainJob(live.spec.layout.roles, 0, tmp_path)
@@ -199,7 +199,7 @@ def test_a_killed_job_goes_on_and_counts_its_steps_once(tmp_path, live):
         train(live, TASK, data, settings, replace(job, progress=stop), engine)
     live.load(start)
     result = train(live, TASK, data, settings, job, engine)
-    assert (result.resumed_from, result.private) == (4, Event(1.0, 0.2, 6))
+    assert (result.resumed_from, result.private) == (2, Event(1.0, 0.2, 4))
     live.load(start)
     assert train(live, TASK, data, settings, job).resumed_from == 0, "a job without privacy does not take over a private one"
 

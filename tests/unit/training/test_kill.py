@@ -28,13 +28,13 @@ def spawn(run) -> int:
     return child
 
 
-def rack(run, usual, seed) -> int:
-    """Start ``run`` again and again, kill each start at a random moment, eight times at most; the number of kills."""
+def rack(run, usual, seed, most=8) -> int:
+    """Start ``run`` again and again, kill each start at a random moment, ``most`` times at most; the number of kills."""
     dice, kills = random.Random(seed), 0
     while True:
         child = spawn(run)
         time.sleep(dice.uniform(0.0, 0.5) * usual)
-        if kills < 8:
+        if kills < most:
             os.kill(child, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
             return kills
@@ -42,7 +42,7 @@ def rack(run, usual, seed) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_killed_at_random_moments(tmp_path, toy_live, toy_task, toy_data, seed):
     whole = toy_live()
     began = time.perf_counter()
@@ -72,7 +72,7 @@ def test_a_real_model_with_dropout_is_killed(tmp_path, shared_models, shared_dat
     task = Generation("slots", metrics=("perplexity",))
     rows = read_rows(Source(path=str(shared_data / "snips_slots.jsonl"), where={"client": "RateBook"}, limit=60), "train")
     data, spec = task.encode(rows, base), make_spec("slots", base, Lora(dropout=0.1), task.head)
-    start, chosen = initial(base, spec, 0).tensors, TrainSettings(steps=10, batch_size=4, lr=1e-2, save_every=2)
+    start, chosen = initial(base, spec, 0).tensors, TrainSettings(steps=6, batch_size=2, lr=1e-2, save_every=2)
 
     def run(folder):
         with attach(base, spec) as live:
@@ -81,7 +81,7 @@ def test_a_real_model_with_dropout_is_killed(tmp_path, shared_models, shared_dat
 
     began = time.perf_counter()
     _, whole = run(tmp_path / "undisturbed")
-    kills = rack(lambda: run(tmp_path / "state"), time.perf_counter() - began, 0)
+    kills = rack(lambda: run(tmp_path / "state"), time.perf_counter() - began, 0, 4)
     result, resumed = run(tmp_path / "state")
     assert kills >= 1
     assert result.resumed_from == chosen.steps

@@ -36,9 +36,9 @@ def fit(base, settings):
 
 
 def test_levers_end_where_the_plain_loop_ends(base):
-    plain = fit(base, TrainSettings(steps=4, batch_size=4, lr=1e-2))
+    plain = fit(base, TrainSettings(steps=2, batch_size=4, lr=1e-2))
     levers = {"checkpoint_activations": True, "chunked_loss": False, "packing": False, "batch_size": 2, "accumulate": 2}
-    torch.testing.assert_close(fit(base, TrainSettings(steps=4, lr=1e-2, **levers)), plain, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fit(base, TrainSettings(steps=2, lr=1e-2, **levers)), plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [Lora(targets=("all",)), pytest.param(METHODS["ia3"](), marks=pytest.mark.slow)], ids=["lora", "ia3"])
@@ -73,12 +73,12 @@ def test_real_rows_are_learnt(shared_models, shared_data, tmp_path):
         torch.manual_seed(0)
         T5ForConditionalGeneration(T5Config(**marks, d_model=64, num_layers=2, num_heads=4, d_ff=128, d_kv=16)).save_pretrained(tmp_path)
     base = load_base(BaseSpec(str(tmp_path), max_tokens=64), "cpu")
-    source = Source(path=str(shared_data / "snips_slots.jsonl"), where={"client": "RateBook"}, limit=80)
+    source = Source(path=str(shared_data / "snips_slots.jsonl"), where={"client": "RateBook"}, limit=60)
     data = {split: TASK.encode(read_rows(source, split), base) for split in ("train", "test")}
     spec = make_spec("tales", base, Lora(targets=("all",)), TASK.head)
     with attach(base, spec) as live:
         live.load(initial(base, spec, 0).tensors)
         before = TASK.scores(evaluate(live, TASK, data["test"]))["perplexity"]
-        train(live, TASK, data["train"], TrainSettings(steps=20, batch_size=8, lr=1e-2), TrainJob(spec.layout.roles, 0))
+        train(live, TASK, data["train"], TrainSettings(steps=12, batch_size=8, lr=1e-2), TrainJob(spec.layout.roles, 0))
         after = TASK.scores(evaluate(live, TASK, data["test"]))["perplexity"]
     assert after < before / 2
