@@ -19,6 +19,8 @@ from fedpeft_client.supervisor import Child, Running, Supervisor
 
 FATAL = frozenset({3, 4, 5})
 """Exit codes of the worker that no restart cures: configuration, data, base."""
+OWNER = 0o700
+"""Adapters of this site's rows alone lie in its state folder: nobody else on the machine reads them."""
 
 
 def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) -> int:
@@ -32,7 +34,7 @@ def join(path: Path, on_tick: Callable[[SiteConfig, list[Running], str], None]) 
         StorageError: the state folder is taken, or cannot be written.
     """
     site = load_site(path)
-    taken = held(site.state / "lock", "already runs a site on this state folder", "give this site its own `state`")
+    taken = held(site.state / "lock", "already runs a site on this state folder", "give this site its own `state`", OWNER)
     with taken, reach.Watch(partial(reach.trouble, site.coordinator, site.tls.root_certificates)) as watch:
         supervisor = Supervisor(children(path, site), site.state / "supervisor.json")
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -15,14 +15,14 @@ NAME = ".lock"
 
 
 @contextmanager
-def held(path: Path, does: str, instead: str) -> Iterator[None]:
-    """Hold the file ``path``, made where it is not there, until the block is left.
+def held(path: Path, does: str, instead: str, mode: int = 0o777) -> Iterator[None]:
+    """Hold the file ``path``, made where it is not there, until the block is left; a folder that is made for it gets ``mode``.
 
     Raises:
         StorageError: it cannot be written; or another process holds it: which one, that it ``does`` this there, and what to do ``instead``.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode, parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as fault:
         raise StorageError(f"{path}: cannot be written: {fault.strerror}; check the path and its permissions") from None

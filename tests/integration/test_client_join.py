@@ -114,6 +114,7 @@ def site(tmp_path: Path, link: tuple[Endpoint, int]) -> Iterator[Path]:
     with (tmp_path / "join.log").open("wb") as log:
         process = subprocess.Popen([FEDPEFT, "client", "join", str(tmp_path / "site.toml")], stdout=log, stderr=log)
     wait_for(lambda: process.poll() is not None or (tmp_path / "state" / "supervisor.json").exists())
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700, "others on this machine may look into the site's state"
     yield tmp_path
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

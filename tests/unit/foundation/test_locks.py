@@ -50,3 +50,14 @@ def test_all_but_the_lock_is_cleared_and_links_are_not_followed(tmp_path):
     clear(folder)
     assert [path.name for path in folder.iterdir()] == [NAME]
     assert (tmp_path / "kept" / "dear").exists()
+
+
+def test_a_folder_made_for_a_lock_is_as_closed_as_asked(tmp_path):
+    with held(tmp_path / "own" / NAME, "", "", 0o700), held(tmp_path / "own" / "deep" / NAME, "", ""):
+        assert [path.stat().st_mode & 0o777 for path in (tmp_path / "own", tmp_path / "own/deep")] == [0o700, 0o777 & ~_mask()]
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
