@@ -27,7 +27,7 @@ def failure(task: str, fault: Exception) -> Answer:
 def _reason(task: str, fault: Exception) -> str:
     name = type(fault).__name__
     if isinstance(fault, DataError):
-        return f"{name}: the rows of task {task!r} cannot be used; the site's worker.log says which row and why"
+        return f"{name}: the rows of task {task!r} cannot be used; its screen and worker.log say which row and why; mend it and join again"
     if isinstance(fault, FedpeftError):
         return f"{name}: {fault}"
     if isinstance(fault, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(fault):

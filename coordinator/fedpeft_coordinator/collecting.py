@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedpeft.errors import FedpeftError, PrivacyError, UpdateError
+from fedpeft.errors import DataError, FedpeftError, PrivacyError, UpdateError
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.update import Counters, Grid, Update, add_counters, snap_counters
 from fedpeft.wire import Envelope
@@ -21,6 +21,8 @@ from fedpeft_coordinator.transport import Answer, Failure
 MAX_COUNTERS, MAX_VALUES = 1024, 1 << 18
 """Names of counters, and values of one, that a site may send."""
 MAX_REASON = 300
+GAVE_UP = ("failed: ", "refused: ", "bad update: ")
+"""How reasons begin that are a site's own."""
 NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}
 
 Accept = Callable[[str, TaskResult, Envelope], None]
@@ -48,6 +50,11 @@ class Report:
     def drops(self) -> dict[str, str]:
         """Tasks that this site does not contribute to, and why."""
         return {task: why for task, why in self.outcomes.items() if why != "ok" and task not in self.missing}
+
+    @property
+    def unfit(self) -> list[str]:
+        """Tasks whose rows this site says that it cannot use."""
+        return [task for task, why in self.outcomes.items() if why.startswith(f"failed: {DataError.__name__}")]
 
 
 def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> Report:

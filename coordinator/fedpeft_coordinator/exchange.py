@@ -66,7 +66,7 @@ class Exchange:
         lacking: dict[str, tuple[str, ...]] = {}
         for answer in around.transport.exchange(requests, max(end - time.monotonic(), 0.0), self.limits.retries):
             report = collecting.read(answer, self.plan, asked[answer.site], self.accept)
-            around.roster.note(report)
+            around.roster.note(report, trained=self.kind == "train")
             for task, why in report.drops.items():
                 drops[task][report.site] = why
             if report.missing:

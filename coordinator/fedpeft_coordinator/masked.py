@@ -183,4 +183,4 @@ class Sums:
         try:
             yield
         except PrivacyError as fault:
-            self.given_up[group] = line(fault)
+            self.given_up[group] = line(str(fault).replace(f" {self.collectors[group].instance.name}", ""))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
 from fedpeft.errors import UpdateError
@@ -25,12 +25,16 @@ Load = Callable[[TaskSetup, str], Tensors]
 
 @dataclass(frozen=True)
 class Known:
-    """What a plan is made from: the rounds so far, the sites, and the store (``shelf`` where tasks share factors)."""
+    """What a plan is made from: the rounds so far, the sites, and the store (``shelf`` where tasks share factors).
+
+    ``left_out`` are sites by task that kept an earlier attempt of the round from coming out: they are asked only where too few others are.
+    """
 
     history: Sequence[Round]
     sites: Iterable[Site]
     load: Load
     shelf: sharing.Shelf | None = None
+    left_out: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def holders(task: str, sites: Iterable[Site]) -> list[Site]:
@@ -59,7 +63,7 @@ def plan_round(setup: Setup, number: int, attempt: int, known: Known) -> Round:
 def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound:
     begin, own = _begin(setup, task, known)
     phase, seed = setup.scheme.phase(own, task.layout), derive(setup.seed, number, task.name)
-    able = {site.name: site.train[task.name] for site in holders(task.name, known.sites)}
+    able = _able(setup, task.name, known)
     names = cohort(list(able), setup.limits, seed)
     early = begin.aligned and sharing.waits(setup.sharing, phase)
     if early or len(names) < setup.limits.min_sites:  # nothing trains, so nothing is taken over
@@ -81,6 +85,13 @@ def _plan(setup: Setup, task: TaskSetup, number: int, known: Known) -> TaskRound
         means=dict(past.means) if past else {},
     )
     return skipped(plan, "it was away while its group's factor moved, and comes back in the next round of its own") if early else plan
+
+
+def _able(setup: Setup, task: str, known: Known) -> dict[str, int]:
+    """Examples by site that may be asked for ``task``, without those left out where enough others are."""
+    able = {site.name: site.train[task] for site in holders(task, known.sites)}
+    others = {name: count for name, count in able.items() if name not in known.left_out.get(task, ())}
+    return others if len(others) >= setup.limits.min_sites else able
 
 
 def _cap(setup: Setup, examples: Sequence[int]) -> int:

@@ -10,11 +10,11 @@ from fedpeft import __version__
 from fedpeft.errors import CohortError
 from fedpeft.wire.pacing import pause
 from fedpeft.wire.v1.federation_pb2 import Capabilities
-from fedpeft_coordinator.collecting import Report, line
+from fedpeft_coordinator.collecting import GAVE_UP, Report, line
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.setup import Setup
-from fedpeft_coordinator.state import Site
+from fedpeft_coordinator.state import Round, Site
 from fedpeft_coordinator.transport import Transport
 
 POLL_SECONDS = 0.2
@@ -32,6 +32,7 @@ class Roster:
         self.connected: set[str] = set()
         self._changed: set[str] = set()
         self._chose: frozenset[str] = frozenset()
+        self._left_out: dict[int, dict[str, frozenset[str]]] = {}
 
     def refresh(self) -> dict[str, Site]:
         """Take in who is connected now."""
@@ -62,13 +63,24 @@ class Roster:
         """Sites that are connected and may be asked."""
         return [site for name, site in self.sites.items() if name in self.connected and site.usable]
 
-    def note(self, report: Report) -> None:
-        """Take in what an answer said about its site; `flush` brings it to the journal."""
+    def left_out(self, number: int) -> Mapping[str, frozenset[str]]:
+        """Sites by task that gave up in an earlier attempt of round ``number``."""
+        return self._left_out.get(number, {})
+
+    def leave_out(self, done: Round) -> None:
+        """Take in who gave up in ``done``, which is tried again: what hindered one site must not hinder all of them."""
+        before = self.left_out(done.number)
+        gave_up = {name: frozenset(site for site, why in row.drops.items() if why.startswith(GAVE_UP)) for name, row in done.tasks.items()}
+        self._left_out = {done.number: {name: sites | before.get(name, frozenset()) for name, sites in gave_up.items()}}
+
+    def note(self, report: Report, trained: bool = False) -> None:
+        """Take in what an answer, to whom was asked to train (``trained``) or not, said of its site; `flush` brings it to the journal."""
         site = self.sites.get(report.site)
         if site is None:
             return
         loads = site.base_loads if report.base_loads is None else report.base_loads
-        changed = replace(site, have={**site.have, **report.have}, base_loads=loads, vanished=report.vanished)
+        unfit = (*site.unfit, *sorted(set(report.unfit) - set(site.unfit))) if trained else site.unfit
+        changed = replace(site, have={**site.have, **report.have}, base_loads=loads, vanished=report.vanished, unfit=unfit)
         if report.vanished:
             self.connected.discard(site.name)
         self._keep([changed])
@@ -107,7 +119,7 @@ class Roster:
         said = replace(said, passes=(*known.passes, *(task for task in self._clusters(said) if task not in self._clusters(known))))
         if known.instance != said.instance or not said.instance:
             return said
-        return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads))
+        return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads), unfit=known.unfit)
 
     def _clusters(self, site: Site) -> tuple[str, ...]:
         return tuple(task for task in self._setup.tasks if task in self._setup.clusters and site.train.get(task, 0) > 0)

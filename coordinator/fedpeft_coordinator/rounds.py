@@ -99,7 +99,7 @@ class Coordinator:
     @property
     def _actions(self) -> dict[str, Callable[[Round], Round]]:
         return {
-            "planned": self._open,
+            "planned": lambda plan: plan.at("collecting"),
             "collecting": self._collect,
             "sealed": self._unseal,
             "combined": self._commit,
@@ -148,11 +148,9 @@ class Coordinator:
             raise
 
     def _planned(self, number: int, attempt: int, seen: Callable[[Site], Site] = lambda site: site) -> Round:
-        known = Known(self.history, map(seen, self.roster.refresh().values()), self._load, sharing.Shelf(self._load, self.store))
+        sites, shelf = map(seen, self.roster.refresh().values()), sharing.Shelf(self._load, self.store)
+        known = Known(self.history, sites, self._load, shelf, self.roster.left_out(number))
         return self._scaling.planned(planning.plan_round(self.setup, number, attempt, known))
-
-    def _open(self, plan: Round) -> Round:
-        return plan.at("collecting")
 
     # collecting ------------------------------------------------------------------------------------------------------------
 
@@ -198,12 +196,13 @@ class Coordinator:
         return Averaged(mean, mine.total.weight, dict(mine.total.counters))
 
     def _repeat(self, done: Round) -> Round:
-        """Plan the round again: no task moved. Raises `CohortError` when it was repeated often enough."""
+        """Plan the round again, without those who gave up: no task moved. Raises `CohortError` when it was repeated often enough."""
         if done.attempt >= self.setup.limits.retries:
             raise CohortError(
                 f"round {done.number}: no task got enough answers in {done.attempt + 1} attempts ({why(done)}); "
                 "look at the sites' logs, then run the same command again: it goes on from this round"
             )
+        self.roster.leave_out(done)
         return self._plan(done.number, done.attempt + 1)
 
     # sealed ----------------------------------------------------------------------------------------------------------------
@@ -234,8 +233,7 @@ class Coordinator:
 
     def _rate(self, done: Round) -> Round:
         """Score the round where that is due; everything that a version will say is in the journal before it is published."""
-        every = self.setup.evaluate_every
-        if not (self._due(done.number) or due(done.number, every) or (every and done.number == self.setup.rounds)):
+        if not (self._due(done.number) or self.setup.scores_after(done.number)):
             return done.at("scored")
         return self._rater.rate(done, self.history, cards=self._due(done.number))
 

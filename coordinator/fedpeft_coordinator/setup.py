@@ -127,6 +127,10 @@ class Setup:
     privacy: Client | Example | None = None
     encoder: str = ""
 
+    def scores_after(self, number: int) -> bool:
+        """Whether adapters are scored after round ``number``: every so many rounds, and after the last, where they are at all."""
+        return self.evaluate_every > 0 and (number % self.evaluate_every == 0 or number == self.rounds)
+
     @property
     def moments(self) -> bool:
         """Whether second moments of embeddings are asked for; never under privacy, since nothing pays for their release."""

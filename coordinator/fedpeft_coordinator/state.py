@@ -126,7 +126,8 @@ class Round:
 class Site:
     """What is known of a site: training and held-out examples and the adapter kept, per task; how it was last seen.
 
-    ``passes`` are clusters of its rows that it does not take.
+    ``passes`` are clusters of its rows that it does not take, ``unfit`` tasks whose rows it could not use: its worker must be started
+    again before it is asked to train them.
     """
 
     name: str
@@ -140,10 +141,11 @@ class Site:
     vanished: bool = False
     refused: str = ""
     passes: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     def trains(self, task: str) -> bool:
-        """Whether it has rows of ``task`` and takes it."""
-        return self.train.get(task, 0) > 0 and task not in self.passes
+        """Whether it has rows of ``task`` that it can use, and takes it."""
+        return self.train.get(task, 0) > 0 and task not in (*self.passes, *self.unfit)
 
     def scores(self, task: str) -> bool:
         """Whether it has held-out rows of ``task`` and takes it."""

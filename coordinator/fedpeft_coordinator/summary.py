@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedpeft.update import Counters
-from fedpeft_coordinator.state import Round
+from fedpeft_coordinator.state import Round, TaskRound
 
 DRIFT_LIMIT = 0.5
 """The largest rho = ||C|| / ||U|| that passes without a warning: C is what averaging the factors loses of the update U."""
@@ -13,7 +13,11 @@ DRIFT_LIMIT = 0.5
 
 def why(plan: Round) -> str:
     """Why tasks of ``plan`` did not move, in one line."""
-    return "; ".join(f"task {name}: {row.reason}" for name, row in plan.tasks.items() if row.outcome == "skipped")
+    return "; ".join(f"task {name}: {row.reason}{_dropped(row)}" for name, row in plan.tasks.items() if row.outcome == "skipped")
+
+
+def _dropped(row: TaskRound) -> str:
+    return "".join(f"; {site} dropped out: {reason}" for site, reason in row.drops.items())
 
 
 def summary(plan: Round) -> dict[str, Any]:

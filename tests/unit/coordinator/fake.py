@@ -64,6 +64,7 @@ class Site:
     pull: float = 0.25
     own: dict[tuple[str, int], Own] = field(default_factory=dict)
     lanes: dict[str, Lanes] = field(default_factory=dict)
+    instance: str = ""
 
     def __call__(self, envelope: Envelope) -> Envelope:
         if envelope.kind == "hello":
@@ -73,7 +74,9 @@ class Site:
                 for t, n in self.holds.items()
                 if t in tasks
             ]
-            return Envelope.of("reply", Capabilities(site=self.name, holdings=held, base_identity=self.identity, base_loads=1))
+            return Envelope.of(
+                "reply", Capabilities(site=self.name, holdings=held, base_identity=self.identity, base_loads=1, instance=self.instance)
+            )
         self.asked.append(envelope)
         plan, arrays = envelope.open(RoundPlan), {}
         reply = RoundReply(site=self.name, run=plan.run, round=plan.round, base_loads=1)

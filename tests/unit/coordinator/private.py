@@ -12,7 +12,7 @@ from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.settings import Distributed
 from fedpeft.tensors import Layout
 from fedpeft.wire import Envelope
-from fedpeft.wire.v1.federation_pb2 import Masking, RoundPlan, RoundReply, TaskPlan
+from fedpeft.wire.v1.federation_pb2 import Masking, RoundPlan, RoundReply, TaskPlan, TaskResult
 from fedpeft.wire.vector import Vector
 from fedpeft_client.answers import Answer
 from fedpeft_client.secure import Secure
@@ -49,6 +49,8 @@ class Hidden:
         plain = self.site(envelope)
         (result,) = plain.open(RoundReply).results
         assert secure.instance(asked, plan, envelope.kind) is not None
+        if result.status != TaskResult.STATUS_OK:
+            return Answer(result)
         answer, module = Answer(result, plain.arrays.get(plan.task, b"")), _module(self.site)
         if plan.masking.step == Masking.STEP_KEYS:
             return secure.keyed(asked, plan, answer)

@@ -273,3 +273,20 @@ def test_a_site_that_weighs_more_than_others_is_no_part_of_the_mean(fake: Module
         assert "weights" in row.reason
     else:
         assert (row.outcome, list(row.drops), row.weight) == ("updated", ["west"], 3.0)
+
+
+@pytest.mark.parametrize("reason", ["DataError: the rows cannot be used", "OutOfMemory: it does not fit"])
+def test_a_site_that_cannot_train_holds_up_no_sum_that_needs_all(fake: ModuleType, tmp_path: Path, reason: str) -> None:
+    def fail(result: TaskResult, _arrays: dict[str, bytes]) -> None:
+        result.status, result.reason = TaskResult.STATUS_FAILED, reason
+
+    made = hidden(fake, tmp_path, Distributed(8.0), rounds=2)
+    west, others = made.sites["west"].site, tuple(sorted(MANY.keys() - {"west"}))
+    west.instance, west.twist = "1", fail
+    rounds, asked = made.open().run(), [event["tasks"]["area"]["cohort"] for event in made.named("plan")]
+    assert [row.tasks["area"].cohort for row in rounds] == [others] * 2
+    again = [] if reason.startswith("DataError") else [list(MANY)]  # rows stay what they are; memory may be free in the next round
+    assert asked == [list(MANY), list(others), *again, list(others)]
+    west.instance, west.twist = "2", lambda _result, _arrays: None
+    made.setup = replace(made.setup, rounds=3, privacy=Distributed(16.0))
+    assert made.open().run()[-1].tasks["area"].cohort == tuple(MANY), "its worker was started again"
