@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: real models and data where they are, tiny encoder-decoders, one torch thread, a free port."""
+"""Fixtures that every test may use: real models and data where they are, tiny models, real digits, one torch thread, a free port."""
 
 from __future__ import annotations
 
@@ -84,6 +84,63 @@ def seq2seq_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return made[kind]
 
     return folder
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 16, "patch_size": 4}
+
+
+def write_vision(folder: Path, kind: str) -> None:
+    """A vision encoder of two blocks or stages, 32 wide at its end, for images of 16 x 16 (of stages: 32 x 32)."""
+    import torch
+    import transformers as library
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    stages = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    config = {
+        "ViT": lambda: library.ViTConfig(**SIZES),
+        "DeiT": lambda: library.DeiTConfig(**SIZES),
+        "Beit": lambda: library.BeitConfig(**SIZES, use_relative_position_bias=True),
+        "Dinov2": lambda: library.Dinov2Config(**SIZES),
+        "Swin": lambda: library.SwinConfig(**stages),
+        "ConvNext": lambda: library.ConvNextConfig(
+            image_size=32, hidden_sizes=[8, 32], depths=[1, 1], num_stages=2, layer_scale_init_value=1.0
+        ),
+        "ResNet": lambda: library.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    }[kind]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        getattr(library, f"{kind}ForImageClassification")(config).save_pretrained(folder)
+    side = getattr(config, "image_size", 32)
+    ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny vision encoder, by its class's first word; written once per session, never to be changed (copy it first)."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            write_vision(made[kind], kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder LABEL/NUMBER.png of real handwritten digits, 8 x 8 (Alpaydin and Kaynak 1998): the 1,797 that scikit-learn has."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found, root = load_digits(), tmp_path_factory.mktemp("digits")
+    for number in range(len(found.target)):
+        label = root / str(found.target[number])
+        label.mkdir(exist_ok=True)
+        Image.fromarray((found.images[number] * 15).astype(np.uint8)).save(label / f"{number:04}.png")
+    return root
 
 
 @pytest.fixture(scope="session", autouse=True)

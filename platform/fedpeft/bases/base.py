@@ -15,6 +15,8 @@ from fedpeft.errors import BaseError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedpeft.bases.images import Processor
+
 OWN = "base"
 """Stands for the model's name where a base embeds for itself."""
 
@@ -25,6 +27,7 @@ class Base:
 
     ``model`` is what was loaded (a language model, or an encoder's classification form, whose head is not used), ``trunk`` the part that
     all shells share, ``device`` ``cpu``, ``cuda`` or ``meta``. At most one adapter is attached at a time; ``holder`` names its task.
+    A vision encoder has a ``processor`` and no tokenizer; where it is asked with a text, that names or holds an image.
     """
 
     spec: BaseSpec
@@ -36,11 +39,13 @@ class Base:
     model: nn.Module = field(repr=False)
     trunk: nn.Module = field(repr=False)
     holder: str | None = None
+    processor: Processor | None = field(default=None, repr=False)
 
     def shell(self, head: HeadSpec) -> nn.Module:
         """A transformers model with ``head`` on the shared trunk; the head's values are fixed, an adapter overwrites them.
 
-        Classification gives the architecture's sequence-classification form with ``len(head.labels)`` labels, ``lm`` the language model.
+        Classification gives the architecture's form for it, of sequences or images, with ``len(head.labels)`` labels, ``lm`` the language
+        model.
 
         Raises:
             BaseError: this family has no such head, or an adapter is attached.
@@ -73,7 +78,7 @@ class Base:
         return self.trunk.get_encoder() if self.family == "seq2seq" else self.trunk  # type: ignore[operator]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Sentence embeddings (N, D): last hidden state of what reads, mean over the mask, L2-normalised; the bare base, without adapter.
+        """Embeddings (N, D): last hidden state of what reads, mean over the mask, L2-normalised; the bare base, without adapter.
 
         Raises:
             BaseError: an adapter is attached (embeddings must not depend on it), or this is a meta base.
@@ -102,7 +107,13 @@ class Base:
     @property
     def width(self) -> int:
         """Values of an embedding."""
-        return int(self.config.get_text_config().hidden_size)
+        return int(self.config.get_text_config().hidden_size) if self.processor is None else self.processor.width
+
+    def require_processor(self, what: str) -> Processor:
+        """What makes its images. Raises `BaseError` when it reads text."""
+        if self.processor is None:
+            raise BaseError(f"{what}: base {self.spec.model} reads text; use a vision base, such as a ViT")
+        return self.processor
 
     def require_free(self, what: str) -> None:
         """Raise `BaseError` when an adapter is attached."""

@@ -1,4 +1,4 @@
-"""Sentence embeddings of the bare base, for routing."""
+"""Embeddings of the bare base, of texts or images, for routing."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def embed(base: Base, texts: Sequence[str]) -> NDArray[np.float32]:
     """Mean of the last hidden state over each text's tokens, L2-normalised: (N, D) float32, in the order given."""
     if base.device == "meta":
         raise BaseError(f"embed: base {base.spec.model} was built without weights; use load_base")
+    if base.family == "vision":
+        from fedpeft.bases.vision import embed_images
+
+        with torch.no_grad(), evaluating(base.trunk):
+            return embed_images(base, texts)
     rows = [tokens(base, text) for text in texts]
     out = np.zeros((len(rows), base.width), np.float32)
     with torch.no_grad(), evaluating(base.trunk):

@@ -14,7 +14,8 @@ from fedpeft.bases.spec import BaseSpec, Fingerprint
 from fedpeft.errors import BaseError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR = "preprocessor_config.json"
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", PROCESSOR)
 # Where a copy of a model came from and who wrote it; the weights mean the same whatever these say.
 BOOKKEEPING = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "chat_template"})
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -24,7 +25,7 @@ def fingerprint(spec: BaseSpec) -> Fingerprint:
     """Hash the files of ``spec``; a file is hashed again only when its size or time of change differs.
 
     Raises:
-        BaseError: the folder has no config.json, no safetensors weights (pickled ones are refused) or no tokenizer.
+        BaseError: the folder has no config.json, no safetensors weights (pickled ones are refused), or no tokenizer and no image processor.
     """
     folder = resolve_model(spec.model, spec.revision)
     files = check_folder(folder, spec.model)
@@ -52,8 +53,11 @@ def check_folder(folder: Path, model: str) -> list[Path]:
             else "no *.safetensors file"
         )
         raise BaseError(f"base {model}: {folder} has {why}")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise BaseError(f"base {model}: {folder} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy it from the model's origin")
+    if not any((folder / name).is_file() for name in (*TOKENIZER_FILES, PROCESSOR)):
+        raise BaseError(
+            f"base {model}: {folder} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}), nor {PROCESSOR} for images; "
+            "copy it from the model's origin"
+        )
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Load a base once: config, tokenizer, weights (safetensors only, never remote code), frozen, in eval mode."""
+"""Load a base once: config, tokenizer or image processor, weights (safetensors only, never remote code), frozen, in eval mode."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,19 +26,21 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fedpeft.bases.base import Base
+from fedpeft.bases.faults import FAULTS, one_line
 from fedpeft.bases.fingerprint import fingerprint
 from fedpeft.bases.quantize import check_quantized, compute_dtype, keep_layout, settings
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.resolve import resolve_model
 from fedpeft.bases.roles import head_modules
-from fedpeft.bases.spec import HALF, BaseSpec, Family, Fingerprint
+from fedpeft.bases.spec import CLASSIFIERS, HALF, BaseSpec, Family, Fingerprint
+from fedpeft.bases.vision import read_processor, require_blocks, sees
 from fedpeft.errors import BaseError
 
-FAULTS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, MemoryError, SafetensorError)
 LOADERS: dict[Family, Any] = {
     "encoder": AutoModelForSequenceClassification,
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "vision": AutoModelForImageClassification,
 }
 UNSTEADY = ("prophetnet",)
 """Encoder-decoders whose answer at every position changes with how far their row is filled, so that no batch has the loss of its rows."""
@@ -71,6 +73,8 @@ def load(spec: BaseSpec, device: str = "auto", zero: Mapping[str, Any] | None = 
     check_quantized(spec, model)
     keep_layout(model)
     base.model, base.trunk, base.device = model.requires_grad_(False).eval(), _trunk(spec, model), place
+    if base.processor is not None:
+        base.processor.feed(base.trunk)
     return base
 
 
@@ -78,6 +82,9 @@ def blueprint(spec: BaseSpec, known: Fingerprint | None = None) -> Base:
     """The architecture of ``spec`` without weights, on the meta device. Raises `BaseError` as `load`."""
     base = outline(spec)
     base.fingerprint = known or fingerprint(spec)
+    if base.family == "vision":
+        base.processor = read_processor(base, resolve_model(spec.model, spec.revision))
+        return base
     base.tokenizer = _tokenizer(resolve_model(spec.model, spec.revision), base.config, spec)
     _check_length(base.tokenizer, base.config, spec)
     if base.family == "seq2seq":
@@ -96,6 +103,8 @@ def outline(spec: BaseSpec) -> Base:
         raise BaseError(
             f"base {spec.model}: {type(config).__name__} cannot be built: {one_line(fault)}; use another architecture"
         ) from None
+    if family == "vision":
+        require_blocks(spec, model)
     model.requires_grad_(False).eval()
     return Base(spec, Fingerprint("", "", "", spec.quantization), family, None, config, "meta", model, _trunk(spec, model))
 
@@ -131,12 +140,6 @@ def pick_device(spec: BaseSpec, device: str) -> str:
     return device
 
 
-def one_line(fault: BaseException) -> str:
-    """The first line of a library's message, at most 200 characters."""
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return (lines[0] if lines else type(fault).__name__)[:200]
-
-
 def _config(folder: Path, spec: BaseSpec) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -159,7 +162,11 @@ def _family(config: Any, spec: BaseSpec) -> Family:
         return "causal"
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return "encoder"
-    raise BaseError(f"base {spec.model}: {name} has neither a causal nor a classification form; use a text encoder or a causal model")
+    if sees(config):
+        return "vision"
+    raise BaseError(
+        f"base {spec.model}: {name} has neither a causal nor a classification form; use a text or vision encoder, or a causal model"
+    )
 
 
 def _seq2seq(config: Any, spec: BaseSpec) -> Family:
@@ -199,7 +206,7 @@ def _check_length(tokenizer: Any, config: Any, spec: BaseSpec) -> None:
 
 def _check_complete(base: Base, model: nn.Module, report: dict[str, Any]) -> None:
     """Only a head may be missing from the weights: a trunk filled with random numbers would differ from site to site."""
-    heads = tuple(f"{name}." for name in head_modules(model)) if base.family == "encoder" else ()
+    heads = tuple(f"{name}." for name in head_modules(model)) if base.family in CLASSIFIERS else ()
     lacking = sorted(key for key in report["missing_keys"] if not (heads and key.startswith(heads)))
     wrong = sorted(str(key) for key in report["mismatched_keys"])
     if lacking or wrong or report["error_msgs"]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from fedpeft.bases.base import Base
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.roles import head_modules
-from fedpeft.bases.spec import HeadSpec
+from fedpeft.bases.spec import CLASSIFIERS, HeadSpec
 from fedpeft.errors import BaseError
 
 # What peft asks a model in order to choose its quantized layers.
@@ -23,7 +23,7 @@ def shell(base: Base, head: HeadSpec) -> nn.Module:
     """The model for ``head`` on ``base.trunk``. Raises `BaseError` when the base's family has no such head."""
     if head.kind == "classification":
         return _classifier(base, len(head.labels))
-    if base.family == "encoder":
+    if base.family in CLASSIFIERS:
         raise BaseError(
             f"base {base.spec.model}: an encoder generates no text; use a causal model or an encoder-decoder, or classification"
         )
@@ -39,7 +39,8 @@ def _classifier(base: Base, labels: int) -> nn.Module:
     config.num_labels, config.problem_type = labels, "single_label_classification"
     try:
         with quiet_transformers(), torch.device("meta"):
-            model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            form = AutoModelForImageClassification if base.family == "vision" else AutoModelForSequenceClassification
+            model: Any = form.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError:
         raise BaseError(f"base {base.spec.model}: {type(config).__name__} has no classification form; use it for generation") from None
     _share(base, model)

@@ -14,7 +14,9 @@ QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4", "ao-int8")
 """Those whose linear layers hold codes and scales."""
 HALF: tuple[Quantization, ...] = ("bf16", "fp16")
 """Those that hold all weights in two bytes."""
-Family = Literal["encoder", "causal", "seq2seq"]
+Family = Literal["encoder", "causal", "seq2seq", "vision"]
+CLASSIFIERS: tuple[Family, ...] = ("encoder", "vision")
+"""Those that write no text, so that their tasks are classification."""
 LAST = "last_hidden_state"
 """What `Base.watch` calls the trunk's output, where modules are named whose inputs are wanted."""
 ROUNDING: dict[str, float] = {"int8": 0.1, "bf16": 0.05, "fp16": 0.02}
@@ -33,7 +35,8 @@ class BaseSpec:
 
     ``model`` is an alias (``minilm``), a folder or a hub id; ``quantization`` is ``none`` (fp32), ``bf16``, ``fp16`` (for
     cards of before 2020, which multiply bf16 no faster than fp32), ``int8`` and ``nf4`` (bitsandbytes) or ``ao-int8`` (torchao,
-    weights only); ``revision`` pins a hub id; longer texts are cut to ``max_tokens`` tokens.
+    weights only); ``revision`` pins a hub id; longer texts are cut to ``max_tokens`` tokens, of
+    which images know nothing.
     """
 
     model: str
@@ -73,7 +76,10 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 of what a base is made of; ``weights`` covers the architecture settings too, ``quantization`` is as in `BaseSpec`."""
+    """SHA-256 of what a base is made of; ``weights`` covers the architecture settings too, ``quantization`` is as in `BaseSpec`.
+
+    ``tokenizer`` is of what makes rows into inputs, an image processor's settings among it.
+    """
 
     weights: str
     tokenizer: str

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from fedpeft.bases.base import Base
 from fedpeft.bases.embed import evaluating, tokens
 from fedpeft.bases.spec import LAST
+from fedpeft.bases.vision import tokens_of
 from fedpeft.errors import AdapterError
 
 States = dict[str, NDArray[np.float32]]
 
 
 def watch(base: Base, text: str, modules: Collection[str]) -> States:
-    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``; of `LAST` what its reader says.
+    """The inputs (N, n) float32 of ``modules`` for the N tokens of ``text``, or of the image it is; of `LAST` what its reader says.
 
     An encoder-decoder's decoder has read its first token alone, as it has when a request comes: 1 row for its modules.
 
@@ -35,14 +36,22 @@ def watch(base: Base, text: str, modules: Collection[str]) -> States:
 
 def states(base: Base, text: str, modules: Collection[str]) -> States:
     """`watch` where the caller knows that what is attached acts on no row. Raises `AdapterError` when the base has no such module."""
-    ids = torch.tensor([tokens(base, text)], device=base.device)
-    paired = base.family == "seq2seq"
-    said = {"decoder_input_ids": torch.tensor([[base.before(ids[0].tolist())]], device=base.device)} if paired else {}
+    inputs = _inputs(base, text)
     with torch.no_grad(), evaluating(base.trunk), watching(base.model, set(modules) - {LAST}) as seen:
-        out = base.trunk(input_ids=ids, attention_mask=torch.ones_like(ids), **said)
+        out = base.trunk(**inputs)
         if LAST in modules:
-            seen[LAST] = out.encoder_last_hidden_state if paired else out[0]
+            seen[LAST] = out.encoder_last_hidden_state if "decoder_input_ids" in inputs else tokens_of(out[0])
     return {module: states.float().flatten(0, -2).cpu().numpy() for module, states in seen.items()}
+
+
+def _inputs(base: Base, text: str) -> dict[str, Tensor]:
+    if base.family == "vision":
+        return {"pixel_values": base.require_processor("watch").stack([text]).to(base.device)}
+    ids = torch.tensor([tokens(base, text)], device=base.device)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.family == "seq2seq":
+        found["decoder_input_ids"] = torch.tensor([[base.before(ids[0].tolist())]], device=base.device)
+    return found
 
 
 @contextmanager

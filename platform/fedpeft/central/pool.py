@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +76,16 @@ class Pool:
 
     def lengths_of(self, picks: Places) -> Places:
         """Tokens of each of ``picks``."""
-        return np.array([len(ids) for ids in self._chosen(picks).ids], np.int64)
+        if self.data[0].patches:
+            return np.full(len(picks), self.data[0].patches)
+        return self._chosen(picks).lengths
 
     def terms_of(self, picks: Places) -> Places:
         """Terms of the loss of each of ``picks``: labelled tokens, or 1."""
         if not self.generative:
             return np.ones(len(picks), np.int64)
         chosen = self._chosen(picks)
-        lengths = np.array([len(ids) for ids in chosen.ids], np.int64)
-        return np.maximum(lengths - np.maximum(chosen.starts, 1), 0)
+        return np.maximum(chosen.lengths - np.maximum(chosen.starts, 1), 0)
 
     def counts(self, picks: Places) -> Places:
         """(T,) terms of the loss of each task among ``picks``."""
@@ -99,8 +100,7 @@ class Pool:
         if self.generative:
             from fedpeft.tasks.likelihood import batch_of
 
-            lengths = torch.tensor([len(ids) for ids in chosen.ids])
-            owners = owners if chosen.paired else owners.repeat_interleave(lengths)[None]
+            owners = owners if chosen.paired else owners.repeat_interleave(torch.from_numpy(chosen.lengths))[None]
             return Part(batch_of(chosen, range(len(picks)), len(picks)), owners)
         return Part(_padded(chosen), owners)
 
@@ -114,14 +114,14 @@ class Pool:
             ids.append(data.ids[place])
             labels.append(label)
             starts.append(int(data.starts[place]))
-        first, places = self.data[0], np.arange(len(ids))
-        return Encoded(tuple(ids), np.array(labels, np.int64), np.array(starts, np.int64), places, first.pad, paired=first.paired)
+        first, kinds = self.data[0], (np.array(labels, np.int64), np.array(starts, np.int64))
+        return Encoded(tuple(ids), *kinds, np.arange(len(ids)), first.pad, paired=first.paired, patches=first.patches)
 
 
 def _padded(chosen: Encoded) -> Batch:
     import torch
 
-    from fedpeft.tasks.filled import padded
+    from fedpeft.tasks.filled import inputs_of
 
-    inputs: dict[str, Any] = padded([torch.from_numpy(ids).long() for ids in chosen.ids], chosen.pad)
-    return Batch(inputs, torch.from_numpy(chosen.labels), len(chosen), int(inputs["attention_mask"].sum()), chosen.pad)
+    inputs = inputs_of(chosen.ids, chosen.pad)
+    return Batch(inputs, torch.from_numpy(chosen.labels), len(chosen), int(chosen.lengths.sum()), chosen.pad)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.tasks.images import Images
 from fedpeft.tasks.protocol import Encoded
 
 WINDOW = 32
@@ -44,7 +45,7 @@ def subset(data: Encoded, places: Places, indexed: bool) -> Encoded:
     labels = data.labels[places]
     return replace(
         data,
-        ids=tuple(data.ids[place] for place in chosen.tolist()),
+        ids=data.ids.take(chosen.tolist()) if isinstance(data.ids, Images) else tuple(data.ids[place] for place in chosen.tolist()),
         labels=np.searchsorted(chosen, labels) if indexed else labels,
         starts=data.starts[chosen],
         owners=np.searchsorted(places, data.owners[chosen]),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpeft.bases.images import File
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
 
@@ -33,7 +34,7 @@ class Question:
 
 def text_label(row: Row, text: str, label: str, number: int) -> tuple[str, str]:
     """Text and label of row ``number`` (from 1). Raises `DataError` when a field is missing or the text is empty."""
-    return field(row, text, number), str(_value(row, label, number))
+    return field(row, text, number), str(value(row, label, number))
 
 
 def pairs(row: Row, number: int) -> list[Pair]:
@@ -60,12 +61,12 @@ def question(row: Row, number: int) -> Question:
     Raises:
         DataError: a field is missing, there are fewer than two choices, or the answer is none of them.
     """
-    choices = _value(row, "choices", number)
+    choices = value(row, "choices", number)
     names = choices.get("label", []) if isinstance(choices, Mapping) else []
     texts = choices.get("text", []) if isinstance(choices, Mapping) else choices
     if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
         raise DataError(f"row {number}: choices are {texts!r}; expected a list of two or more texts")
-    answer = row["answerKey"] if "answerKey" in row and "answer" not in row else _value(row, "answer", number)
+    answer = row["answerKey"] if "answerKey" in row and "answer" not in row else value(row, "answer", number)
     return Question(field(row, "prompt", number), tuple(map(str, texts)), _index(answer, list(map(str, texts)), list(names), number))
 
 
@@ -78,18 +79,21 @@ def request(row: Row) -> str:
 
 def field(row: Row, name: str, number: int) -> str:
     """A field as text. Raises `DataError` when it is missing or empty."""
-    value = str(_value(row, name, number))
-    if not value.strip():
+    found = str(value(row, name, number))
+    if not found.strip():
         raise DataError(f"row {number}: field {name!r} is empty; leave the row out or fill it")
-    return value
+    return found
 
 
-def excerpt(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return repr(text if len(text) <= 48 else text[:47] + "…")
+def excerpt(given: str | bytes) -> str:
+    """The beginning of a text, for messages; of an image its path, or how long it is."""
+    if isinstance(given, bytes):
+        return f"{len(given)} bytes"
+    return repr(given if len(given) <= 48 or isinstance(given, File) else given[:47] + "…")
 
 
-def _value(row: Row, name: str, number: int) -> Any:
+def value(row: Row, name: str, number: int) -> Any:
+    """A field as it is. Raises `DataError` when it is missing."""
     if row.get(name) is None:
         raise DataError(f"row {number}: no field {name!r}; fields seen are {sorted(row)}; {RENAME}")
     return row[name]

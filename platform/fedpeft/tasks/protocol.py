@@ -24,36 +24,43 @@ class Encoded:
     """N examples, tokenised once.
 
     Attributes:
-        ids: S token sequences; S is N, but for multiple choice, where every choice of an example is a sequence.
+        ids: S token sequences; S is N, but for multiple choice, where every choice of an example is a sequence. Or N images' pixels.
         labels: (N,) class index (classification) or index into ``ids`` of the sequence to learn.
         starts: (S,) position of the first token that carries loss; 0 for classification.
         owners: (S,) the example that each sequence belongs to.
         pad: token id that fills up shorter sequences.
         references: (N,) the expected text, where generated text is compared with it.
+        patches: tokens that a vision trunk makes of each image; 0: ``ids`` are tokens.
         paired: an encoder reads up to the last token before ``starts``, which is the decoder's first; False: one model reads all.
     """
 
-    ids: Sequence[Ids]
+    ids: Sequence[NDArray[Any]]
     labels: NDArray[np.int64]
     starts: NDArray[np.int64]
     owners: NDArray[np.int64]
     pad: int
     references: tuple[str, ...] = ()
     paired: bool = False
+    patches: int = 0
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence (S,); no image is read for it."""
+        return np.full(len(self.ids), self.patches) if self.patches else np.array([len(ids) for ids in self.ids], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What one forward needs, on the CPU; `Task.loss` moves it to the model's device.
 
-    Classification: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,). Causal language models: sequences one after the
-    other, ``input_ids`` and ``position_ids`` (1, N) with positions restarting at 0, and ``labels`` (1, N): the token to predict
-    at each position, already shifted, -100 where none is. Encoder-decoders: ``input_ids`` and ``attention_mask`` (B, T) of the
-    encoder, ``decoder_input_ids`` and ``labels`` (B, U), -100 where the row is over.
+    Classification: ``input_ids`` and ``attention_mask`` (B, T), or of images ``pixel_values`` (B, 3, H, W) in bytes; ``labels`` (B,).
+    Causal language models: sequences one after the other, ``input_ids`` and ``position_ids`` (1, N) with positions restarting at 0,
+    and ``labels`` (1, N): the token to predict at each position, already shifted, -100 where none is. Encoder-decoders:
+    ``input_ids`` and ``attention_mask`` (B, T) of the encoder, ``decoder_input_ids`` and ``labels`` (B, U), -100 where the row is over.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -101,7 +108,12 @@ class Task(Protocol):
         ...
 
     def encode(self, rows: Sequence[Row], base: Base) -> Encoded:
-        """Tokenise rows. Raises `DataError` naming row, value and what is allowed; `BaseError` for a base of the wrong family."""
+        """Tokenise rows, or read their images.
+
+        Raises:
+            DataError: a row is not what it must be; it is named, the value, and what is allowed.
+            BaseError: the base is of the wrong family.
+        """
         ...
 
     def batches(self, data: Encoded, size: int, seed: int, epoch: int) -> Iterator[Batch]:

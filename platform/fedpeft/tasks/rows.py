@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,14 @@ from pydantic import Field, model_validator
 from fedpeft.config import Section
 from fedpeft.errors import DataError
 from fedpeft.tasks.hub import hub_rows
+from fedpeft.tasks.images import placed, rows_of_folder
 from fedpeft.tasks.protocol import Row
 from fedpeft.tasks.split import ALIASES, lowest, row_key, split_of
 from fedpeft.tasks.spreadsheets import read_csv
 
 
 class Source(Section):
-    """Where rows come from: exactly one of ``path`` (a file, or a folder of files), ``hub`` and ``package``.
+    """Where rows come from: exactly one of ``path`` (a file, a folder of files, or a folder of images by label), ``hub`` and ``package``.
 
     ``columns`` renames (the file's name on the left, ours on the right); ``where`` keeps rows whose column has one of the
     values; ``limit`` keeps so many rows, chosen by hash and so spread over the file; ``config`` is the hub data set's configuration.
@@ -59,7 +61,7 @@ def read_rows(source: Source, split: str | None = None) -> list[Row]:
     Raises:
         DataError: a missing, unreadable or empty file, a wrong column, or no row left by ``where`` and ``split``.
     """
-    return list(_kept(_load(source), source, split, lambda make: list(make())))
+    return list(_placed(_kept(_load(source), source, split, lambda make: list(make())), source))
 
 
 def stream_rows(source: Source, split: str | None = None) -> Iterator[Row]:
@@ -72,7 +74,7 @@ def stream_rows(source: Source, split: str | None = None) -> Iterator[Row]:
     other = [path for path in files if READERS.get(path.suffix.lower()) is not _read_lines]
     if other:
         raise DataError(f"{other[0]}: cannot be streamed; give .jsonl files, one object a line, or read it at once (stream = false)")
-    yield from _kept(Again(lambda: (row for path in files for row in _guarded(path, _lines))), source, split, Again)
+    yield from _placed(_kept(Again(lambda: (row for path in files for row in _guarded(path, _lines))), source, split, Again), source)
 
 
 def files_of(source: Source) -> list[Path]:
@@ -82,10 +84,14 @@ def files_of(source: Source) -> list[Path]:
     path = Path(source.path).expanduser()
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.name[0] not in "._")
+    found = _inside(path)
     if not found:
         raise DataError(f"{path}: holds no file of rows; its names must end in one of {sorted(READERS)}")
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.name[0] not in "._")
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,31 @@ def _load(source: Source) -> list[Row]:
         from fedpeft.tasks.stdlib import stdlib_rows
 
         return stdlib_rows()
-    return hub_rows(source.hub, source.config) if source.hub else [row for path in files_of(source) for row in _read_file(path)]
+    if source.hub:
+        return hub_rows(source.hub, source.config)
+    folder = Path(str(source.path)).expanduser()
+    if folder.is_dir() and not _inside(folder):
+        return list(_guarded(folder, _images))
+    return [row for path in files_of(source) for row in _read_file(path)]
+
+
+def _images(folder: Path) -> Iterator[Row]:
+    """Rows of a folder of images. Raises `DataError` when it holds none."""
+    found = rows_of_folder(folder, ALIASES)
+    first = next(found, None)
+    if first is None:
+        raise DataError(
+            f"{folder}: holds no file of rows; its names must end in one of {sorted(READERS)}; nor images by label, as in LABEL/*.png"
+        )
+    yield from chain([first], found)
+
+
+def _placed(rows: Iterable[Row], source: Source) -> Iterable[Row]:
+    """Paths of images are as seen from the file that names them; what was hashed so far is what stands there."""
+    if source.path is None:
+        return rows
+    path = Path(source.path).expanduser()
+    return placed(rows, path if path.is_dir() else path.parent)
 
 
 def _read_file(path: Path) -> list[Row]:

@@ -39,7 +39,7 @@ def check(recorder: Recorder, live: Live, task: Task, data: Encoded) -> None:
     """
     if any(isinstance(module, _BatchNorm) and module.training for module in live.model.modules()):
         raise PrivacyError("example-level privacy: batch normalisation mixes the rows of a batch; set training.base_dropout = false")
-    sizes = np.bincount(data.owners, [len(ids) for ids in data.ids])
+    sizes = np.bincount(data.owners, data.lengths)
     chosen = np.argsort(sizes)[np.linspace(0, len(data) // 2, len(WEIGHTS)).astype(int)]
     batch = next(batches_of(task, data, np.unique(chosen), len(WEIGHTS)))
     start = live.flat.detach().clone()

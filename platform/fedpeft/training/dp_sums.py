@@ -119,9 +119,11 @@ def singles(batch: Batch) -> Iterator[Batch]:
     if is_paired(batch):
         yield from paired_singles(batch)
         return
+    mask = batch.inputs.get("attention_mask")
     for row in range(batch.examples):
-        tokens = int(batch.inputs["attention_mask"][row].sum())
-        yield Batch({name: value[row : row + 1, :tokens] for name, value in batch.inputs.items()}, batch.labels[row : row + 1], 1, tokens)
+        tokens = None if mask is None else int(mask[row].sum())
+        own = {name: value[row : row + 1, :tokens] for name, value in batch.inputs.items()}
+        yield Batch(own, batch.labels[row : row + 1], 1, tokens or batch.tokens // batch.examples)
 
 
 def _lengths(batch: Batch) -> tuple[int, ...]:

@@ -153,7 +153,9 @@ def test_a_wrong_base_is_one_clear_line(tiny_model: Tiny, tmp_path: Path, spoil:
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "says"), [("t5", "names no decoder_start_token_id"), ("vit", "neither"), ("bert-mlm", "pooler")])
+@pytest.mark.parametrize(
+    ("kind", "says"), [("t5", "names no decoder_start_token_id"), ("vit", "has no preprocessor_config"), ("bert-mlm", "pooler")]
+)
 def test_unsupported_architectures_are_refused(tiny_model: Tiny, kind: str, says: str) -> None:
     with pytest.raises(BaseError, match=says):
         load_base(spec(tiny_model(kind)), "cpu")
