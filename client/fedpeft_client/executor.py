@@ -13,7 +13,7 @@ from fedpeft.errors import FedpeftError, LinkError
 from fedpeft.processes import hold
 from fedpeft.wire.pacing import pause
 from fedpeft_client.config import load_site
-from fedpeft_client.status import Pulse
+from fedpeft_client.status import MESSAGE, Pulse
 from fedpeft_client.worker import Worker
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def serve(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> None:
     while not worker.broken:
         try:
             done = _one(worker, address, secret, pulse)
-            pulse.idle(answered=int(done), base_loads=worker.base_loads)
+            pulse.idle(int(done), worker.base_loads, worker.faults)
             quiet, silent = time.monotonic() if done else quiet, False
             time.sleep(0.0 if done else pause(time.monotonic() - quiet, POLL_SECONDS))
         except LinkError as fault:
@@ -49,7 +49,7 @@ def _one(worker: Worker, address: str, secret: bytes, pulse: Pulse) -> bool:
     token = _compat.acquire_clientapp(address, secret)
     if token is None:
         return False
-    pulse.progress("a message", 0)
+    pulse.progress(MESSAGE, 0)
     done = _compat.run_task(address, token, lambda records, info: _handle(worker, records, info))
     log.info("answered %s of run %d%s", done.info.message_type, done.info.run_id, f" with {done.fault!r}" if done.fault else "")
     return True

@@ -14,11 +14,13 @@ from fedpeft_client.rounds import WrongBase
 log = logging.getLogger("fedpeft.worker")
 
 
-def failure(task: str, fault: Exception) -> Answer:
-    """The named failure for ``fault``; details that could quote a row stay in the site's log."""
+def failure(task: str, fault: Exception, here: dict[str, str] | None = None) -> Answer:
+    """The named failure for ``fault``; details that could quote a row stay in the site's log, and ``here``, by task."""
     log.error("task %s: %s: %s", task, type(fault).__name__, fault, exc_info=None if isinstance(fault, FedpeftError) else fault)
     if isinstance(fault, MissingVersion):
         return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
+    if here is not None:
+        here[task] = str(fault) if isinstance(fault, FedpeftError) else _reason(task, fault)
     if isinstance(fault, PolicyError | PrivacyError | WrongBase):
         return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
     return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))

@@ -79,15 +79,23 @@ def environment(site: SiteConfig) -> dict[str, str]:
 
 
 def line(site: SiteConfig, running: list[Running], trouble: str = "", steps: bool = True) -> str:
-    """The site's state in one line, for people; ``trouble`` is why the coordinator is not reached, ``steps`` counts steps too."""
+    """The site's state in one line, for people; ``trouble`` is why the coordinator is not reached.
+
+    With ``steps`` it changes with every step and answer; without, as for a log, with what the site does and what hinders it.
+    """
     sign = status.read(site.state / "worker.json")
     parts = [f"{one.child.name} {_state(one)}" for one in running]
     if sign is not None:
-        doing = f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}" if sign.busy else "waiting for the coordinator"
-        parts.append(f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}")
+        parts += [_doing(sign, steps), *(f"NOT ANSWERED: task {task}: {why}" for task, why in sorted(sign.faults.items()))]
     if trouble:
         parts.append(f"NOT REACHED: {trouble}")
     return f"{site.name} -> {site.coordinator}: " + "; ".join(parts)
+
+
+def _doing(sign: status.Sign, steps: bool) -> str:
+    idle = not sign.busy or (not steps and sign.busy == status.MESSAGE)
+    doing = "waiting for the coordinator" if idle else f"{sign.busy}{f', step {sign.step}' if sign.step and steps else ''}"
+    return f"{doing}; answered {sign.answered}, base loaded {sign.base_loads} time{'s' * (sign.base_loads != 1)}" if steps else doing
 
 
 def _state(one: Running) -> str:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 EVERY_SECONDS = 0.5
+MESSAGE = "a message"
+"""What a worker is busy with before it knows what for."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """``busy`` is what the worker does (empty: it waits), ``beat`` the monotonic time (machine-wide) of its last progress."""
+    """``busy`` is what the worker does (empty: it waits), ``beat`` the monotonic time (machine-wide) of its last progress.
+
+    ``faults`` are why tasks were not answered when last asked for, by task.
+    """
 
     pid: int
     busy: str = ""
@@ -23,6 +29,7 @@ class Sign:
     beat: float = 0.0
     base_loads: int = 0
     answered: int = 0
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pulse:
@@ -40,9 +47,10 @@ class Pulse:
         if changed or time.monotonic() - self._written >= EVERY_SECONDS:
             self.write()
 
-    def idle(self, answered: int = 0, base_loads: int = 0) -> None:
+    def idle(self, answered: int = 0, base_loads: int = 0, faults: Mapping[str, str] | None = None) -> None:
         """The worker waits for work."""
-        self._set(busy="", step=0, answered=self.sign.answered + answered, base_loads=base_loads or self.sign.base_loads)
+        counts = {"answered": self.sign.answered + answered, "base_loads": base_loads or self.sign.base_loads}
+        self._set(busy="", step=0, faults=dict(faults or {}), **counts)
         self.write()
 
     def write(self) -> None:

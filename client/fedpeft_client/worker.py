@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import uuid
 from collections.abc import Callable
@@ -41,7 +40,6 @@ KEPT_PER_TASK = 8
 """How many adapters, answers and half-done rounds stay on disk for each task: the youngest of each kind."""
 ASKED = ("train", "evaluate", "secure", "choose")
 SPLITS: dict[str, tuple[Split, ...]] = {"train": ("train",), "evaluate": ("train", "test")}
-log = logging.getLogger("fedpeft.worker")
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,15 @@ class Worker:
     """One site. `handle` is called with one message at a time and never raises for the fault of a single task.
 
     ``progress`` hears (what, step) while work goes on; the supervisor's watchdog lives on it. ``broken`` is set once the
-    device has failed in a way that only a new process cures. ``load`` brings the base where several sites of one process share it.
+    device has failed in a way that only a new process cures. ``load`` brings the base where several sites of one process share it;
+    ``faults`` are why tasks were not answered when last asked for, in words for this site alone.
     """
 
     site: SiteConfig
     progress: Callable[[str, int], None] = lambda _what, _step: None
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
     load: Callable[[BaseSpec, str], Base] = bases.load_base
+    faults: dict[str, str] = field(default_factory=dict)
     _scores: dict[tuple[str, str, int], Counters] = field(default_factory=dict)
     _encoders: dict[str, Encoder] = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ class Worker:
         try:
             train, test = self.shelf.count(task, "train"), self.shelf.count(task, "test")
         except DataError as fault:
-            log.error("task %s is left out: %s", task, fault)
+            failure(task, fault, self.faults)  # it is left out
             return None
         digest = self.held.get(task)
         return Holding(task=task, train_examples=train, test_examples=test, adapter_digest=digest if digest in self.adapters else "")
@@ -175,8 +175,9 @@ class Worker:
         try:
             done = self._answer(envelope, asked, task)
             self._record(envelope.kind, asked, task, done)
+            self.faults.pop(task.task, None)
         except Exception as fault:  # noqa: BLE001 - the edge between tasks: one task's fault must not take the others down
-            done = Done(failure(task.task, fault))
+            done = Done(failure(task.task, fault, self.faults))
             self.broken = self.broken or type(fault).__name__ == "AcceleratorError"
             with suppress(FedpeftError):
                 self._record(envelope.kind, asked, task, done)

@@ -43,7 +43,7 @@ class Watched:
 def status(config: FederationConfig | Watched) -> dict[str, Any]:
     """Everything as JSON-ready values. Raises `StorageError` when nothing ran yet."""
     config = config if isinstance(config, Watched) else Watched.of(config)
-    if config.database is None and not (config.state / "journal.sqlite").exists():
+    if not begun(config):
         raise StorageError(f"{config.state}: nothing ran here yet; start with `fedpeft coordinator up`")
     journal = Journal(config.database_url)
     rounds, sites = journal.rounds(), journal.sites()
@@ -61,6 +61,11 @@ def status(config: FederationConfig | Watched) -> dict[str, Any]:
         "sites": {name: _site(site, rounds, events) for name, site in sites.items()},
         "registry": str(config.registry_folder),
     }
+
+
+def begun(config: FederationConfig | Watched) -> bool:
+    """Whether anything may have run: a database of its own is asked, a file is looked for."""
+    return config.database is not None or (config.state / "journal.sqlite").exists()
 
 
 def _epsilon(config: Watched, task: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:

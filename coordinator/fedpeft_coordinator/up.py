@@ -50,13 +50,20 @@ def up(config: FederationConfig, console: Console) -> None:
 
 
 def greeting(config: FederationConfig) -> str:
-    """Where the federation listens, to whom, and what it waits for."""
+    """Where the federation listens, to whom, and what it waits for or goes on with."""
     link = config.link
     known = ", ".join(path.stem for path in key_files(link.node_keys)) if link.node_auth else ""
     who = f"registered sites: {known}" if link.node_auth else "any site"
     guard = f"TLS, {who}" if link.tls else f"no TLS, {who}"
-    needed = config.cohort.expected
-    return f"{config.name} listens at {link.host}:{link.port} ({guard}); {needed} site{'s' * (needed > 1)} must join before the first round"
+    return f"{config.name} listens at {link.host}:{link.port} ({guard}); {_beginning(config)}"
+
+
+def _beginning(config: FederationConfig) -> str:
+    last, needed = Journal(config.database_url).last() if status.begun(config) else None, config.cohort.expected
+    if last is None:
+        return f"{needed} site{'s' * (needed > 1)} must join before the first round"
+    number = last.number + (last.step == "published")
+    return f"it goes on with round {number} of {config.rounds}" if number <= config.rounds else f"all {config.rounds} rounds are done"
 
 
 def run(config: FederationConfig, connect: Connect, events: Events) -> None:
@@ -97,7 +104,11 @@ def hello(setup: Setup) -> Hello:
 
 def summary(found: dict[str, Any], console: Console) -> None:
     """Print how the federation stands."""
-    console.print(f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}", highlight=False)
+    done = found["step"] == "published" and found["round"] >= found["rounds"]
+    idle = "" if done or found["running"] else "; no coordinator runs on it now: `fedpeft coordinator up` goes on"
+    console.print(
+        f"{found['federation']}: round {found['round']} of {found['rounds']}, {found['step']}{idle}", highlight=False, soft_wrap=True
+    )
     console.print(f"sums over sites: {'masked' if found['masked'] else 'in the clear'}", highlight=False)
     tasks = Table(Column("task", no_wrap=True), "rounds moved", "loss", "drift", "scores", "version")
     for name, task in found["tasks"].items():

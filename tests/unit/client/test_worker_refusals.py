@@ -16,8 +16,9 @@ from fedpeft.privacy.promise import Whole, dumps
 from fedpeft.tensors import Layout, Tensors
 from fedpeft.wire import Envelope
 from fedpeft.wire.v1.federation_pb2 import TaskResult
-from fedpeft_client import rounds
+from fedpeft_client import join, rounds
 from fedpeft_client.config import SiteConfig
+from fedpeft_client.status import MESSAGE, Pulse
 from fedpeft_client.worker import Worker
 
 OK, REFUSED, FAILED = TaskResult.STATUS_OK, TaskResult.STATUS_REFUSED, TaskResult.STATUS_FAILED
@@ -147,10 +148,27 @@ def test_training_that_diverges_is_a_named_failure(site: SiteConfig, make_worker
 
 def test_a_bad_row_is_a_named_failure_that_quotes_nothing(site: SiteConfig, make_worker: MakeWorker, plans, tmp_path: Path) -> None:
     (tmp_path / "kinds.jsonl").write_text(json.dumps({"text": "top secret words", "label": "secretlabel", "split": "train"}))
-    result = plans.results(make_worker(site).handle(plans.message(plans.of())))["kinds"]
+    worker = make_worker(site)
+    result = plans.results(worker.handle(plans.message(plans.of())))["kinds"]
     assert result.status == FAILED
     assert result.reason.startswith("DataError")
     assert "secret" not in result.reason
+    assert "secretlabel" in worker.faults["kinds"], "whoever runs the site is told which row"
+
+
+def test_what_hinders_a_site_is_on_its_screen_until_it_is_over(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
+    worker, pulse = make_worker(policy(site, max_steps=1)), Pulse(site.state / "worker.json")
+    worker.handle(plans.message(plans.of(), plans.of("more", settings={"steps": 1})))
+    pulse.progress(MESSAGE, 0)
+    assert join.line(site, [], steps=False).endswith(": waiting for the coordinator"), "a message alone is no news for a log"
+    pulse.idle(1, 1, worker.faults)
+    said = join.line(site, [], "nobody listens")
+    assert "waiting for the coordinator; answered 1, base loaded 1 time; NOT ANSWERED: task kinds: policy of site-a refuses" in said
+    assert said.endswith("; NOT REACHED: nobody listens")
+    assert said.count("NOT ANSWERED") == 1
+    worker.site = site
+    worker.handle(plans.message(plans.of()))
+    assert worker.faults == {}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.status import status
 from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.supervise import check_port, key_files
-from fedpeft_coordinator.up import summary
+from fedpeft_coordinator.up import greeting, summary
 
 
 def test_two_coordinators_cannot_share_a_state(tmp_path: Path) -> None:
@@ -49,13 +49,17 @@ def test_status_of_a_run(fake: ModuleType, tmp_path: Path) -> None:
     federation_config = config.parse({"name": "fake", "state": str(tmp_path), "tasks": tasks}, FederationConfig, "f.toml")
     with pytest.raises(StorageError, match="nothing ran here yet"):
         status(federation_config)
+    assert greeting(federation_config).endswith("(no TLS, any site); 1 site must join before the first round")
     federation = fake.Federation(tmp_path, fake.setup(), fake.sites())
     federation.sites["south"].twist = lambda result, _arrays: setattr(result, "weight", 9.0) if result.weight else None
     coordinator = federation.open()
+    coordinator.step()
+    assert greeting(federation_config).endswith("it goes on with round 1 of 10")
     coordinator.events.path = tmp_path / "events.jsonl"
     coordinator.run()
     found = status(federation_config)
     assert (found["round"], found["step"], found["running"]) == (4, "published", None)
+    assert greeting(federation_config).endswith("it goes on with round 5 of 10")
     assert found["tasks"]["area"]["updated"] == 4
     assert found["tasks"]["area"]["scores"]["accuracy"] > 0
     assert found["tasks"]["thing"]["version"] is None
@@ -71,6 +75,7 @@ def test_status_of_a_run(fake: ModuleType, tmp_path: Path) -> None:
     assert "last drop-out of south: " in out.getvalue()
     assert "weight 9.0" in out.getvalue()
     assert "untouched" not in out.getvalue()
+    assert "fake: round 4 of 10, published; no coordinator runs on it now: `fedpeft coordinator up` goes on" in out.getvalue()
 
 
 def test_plain_lines_when_nobody_watches(fake: ModuleType, tmp_path: Path) -> None:
