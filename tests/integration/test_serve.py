@@ -274,6 +274,53 @@ def test_seeds_stops_and_log_probabilities(api):
     assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] <= 0 for token in told)
 
 
+def test_the_official_client_is_understood_and_understands(api, base, alone):
+    openai = pytest.importorskip("openai", reason="the openai package, of the extra dev, is the client that most callers have")
+    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="any", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} == {"base", "auto", "task:cats", "task:ships", "task:mood"}
+        assert client.models.retrieve("task:cats").fedpeft["version"] == "cats@1"
+
+        def chat(**body):
+            return client.chat.completions.create(**{"model": "task:cats", "messages": [PROMPT], "temperature": 0, "max_tokens": 12} | body)
+
+        whole = chat()
+        assert whole.choices[0].message.content.strip() == alone["cats"]
+        assert chat(messages=[PROMPT, whole.choices[0].message, PROMPT]).choices[0].message.role == "assistant"
+        chunks = list(chat(stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+        assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1])
+        assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+        several = chat(n=2, seed=5, temperature=1, max_tokens=None, max_completion_tokens=4, logprobs=True, top_logprobs=2)
+        assert [len(choice.logprobs.content[0].top_logprobs) for choice in several.choices] == [2, 2]
+        assert several.choices == chat(n=2, seed=5, temperature=1, max_tokens=4, logprobs=True, top_logprobs=2).choices
+        mixed = chat(extra_body={"fedpeft": {"mixture": {"cats": 1.0}}})
+        assert (mixed.choices, mixed.fedpeft["mixture"]) == (whole.choices, {"cats@1": 1.0})
+        mood = chat(model="task:mood", n=2)
+        assert [choice.message.content for choice in mood.choices] == [max(mood.fedpeft["scores"], key=mood.fedpeft["scores"].get)] * 2
+        done = client.completions.create(model="base", prompt=["Once", "The"], temperature=0, max_tokens=4, logprobs=1)
+        assert [len(choice.logprobs.tokens) for choice in done.choices] == [4, 4]
+        vectors = client.embeddings.create(model="base", input=TEXTS["cats"])  # asks for base64 of itself
+        assert np.allclose([row.embedding for row in vectors.data], base.embed(TEXTS["cats"]), atol=1e-5)
+        for body, fault, param in [
+            ({"model": "gpt-4"}, openai.NotFoundError, "model"),
+            ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+            ({"messages": [{"role": "user", "content": "a " * 400}]}, openai.BadRequestError, "messages"),
+            ({"model": "task:mood", "temperature": 0.7}, openai.BadRequestError, "temperature"),
+            ({"model": "task:mood", "logprobs": True}, openai.BadRequestError, "logprobs"),
+        ]:
+            with pytest.raises(fault) as told:
+                chat(**body)
+            assert (told.value.param, told.value.type) == (param, "invalid_request_error")
+        with pytest.raises(openai.BadRequestError, match="split it"):
+            client.embeddings.create(model="base", input="a " * 400)
+        with pytest.raises(openai.BadRequestError, match="200 for each of 32 choices; this server generates at most 4096 a request"):
+            client.completions.create(model="base", prompt=["Once", "The"], n=16, max_tokens=200)
+        cancelled = api.backend.counts.cancelled
+        with chat(stream=True, max_tokens=200, logit_bias={"2": -100}) as left:
+            next(iter(left))
+        wait(lambda: api.backend.counts.cancelled == cancelled + 1)
+
+
 WRONG = [
     ({"model": "task:none"}, 404, "model_not_found"),
     ({"model": "gpt-4"}, 404, "model_not_found"),

@@ -14,16 +14,16 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from fedpeft.errors import FedpeftError
 from fedpeft.serving.backend import Backend
 from fedpeft_client.serve.bodies import read, until_gone
 from fedpeft_client.serve.errors import ApiError, invalid
 from fedpeft_client.serve.flow import Flow
 from fedpeft_client.serve.generating import Job, gathered, streamed
+from fedpeft_client.serve.labels import check_label, labelled, scores_of
 from fedpeft_client.serve.metrics import Metrics
-from fedpeft_client.serve.prompts import chat_prompt, fitted, of_input
-from fedpeft_client.serve.render import Gathered, Renderer, replayed, usage_of
-from fedpeft_client.serve.schema import Chat, Common, Completion, Embeddings, parse
+from fedpeft_client.serve.prompts import chat_prompt, fitted, of_input, of_prompt
+from fedpeft_client.serve.render import Renderer, replayed, usage_of
+from fedpeft_client.serve.schema import Chat, Completion, Embeddings, parse
 from fedpeft_client.serve.settings import Serve
 from fedpeft_client.serve.streams import EventStream
 from fedpeft_client.serve.targets import AUTO, BASE, TASK, Held, Target, choose, hold
@@ -44,7 +44,7 @@ class Endpoints:
         began, body = time.monotonic(), parse(await read(http, self.settings), Chat)
         target = await choose(self.backend, body.model, body.fedpeft, body.asked)
         if target.kind != "generation":
-            return await self._label(http, body, target, [body.asked], chat=True)
+            return await self._label(http, body, target, [body.asked])
         ids = await self._reading(chat_prompt, self.backend, target, body)
         return await self._generate(http, Job(body, target, [ids], body.budget, body.tops, True, began))
 
@@ -54,11 +54,11 @@ class Endpoints:
         self._few(len(body.prompts) * body.copies, "prompt")
         if body.model == AUTO and body.fedpeft is None and len(body.prompts) > 1:
             raise invalid("auto routes one prompt a request; send several requests, or name a task", "prompt", "invalid_value")
-        first = await self._reading(of_input, self.backend, body.prompts[0])
+        first = await self._reading(of_prompt, self.backend, body.prompts[0])
         target = await choose(self.backend, body.model, body.fedpeft, first.text)
-        prompts = [await self._reading(of_input, self.backend, prompt) for prompt in body.prompts]
+        prompts = [await self._reading(of_prompt, self.backend, prompt) for prompt in body.prompts]
         if target.kind != "generation":
-            return await self._label(http, body, target, [prompt.text for prompt in prompts], chat=False)
+            return await self._label(http, body, target, [prompt.text for prompt in prompts])
         return await self._generate(
             http, Job(body, target, [prompt.ids for prompt in prompts], body.max_tokens, body.logprobs, False, began)
         )
@@ -70,12 +70,12 @@ class Endpoints:
             raise invalid("embeddings of different adapters cannot be compared; name base or one task", "model", "invalid_value")
         self._few(len(body.inputs), "input")
         target = await choose(self.backend, body.model, body.fedpeft, "")
-        texts = [await self._reading(of_input, self.backend, one, True) for one in body.inputs]
+        texts = [await self._reading(of_input, self.backend, one) for one in body.inputs]
         with hold(self.backend, target) as held:
-            asks = [self.backend.embed(text.ids, self.backend.catalog.share(held.mixture)) for text in texts]
+            asks = [self.backend.embed(ids, self.backend.catalog.share(held.mixture)) for ids in texts]
         vectors = await self._all(http, asks)
         rows = [{"object": "embedding", "index": n, "embedding": _coded(vector, body.encoding_format)} for n, vector in enumerate(vectors)]
-        used = sum(len(text.ids) for text in texts)
+        used = sum(map(len, texts))
         table = {"object": "list", "model": body.model, "data": rows, "usage": {"prompt_tokens": used, "total_tokens": used}}
         return JSONResponse(table | {"fedpeft": held.said()}, headers=held.header)
 
@@ -116,7 +116,7 @@ class Endpoints:
         wanted = fitted(job, self.backend, self.settings.max_tokens)
         with hold(self.backend, job.target) as held:
             flow = Flow(self.backend, wanted, held.mixture)
-        render = Renderer(job.chat, job.body.model, held.said(), self.backend.text, job.tops is not None)
+        render = Renderer(job.chat, job.body.model, held.said(), self.backend.text, job.tops is not None, job.body.wants_usage)
         if job.body.stream:
             return EventStream(streamed(flow, render, job, self.metrics), flow.close, held.header)
         try:
@@ -125,19 +125,16 @@ class Endpoints:
             flow.close()
         return JSONResponse(render.whole(choices, usage_of(choices, job.read)), headers=held.header)
 
-    async def _label(self, http: HttpRequest, body: Common, target: Target, texts: Sequence[str], chat: bool) -> Response:
+    async def _label(self, http: HttpRequest, body: Chat | Completion, target: Target, texts: Sequence[str]) -> Response:
         """Tasks that answer by a label or a choice: it is the completion, and the scores are beside it."""
+        check_label(body, target)
         rows = [await self._reading(self.backend.ids, text) for text in texts]
         with hold(self.backend, target) as held:
             asks = [self._asked(held, text, ids) for text, ids in zip(texts, rows, strict=True)]
         found = await self._all(http, asks)
-        for one in found:
-            if isinstance(one, FedpeftError):
-                raise invalid(str(one))
-        scores = [one for one in found if isinstance(one, dict)]
-        choices = [Gathered(max(one, key=one.__getitem__) if isinstance(one, dict) else one, reason="stop", made=1) for one in found]
-        said = held.said(**({"scores": scores[0] if len(scores) == 1 else scores} if scores else {}))
-        render, usage = Renderer(chat, body.model, said, self.backend.text), usage_of(choices, sum(map(len, rows)))
+        said, choices = held.said(**scores_of(found)), labelled(body, found)
+        render = Renderer(isinstance(body, Chat), body.model, said, self.backend.text, counted=body.wants_usage)
+        usage = usage_of(choices, sum(map(len, rows)))
         if not body.stream:
             return JSONResponse(render.whole(choices, usage), headers=held.header)
         return EventStream(replayed(render, choices, usage, body.wants_usage), lambda: None, held.header)

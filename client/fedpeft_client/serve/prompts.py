@@ -34,21 +34,30 @@ def chat_prompt(backend: Backend, target: Target, body: Chat) -> list[int]:
         raise invalid(f"the base's chat template takes no such messages: {str(fault)[:200]}", "messages") from None
 
 
-def of_input(backend: Backend, given: str | list[int], cut: bool = False) -> Read:
-    """A text or its tokens. Raises `ApiError` when a token is none of the base's."""
+def of_prompt(backend: Backend, given: str | list[int]) -> Read:
+    """A text or its tokens, to be continued. Raises `ApiError` when a token is none of the base's."""
     if isinstance(given, str):
-        return Read(given, backend.ids(given, cut))
-    _known(given, backend.vocabulary, "input" if cut else "prompt")
-    return Read(backend.text(given), given[: backend.context] if cut else given)
+        return Read(given, backend.begun(given))
+    _known(given, backend.vocabulary, "prompt")
+    return Read(backend.text(given), given)
+
+
+def of_input(backend: Backend, given: str | list[int]) -> list[int]:
+    """A text or its tokens, to be embedded. Raises `ApiError` when a token is none of the base's, or they are too many."""
+    ids = backend.ids(given, cut=False) if isinstance(given, str) else given
+    _known(ids, backend.vocabulary, "input")
+    if len(ids) > backend.context:
+        raise invalid(f"the base takes {backend.context} tokens, a text has {len(ids)}; split it", "input", "context_length_exceeded")
+    return ids
 
 
 def fitted(job: Job, backend: Backend, limit: int) -> list[Wanted]:
     """Every choice with what it may generate. Raises `ApiError` when prompt and answer do not fit the context, or the answer the limit."""
-    found = []
+    found, choices = [], len(job.prompts) * job.body.copies
     _known(job.body.logit_bias or {}, backend.vocabulary)
     for ids in job.prompts:
         room = backend.room(len(ids))
-        asked = min(room, limit) if job.budget is None else job.budget
+        asked = min(room, max(limit // choices, 1)) if job.budget is None else job.budget
         if room < 1 or asked > room:
             raise invalid(
                 f"the base takes {backend.context} tokens{' on each side' if backend.apart else ''}; the prompt has {len(ids)} "
@@ -56,8 +65,12 @@ def fitted(job: Job, backend: Backend, limit: int) -> list[Wanted]:
                 "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )
-        if asked > limit:
-            raise invalid(f"max_tokens is {asked}; this server generates at most {limit} a request", "max_tokens", "invalid_value")
+        if asked * choices > limit:
+            raise invalid(
+                f"max_tokens is {asked} for each of {choices} choices; this server generates at most {limit} a request, in all choices",
+                "max_tokens",
+                "invalid_value",
+            )
         found += [Wanted(tuple(ids), job.body.sampling(asked, copy, job.tops)) for copy in range(job.body.copies)]
     return found
 

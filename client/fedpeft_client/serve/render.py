@@ -42,6 +42,8 @@ class Renderer:
     said: Mapping[str, Any]
     decode: Decode
     logprobs: bool = False
+    counted: bool = False
+    """Whether a stream tells its usage: then every chunk has the field, and the last one a value."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -79,7 +81,8 @@ class Renderer:
 
     def _chunk(self, number: int, body: dict[str, Any], reason: str | None, tokens: list[Token]) -> dict[str, Any]:
         row: dict[str, Any] = {"index": number, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
-        return {**self._head("chat.completion.chunk"), "choices": [row | ({"delta": body} if self.chat else body)]}
+        empty = {"usage": None} if self.counted else {}
+        return {**self._head("chat.completion.chunk"), "choices": [row | ({"delta": body} if self.chat else body)], **empty}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.logprobs:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedpeft.serving import Sampling
 from fedpeft_client.serve.errors import ApiError, invalid
@@ -32,10 +33,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "best_of": (None, 1),
     "dimensions": (None,),
+    "service_tier": (None, "auto", "default"),
+    "reasoning_effort": (None, "none"),
+    "verbosity": (None, "medium"),
+    "moderation": (None,),
+    "safety_identifier": (None,),
+    "prompt_cache_key": (None,),
+    "prompt_cache_options": (None,),
+    "prompt_cache_retention": (None,),
 }
 """Fields of the API that only their neutral values are accepted of: anything else would change the answer, and cannot be had here."""
-IGNORED = frozenset({"user", "metadata", "store", "service_tier", "reasoning_effort", "verbosity", "safety_identifier", "prompt_cache_key"})
-"""Fields that do not change what is answered."""
+IGNORED = frozenset({"user", "metadata", "store"})
+"""Fields that do not change what is answered, and that nothing here keeps."""
+UNSAID: dict[str, tuple[Any, ...]] = {
+    "name": (None,),
+    "refusal": (None,),
+    "audio": (None,),
+    "annotations": (None, []),
+    "function_call": (None,),
+    "tool_calls": (None, []),
+}
+"""Fields of a message, likewise: clients send an answer's message back with all of them."""
 
 
 class Ours(BaseModel):
@@ -47,11 +65,12 @@ class Ours(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """``include_usage`` adds a last chunk with the usage."""
+    """``include_usage`` adds a last chunk with the usage; nothing is obfuscated, as OpenAI's streams are unless that is declined."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class Common(BaseModel):
@@ -80,7 +99,13 @@ class Common(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise clash("stream_options", "it needs stream = true")
+        return self
 
     def sampling(self, max_tokens: int, copy: int, top_logprobs: int | None) -> Sampling:
         """Settings of the ``copy``-th choice; the API's defaults where nothing is said."""
@@ -113,7 +138,11 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, table: Any) -> Any:
+        return {key: value for key, value in table.items() if value not in UNSAID.get(key, ())} if isinstance(table, dict) else table
 
     @property
     def text(self) -> str:
@@ -137,9 +166,11 @@ class Chat(Common):
     @model_validator(mode="after")
     def _consistent(self) -> Chat:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs = true")
+            raise clash("top_logprobs", "it needs logprobs = true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise clash("max_tokens", f"is {self.max_tokens} and max_completion_tokens is {self.max_completion_tokens}; send one of them")
         if not any(message.role == "user" for message in self.messages):
-            raise ValueError("messages hold no message of the role 'user'")
+            raise clash("messages", "there is none of the role 'user'")
         return self
 
     @property
@@ -164,6 +195,11 @@ class Completion(Common):
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def tops(self) -> int | None:
+        """As a chat's."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -209,16 +245,26 @@ def parse(raw: bytes, body: type[Body]) -> Body:
 def _understood(table: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
     for name, allowed in NEUTRAL.items():
         if name in table and name not in body.model_fields and table[name] not in allowed:
-            raise invalid(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+            said = [repr(value) for value in allowed if value]
+            others = f" or send {' or '.join(said)}" if said else ""
+            raise invalid(f"{name} is not supported by this server; leave it out{others}", name, "unsupported_parameter")
     skipped = (IGNORED | set(NEUTRAL)) - set(body.model_fields)
     return {name: value for name, value in table.items() if name not in skipped}
 
 
+def clash(param: str, message: str) -> PydanticCustomError:
+    """A field that others forbid."""
+    return PydanticCustomError("clash", message, {"param": param})
+
+
 def _fault(faults: ValidationError, body: type[BaseModel]) -> ApiError:
-    first = faults.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "float")))) or None
+    """The fault of the innermost field, which of several allowed forms is the one that was meant."""
+    first = max(faults.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+    parts = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "float")))]
+    name = ".".join(parts) or first.get("ctx", {}).get("param")
     if first["type"] == "extra_forbidden":
-        return invalid(f"unrecognized request argument supplied: {name}; known are {sorted(body.model_fields)}", name, "unknown_parameter")
+        known = f"; known are {sorted(body.model_fields)}" if len(parts) == 1 else ""
+        return invalid(f"unrecognized request argument supplied: {name}{known}", name, "unknown_parameter")
     if first["type"] == "missing":
         return invalid(f"you must provide {name}", name, "missing_required_parameter")
     seen = repr(first["input"])

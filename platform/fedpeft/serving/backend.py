@@ -201,14 +201,17 @@ class Backend:
             raise ClosedError("the server is stopping; ask another one") from None
 
     def ids(self, text: str, cut: bool = True) -> list[int]:
-        """Token ids of a text that is embedded or classified (then cut to the base's limit) or continued as it stands. Inside `read`."""
+        """Token ids of a text that is embedded or classified, by default cut to the base's limit. Inside `read`."""
         from fedpeft.tasks.encoding import pad_id, token_limit
 
-        tokenizer = self._front.tokenizer
-        ids = tokenizer(text, truncation=cut, max_length=token_limit(self.base) if cut else None, verbose=False)["input_ids"]
-        if not cut and self.base.family == "causal" and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return list(ids) or [pad_id(self.base)]
+        limit = token_limit(self.base) if cut else None
+        found = self._front.tokenizer(text, truncation=cut, max_length=limit, verbose=False)["input_ids"]
+        return list(found) or [pad_id(self.base)]
+
+    def begun(self, text: str) -> list[int]:
+        """Token ids of a text that is continued as it stands: it has not ended, unless it is an encoder that reads it. Inside `read`."""
+        ids = self.ids(text, cut=False)
+        return ids[:-1] if not self.apart and len(ids) > 1 and ids[-1] == self._front.tokenizer.eos_token_id else ids
 
     def prompt(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt or a chat as tasks are trained on. Inside `read`."""

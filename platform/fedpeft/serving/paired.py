@@ -1,4 +1,4 @@
-"""Told of an encoder-decoder in one running batch: each joins with a text that is read whole, and goes on token by token.
+"""Rows of an encoder-decoder in one running batch: each joins with a text that is read whole, and goes on token by token.
 
 Two caches under the same slots: what the decoder said, and the keys and values that its cross-attention reads of what the encoder
 said, computed once, under the row's own adapters. Shape suffixes: N rows, T tokens a row in this forward, W keys, H heads, D hidden size.

@@ -101,12 +101,16 @@ Event = Piece | End | Failed
 
 @dataclass(eq=False)
 class Request:
-    """One generation: prompt ids, adapters, sampling; ``sink`` gets its events on the engine's thread and must not block."""
+    """One generation: prompt ids, adapters, sampling; ``sink`` gets its events on the engine's thread and must not block.
+
+    Requests of one ``owner`` wait for each other: a free place goes to the owner who has the fewest.
+    """
 
     prompt: tuple[int, ...]
     mixture: Mixture
     sampling: Sampling
     sink: Callable[[Event], None]
+    owner: object = None
     gone: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:

@@ -5,7 +5,7 @@ Pure policy over a `Rows` (the model's side), so that its laws are tested withou
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -146,11 +146,16 @@ class Scheduler:
             self.released(request)
 
     def _admit(self) -> None:
-        while len(self.running) < self.limits.rows and (request := next(filter(self._fits, self.waiting), None)) is not None:
+        while len(self.running) < self.limits.rows and (request := self._next()) is not None:
             self.waiting.remove(request)
             stream = TextStream(self.tokenizer, request.sampling.stop)
             seat = self.rows.open(request.mixture)
             self.running.append(_Running(request, seat, Sampler(request.sampling), stream, list(request.prompt)))
+
+    def _next(self) -> Request | None:
+        """The first to come of those whose owner has the fewest running rows, so that nobody's many hold up another's few."""
+        shares = Counter(id(row.request.owner) for row in self.running)
+        return min(filter(self._fits, self.waiting), key=lambda request: shares[id(request.owner)], default=None)
 
     def _fits(self, request: Request) -> bool:
         return not self.limits.alike or all(dict(row.request.mixture) == dict(request.mixture) for row in self.running)

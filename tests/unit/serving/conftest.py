@@ -92,8 +92,8 @@ def oracle() -> Callable[..., tuple[Scheduler, OracleRows]]:
 def ask() -> Callable[..., Request]:
     """A request and, as its sink, a `Heard`."""
 
-    def make(prompt: Sequence[int], mixture: Mapping[str, float] | None = None, **sampling: Any) -> Request:
-        return Request(tuple(prompt), mixture or {}, Sampling(**{"temperature": 0.0, **sampling}), Heard())
+    def make(prompt: Sequence[int], mixture: Mapping[str, float] | None = None, owner: object = None, **sampling: Any) -> Request:
+        return Request(tuple(prompt), mixture or {}, Sampling(**{"temperature": 0.0, **sampling}), Heard(), owner)
 
     return make
 

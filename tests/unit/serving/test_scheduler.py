@@ -126,6 +126,33 @@ def test_first_come_first_served(oracle, ask):
     assert order == [0, 1, 2]
 
 
+@FIXTURES
+@given(owners=st.lists(st.integers(0, 3), min_size=1, max_size=14), rows=st.integers(1, 4))
+def test_a_free_place_goes_to_the_owner_who_has_the_fewest(oracle, ask, owners, rows):
+    scheduler, _ = oracle(limits=Limits(rows=rows, queue=99))
+    requests = [ask([place], owner=owner, endless=True, max_tokens=2 + place % 3) for place, owner in enumerate(owners, 1)]
+    for request in requests:
+        scheduler.submit(request)
+    while not scheduler.idle:
+        empty = not scheduler.running
+        scheduler.step()
+        running, waiting = [row.request.owner for row in scheduler.running], {request.owner for request in scheduler.waiting}
+        assert not empty or all(running.count(owner) >= running.count(other) - 1 for owner in waiting for other in running)
+    assert all(request.sink.done for request in requests)
+
+
+def test_many_of_one_do_not_hold_up_one_of_another(oracle, ask):
+    scheduler, _ = oracle(limits=Limits(rows=2, queue=99))
+    many = [ask([3], owner="a", endless=True, max_tokens=2) for _ in range(20)]
+    few = ask([4], owner="b", endless=True, max_tokens=2)
+    for request in [*many, few]:
+        scheduler.submit(request)
+    for _ in range(4):
+        scheduler.step()
+    assert few.sink.done
+    assert sum(request.sink.done for request in many) == 3
+
+
 def test_a_failed_step_ends_its_requests_and_keeps_those_that_wait(oracle, ask, alone):
     scheduler, rows = oracle(limits=Limits(rows=1, queue=2))
     first, second = ask([1], endless=True), ask([2])
