@@ -65,10 +65,12 @@ class Asked:
 
     def rank(self, world: World) -> int:
         """Do it, as one rank of ``world``."""
+        from fedpeft.bases.quiet import hush
         from fedpeft.cli import transfers
         from fedpeft.processes import mortal
 
         mortal()
+        hush()  # before transformers, which DeepSpeed's engine imports, and with it torchao
         if self.verb in ("transfer", "pairs"):
             return transfers.show(self.load(), world, self.verb == "pairs")
         return _rank(self.load(), self.refs or [], world, self.verb == "resume")
@@ -120,6 +122,9 @@ def resume(
 def export(job: Job, overrides: Overrides = None) -> None:
     """Publish what the last checkpoint holds, of a job that is under way or ended, without its ranks and rows."""
     from fedpeft.bases import meta_base
+    from fedpeft.bases.quiet import hush
+
+    hush()  # as `Asked.rank`
     from fedpeft.central.job import beginning, trained
 
     config = Asked(job, overrides).load()
@@ -181,9 +186,6 @@ def _started(asked: Asked, launcher: str, places: list[Rank] | None) -> int:
 
 
 def _rank(config: CentralConfig, refs: list[str], world: World, resume: bool) -> int:
-    from fedpeft.bases.quiet import hush
-
-    hush()  # before transformers, which DeepSpeed's engine imports, and with it torchao
     from fedpeft.central.job import run, trained
     from fedpeft.central.progress import scores_text, shown
     from fedpeft.central.publish import starts

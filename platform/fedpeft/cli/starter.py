@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from fedpeft.bases.spec import Quantization
 from fedpeft.config import NAME
 from fedpeft.control.address import loopback
 from fedpeft.errors import ConfigError
@@ -64,7 +66,7 @@ state = "state"
 
 [base]
 model = "{base}"
-quantization = "none"            # none, bf16, int8, nf4: the site's own choice
+quantization = "none"            # {quantizations}: the site's own choice
 {guard}{tasks}
 [policy]                         # a plan that asks for more is refused, with the reason
 max_upload_mb = 64
@@ -164,4 +166,4 @@ def _federation(wanted: Starter) -> str:
 def _site(wanted: Starter, name: str) -> str:
     tasks = "".join(ROWS.format(name=task, first="text" if labels else "prompt") for task, labels in wanted.tasks.items())
     guard = KEYS.format(name=name) if wanted.guarded else ""
-    return SITE.format(name=name, host=wanted.host, port=wanted.port, base=wanted.base, guard=guard, tasks=tasks)
+    return SITE.format(name=name, host=wanted.host, port=wanted.port, base=wanted.base, guard=guard, tasks=tasks, quantizations=", ".join(get_args(Quantization)))

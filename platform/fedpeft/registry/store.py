@@ -118,6 +118,8 @@ class FolderStore:
 
 LAST = "manifest.json"
 """Written last behind a URL, where no folder can be renamed: a folder without it is not there."""
+BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"})
+"""Object stores: their folders are parts of names, and who asks for one may be given a new bucket."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,9 @@ class UrlStore:
         if self.sizes(name):
             return False
         order = sorted(files, key=lambda file: (file == LAST, file))
-        with self._named(name) as (filesystem, folder):
-            filesystem.makedirs(folder, exist_ok=True)
+        with self._named(name) as (filesystem, folder), self._within_bucket():
+            if not BUCKETS & set(_protocols(filesystem)):
+                filesystem.makedirs(folder, exist_ok=True)
             for file in order:
                 content = files[file]
                 filesystem.pipe_file(f"{folder}/{file}", content.read_bytes() if isinstance(content, Path) else content)
@@ -176,7 +179,7 @@ class UrlStore:
 
     def names(self) -> tuple[str, ...]:
         """One listing of all files, as object stores count it."""
-        with self._named("") as (filesystem, folder):
+        with self._named("") as (filesystem, folder), self._within_bucket():
             filesystem.invalidate_cache(folder)
             found = (path.rsplit("/", 2)[-2:] for path in filesystem.find(folder))
             return tuple(sorted(name for name, file in found if file == LAST))
@@ -201,9 +204,29 @@ class UrlStore:
         filesystem, root = self._place
         try:
             yield filesystem, f"{root}/{name}"
+        except StorageError:
+            raise
         except Exception as fault:  # noqa: BLE001 - each store's library has exceptions of its own, many of no common kind
             first = str(fault).partition("\n")[0][:200]
             raise StorageError(f"{self.where(name)}: {type(fault).__name__}: {first}; check the URL, the rights and the network") from None
+
+
+    @contextmanager
+    def _within_bucket(self) -> Iterator[None]:
+        """Listing and writing find nothing missing but a bucket."""
+        try:
+            yield
+        except FileNotFoundError:
+            bucket = self._place[1].partition("/")[0]
+            raise StorageError(
+                f"{self._shown}: there is no bucket or container {bucket!r}; create it, or correct the URL: a registry makes none"
+            ) from None
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    """What stands before :// in its URLs."""
+    found = filesystem.protocol
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def open_store(place: str | Path) -> FolderStore | UrlStore:

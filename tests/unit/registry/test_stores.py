@@ -10,6 +10,7 @@ import threading
 import uuid
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fedpeft.errors import StorageError
 from fedpeft.registry import Manifest, Registry, open_store
@@ -119,6 +120,32 @@ def test_a_registry_over_any_store_is_the_same_registry(store, tmp_path, make_ad
     assert registry.verify() == (f"{store.where(first.digest)}: the version's folder is missing",)
     registry.publish(make_adapter(1), Manifest(round=1), "run/1")
     assert registry.verify() == ()
+
+
+class Buckets(MemoryFileSystem):
+    """As S3 is: a file needs a bucket, and who makes a folder makes its bucket."""
+
+    protocol = ("s3", "s3a")
+
+    def makedirs(self, path, exist_ok=False):
+        self.made.append(path)
+
+    def pipe_file(self, path, value, **settings):
+        if path.strip("/").partition("/")[0] not in self.made:
+            raise FileNotFoundError("The specified bucket does not exist")
+        super().pipe_file(path, value, **settings)
+
+
+def test_a_missing_bucket_is_refused_by_name_and_not_made():
+    store, filesystem = UrlStore("s3://hospital/place/objects"), Buckets()
+    filesystem.made = []
+    store.__dict__["_place"] = filesystem, "hospital/place/objects"
+    with pytest.raises(StorageError, match=r"^s3://hospital/place/objects: there is no bucket or container 'hospital'; create it"):
+        store.put("a", FILES)
+    assert filesystem.made == []
+    filesystem.made = ["hospital"]
+    assert store.put("a", FILES)
+    assert filesystem.made == ["hospital"]
 
 
 def test_faults_of_any_kind_name_the_place_and_no_password(monkeypatch):
