@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.bases import BaseSpec
 from fedpeft.config import Section, override, parse
-from fedpeft.control.place import Place
+from fedpeft.control.place import Place, beside
 from fedpeft.errors import StorageError
 from fedpeft.registry import Registry
 from fedpeft.service import base_of
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fedpeft.serving.backend import Backend
     from fedpeft.serving.beside import Beside
     from fedpeft_client.serve.ending import Server
-
-HERE = "registry"
 
 
 def serve(site: Path | None, registry: str | None, overrides: Mapping[str, str]) -> int:
@@ -63,10 +61,10 @@ def _settings(
 ) -> tuple[Serve, BaseSpec, str]:
     path, config = site
     if path is not None and config is not None:
-        chosen = _at(config.serve, registry or config.serve.registry or str(path.resolve().parent / HERE))
+        chosen = _at(config.serve, registry or config.serve.registry or beside(path.resolve().parent))
         return chosen, config.base.spec(), config.device
     alone = _alone(overrides)
-    chosen = _at(alone.serve, registry or alone.serve.registry or HERE)
+    chosen = _at(alone.serve, registry or alone.serve.registry or beside(Path()))
     return chosen, alone.base.spec() if alone.base else _base_of(chosen), alone.device
 
 

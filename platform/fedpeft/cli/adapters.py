@@ -10,7 +10,7 @@ import typer
 from fedpeft.cli import output, sharing
 from fedpeft.cli.changes import values
 from fedpeft.cli.registries import HERE, AsJson, Ref, Root, placed
-from fedpeft.control.place import Place
+from fedpeft.control.place import Place, beside
 
 app = typer.Typer(help="List, inspect, copy, share, verify and roll back published adapters.", no_args_is_help=True)
 sharing.register(app)
@@ -228,19 +228,20 @@ def pull(
     """Copy one version from another registry, after checking its files and signature; a broken pull goes on where it stopped."""
     from fedpeft.registry import Registry
 
-    version = Registry(Path(registry.root)).pull(Place(source, registry.identity).open(), ref)
+    version = Registry(Path(registry.given or beside(Path()))).pull(Place(source, registry.identity).open(), ref)
     print(f"{version.task}@{version.number} sha256:{version.digest[:12]} is in {registry}")
 
 
 @app.command()
-def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when left out.")] = None, registry: Root = HERE.root) -> None:
+def verify(ref: Annotated[str | None, typer.Argument(help="One version; all when left out.")] = None, registry: Root = HERE.given) -> None:
     """Check files, checksums, signatures and the history chain."""
     from fedpeft.errors import AdapterError
 
-    faults = Place(registry).near().verify(ref)
+    place = Place(registry)
+    faults = place.near().verify(ref)
     if faults:
         raise AdapterError("\n".join(faults))
-    print(f"{ref or registry}: every checksum, signature and history link holds")
+    print(f"{ref or place}: every checksum, signature and history link holds")
 
 
 @app.command()

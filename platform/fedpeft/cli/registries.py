@@ -12,8 +12,16 @@ import typer
 
 from fedpeft.control.place import Place
 
-HERE = Place("registry")
-Root = Annotated[str, typer.Option("--registry", envvar="FEDPEFT_REGISTRY", help="Folder of the registry, or grpc://HOST:PORT.")]
+HERE = Place()
+Root = Annotated[
+    str,
+    typer.Option(
+        "--registry",
+        envvar="FEDPEFT_REGISTRY",
+        help="Folder of the registry, or grpc://HOST:PORT.",
+        show_default="that of the federation here",
+    ),
+]
 Who = Annotated[
     Path | None,
     typer.Option(
@@ -29,7 +37,7 @@ Ref = Annotated[str, typer.Argument(help="TASK (latest), TASK@NUMBER, TASK@ALIAS
 def placed(verb: Callable[..., None]) -> Callable[..., None]:
     """``verb``, whose parameter ``registry`` is a `Place`, as a command with the options ``--registry`` and ``--identity``."""
     hints, taken = get_type_hints(verb, include_extras=True), inspect.signature(verb)
-    options = {"registry": (Root, HERE.root), "identity": (Who, None)}
+    options = {"registry": (Root, HERE.given), "identity": (Who, None)}
     asked = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
         for name, (hint, default) in options.items()

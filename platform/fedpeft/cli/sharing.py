@@ -87,7 +87,7 @@ def _json(change: Any) -> str:
 
 def trust(
     key: Annotated[str, typer.Argument(help="Public signing key, 64 hex digits; a refused push names it.")],
-    registry: Root = HERE.root,
+    registry: Root = HERE.given,
 ) -> None:
     """Accept versions that the owner of a signing key made, from now on."""
     import re
@@ -96,5 +96,6 @@ def trust(
 
     if not re.fullmatch(r"[0-9a-f]{64}", key):
         raise ConfigError(f"key {key!r}: is no public key; give 64 hex digits, as a refused push names them")
-    Place(registry).near().objects.keys.trust(key)
-    print(f"{registry}: versions signed by {key[:16]} are accepted")
+    place = Place(registry)
+    place.near().objects.keys.trust(key)
+    print(f"{place}: versions signed by {key[:16]} are accepted")

@@ -166,4 +166,12 @@ def _federation(wanted: Starter) -> str:
 def _site(wanted: Starter, name: str) -> str:
     tasks = "".join(ROWS.format(name=task, first="text" if labels else "prompt") for task, labels in wanted.tasks.items())
     guard = KEYS.format(name=name) if wanted.guarded else ""
-    return SITE.format(name=name, host=wanted.host, port=wanted.port, base=wanted.base, guard=guard, tasks=tasks, quantizations=", ".join(get_args(Quantization)))
+    return SITE.format(
+        name=name,
+        host=wanted.host,
+        port=wanted.port,
+        base=wanted.base,
+        guard=guard,
+        tasks=tasks,
+        quantizations=", ".join(get_args(Quantization)),
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft.config import read_toml
 from fedpeft.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,13 +19,59 @@ if TYPE_CHECKING:
     from fedpeft.registry import Library, Registry
     from fedpeft.v1.registry_pb2 import Change
 
+NAME = "registry"
+"""What the folder of a registry is called, in its federation's state folder or beside a central job."""
+FEDERATIONS = ("federation.toml", "coordinator/federation.toml")
+"""Where a federation's file lies, from its coordinator's folder or from the one that `fedpeft init` wrote."""
+
+
+def look(folder: Path) -> Path | None:
+    """The registry of the federation or the jobs in ``folder``; None where there is none. Raises `ConfigError` on a broken file."""
+    return next((found for found in _candidates(folder) if found.is_dir()), None)
+
+
+def beside(folder: Path) -> str:
+    """The registry that `look` finds in ``folder``, or where one may come to be."""
+    return str(look(folder) or folder / NAME)
+
+
+def here() -> str:
+    """The registry of the folder that this process is in. Raises `AdapterError` when there is none, `ConfigError` on a broken file."""
+    found = look(Path())
+    if found is None:
+        tried = " nor ".join(map(str, _candidates(Path())))
+        raise AdapterError(
+            f"no registry here: neither {tried} is there; give --registry FOLDER or grpc://HOST:PORT, or set FEDPEFT_REGISTRY"
+        )
+    return str(found)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Beside jobs, and where each federation's file puts it."""
+    files = [folder / name for name in FEDERATIONS if (folder / name).is_file()]
+    return [folder / NAME, *(_of(file) for file in files or [folder / FEDERATIONS[0]])]
+
+
+def _of(file: Path) -> Path:
+    table = read_toml(file) if file.is_file() else {}
+    given = table.get("registry") or Path(str(table.get("state", "state"))) / NAME
+    return file.parent / Path(str(given)).expanduser()
+
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, or ``grpc://HOST:PORT`` with the ``identity`` to show there (`Identity.beside`); absent: ``$FEDPEFT_IDENTITY``."""
+    """A folder, or ``grpc://HOST:PORT`` with the ``identity`` to show there (`Identity.beside`); absent: ``$FEDPEFT_IDENTITY``.
 
-    root: str
+    Without ``given`` it is the registry of the folder that this process is in, looked for when it is wanted (`here`).
+    """
+
+    given: str = ""
     identity: Path | None = None
+
+    @cached_property
+    def root(self) -> str:
+        """The folder or the address. Raises as `here`."""
+        return self.given or here()
 
     def __str__(self) -> str:
         return self.root

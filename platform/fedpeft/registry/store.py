@@ -210,7 +210,6 @@ class UrlStore:
             first = str(fault).partition("\n")[0][:200]
             raise StorageError(f"{self.where(name)}: {type(fault).__name__}: {first}; check the URL, the rights and the network") from None
 
-
     @contextmanager
     def _within_bucket(self) -> Iterator[None]:
         """Listing and writing find nothing missing but a bucket."""

@@ -56,7 +56,7 @@ def test_svd_says_what_its_rank_lost(folders, tmp_path, capsys):
         (["--how", "mean"], ConfigError.exit_code, "known kinds"),
         (["--set", "rank"], ConfigError.exit_code, "rank=16"),
         (["--set", "range=3"], ConfigError.exit_code, "known keys"),
-        (["nowhere=0.5"], AdapterError.exit_code, "no registry there"),
+        (["nowhere=0.5"], AdapterError.exit_code, "no registry here"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, code, words, folders, tmp_path, capsys):
