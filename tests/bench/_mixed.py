@@ -131,10 +131,14 @@ def bank_of(base: Any, adapters: dict[str, Any]) -> Iterator[Any]:
 
 
 class Peft:
-    """peft's model with the same adapters, attached one after another; each attaching walks all modules and adapters there are."""
+    """peft's model with the same adapters, attached one after another.
 
-    def __init__(self, base: Any) -> None:
-        self._base, self._names = base, list[str]()
+    peft's own call walks all modules and adapters there are for each one, a minute for 128; ``quick`` gives all but the first to the layers
+    themselves, as that call does in the end.
+    """
+
+    def __init__(self, base: Any, quick: bool = True) -> None:
+        self._base, self._quick, self._names, self._layers = base, quick, list[str](), dict[str, Any]()
         self.model: Any = None
 
     def hold(self, adapters: dict[str, Any], seconds: float = inf) -> str:
@@ -146,7 +150,7 @@ class Peft:
             start = perf_counter()
             self._attach(name, adapter)
             missing, here = len([other for other in adapters if other not in self._names]), len(self._names)
-            expected = perf_counter() - began + (perf_counter() - start) * missing * (1 + missing / (2 * here))
+            expected = perf_counter() - began + (perf_counter() - start) * missing
             if here > 1 and expected > seconds:
                 fault = (
                     f"no peer: peft would attach {len(adapters)} adapters in {expected:.0f} s ({here} took {perf_counter() - began:.1f} s)"
@@ -157,25 +161,31 @@ class Peft:
 
     def _attach(self, name: str, adapter: Any) -> None:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
 
         rank = adapter.spec.method.r
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self.model is None:
+        if self.model is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self.model = get_peft_model(copy.deepcopy(self._base.model), config, adapter_name=name)
-            else:
-                self.model.add_adapter(name, config)
+            self._layers = {stem: layer for stem, layer in self.model.named_modules() if isinstance(layer, LoraLayer)}
+        elif not self._quick:
+            self.model.add_adapter(name, config)
+        else:
+            self.model.peft_config[name] = config
+            for layer in self._layers.values():
+                layer.update_layer(name, rank, lora_alpha=rank, config=config)
         self._names.append(name)
         with torch.no_grad():
             for tensor, values in adapter.tensors.named().items():
-                stem, _, leaf = tensor.rpartition(".")
-                getattr(self.model.get_submodule(f"{stem}.{name}"), leaf).copy_(torch.from_numpy(values))
+                stem, _, factor = tensor.removesuffix(".weight").rpartition(".")
+                getattr(self._layers[stem], factor)[name].float().weight.copy_(torch.from_numpy(values))  # float32, as peft makes them
 
 
 def peft_of(base: Any, adapters: dict[str, Any]) -> Any:
-    """peft's model with all of ``adapters``, however long it takes."""
-    peer = Peft(base)
+    """peft's model with all of ``adapters``, each attached by peft's own call."""
+    peer = Peft(base, quick=False)
     peer.hold(adapters)
     return peer.model
 
@@ -201,10 +211,12 @@ def least_of(steps: dict[str, Step], repeats: dict[str, int], device: str = "cpu
 
     No round begins after ``seconds`` but the first.
     """
-    began, best = perf_counter(), dict.fromkeys(steps, inf)
+    best = dict.fromkeys(steps, inf)
     for name, step in steps.items():
         for _ in range(2 if device == "cuda" else int(repeats[name] > 1)):
-            step()
+            if seconds_of(step, device) > seconds / 4:
+                break
+    began = perf_counter()
     for number in range(max(repeats.values())):
         for name, step in steps.items():
             if number < repeats[name]:

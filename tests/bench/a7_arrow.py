@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.bench._mixed import autocast, base_of, least_of, shown
+from tests.bench._mixed import autocast, base_of, kind_of, least_of, shown
 
 from fedpeft.adapters import Adapter, make_spec, save
 from fedpeft.bases.base import Base
@@ -47,7 +47,7 @@ def rows(repeats: int) -> Iterator[dict[str, object]]:
 def measured(base: Base, experts: int, repeats: int) -> Iterator[dict[str, object]]:
     """Time, then memory."""
     wide, deep = base.config.hidden_size, base.config.num_hidden_layers
-    case = f"arrow forward E={experts} r={RANK} top={TOP} {wide}x{deep} B={BATCH} S={TOKENS} {base.device}"
+    case = f"arrow forward E={experts} r={RANK} top={TOP} {wide}x{deep} B={BATCH} S={TOKENS}{kind_of(base)}"
     adapters = {f"t{place:02}": _adapter(base, f"t{place:02}", place) for place in range(experts)}
     ids = torch.randint(4, 500, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0)).to(base.device)
     plain, peers = copy.deepcopy(base.model), _peft(copy.deepcopy(base.model), adapters)

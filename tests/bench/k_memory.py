@@ -61,6 +61,7 @@ FAST: dict[str, dict[str, Any]] = {
     "4 rows": {"batch_size": 4, "offload_activations": False},
     "4 rows, no checkpointing": {"batch_size": 4, "offload_activations": False, "checkpoint_activations": False},
 }
+PENDING = "the peer is not measured yet"
 
 
 @dataclass(frozen=True)
@@ -72,32 +73,44 @@ class Figures:
     loss: float
 
 
-def run(repeats: int = 1, shapes: tuple[str, ...] = ("7B", "8B")) -> list[dict[str, object]]:
-    """All rows; ``repeats`` is there for the common form, every case runs once."""
+def run(repeats: int = 1, shapes: tuple[str, ...] = ("7B", "8B"), file: Path | None = None) -> list[dict[str, object]]:
+    """All rows; ``repeats`` is there for the common form, every case runs once. ``file`` has what is known after each of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = matmul_rate(device)
-    rows: list[dict[str, object]] = []
+    rows: dict[tuple[object, object], dict[str, object]] = {}
     for shape in shapes if device == "cuda" else ("tiny",):
         for row in _rows(shape, device, rate):
-            rows.append(row)
+            rows[row["row"], row["case"]] = row
             print(line(row), flush=True)
+            if file:
+                file.write_text(json.dumps(list(rows.values()), indent=2), encoding="utf-8")
         _settle(device)
-    return rows
+    return list(rows.values())
 
 
 def _rows(shape: str, device: str, rate: float) -> Iterator[dict[str, object]]:
+    """Ours as soon as it is measured, what is wanted most first; then every row once more, beside the peer."""
     base, tokens = random_base(shape, device), SEQUENCE[shape]
-    lean = {name: _tried(lambda more=more: ours(base, replace(LEAN, **more), tokens)) for name, more in OFF.items()}
+    found: dict[str, Figures | str] = {}
+    for name, more in {"all levers": {}, **FAST, **OFF}.items():
+        if name not in found:
+            found[name] = _tried(lambda more=more: ours(base, replace(LEAN, **more), tokens))
+            yield from _shown(shape, name, found[name], PENDING, rate)
     with _one_by_one():
-        lean["layers one by one"] = _tried(lambda: ours(base, LEAN, tokens))
-    fast = {name: _tried(lambda more=more: ours(base, replace(LEAN, **more), tokens)) for name, more in FAST.items()}
+        found["layers one by one"] = _tried(lambda: ours(base, LEAN, tokens))
     _upcast(base)
-    lean["embeddings in float32"] = _tried(lambda: ours(base, LEAN, tokens))
-    theirs = {rows: _tried(lambda rows=rows: peer(base, rows, tokens)) for rows in (1, 4)}
-    for name, found in lean.items():
-        yield _memory_row(shape, name, found, theirs[1])
-    for name, found in {"1 row": lean["all levers"], **fast}.items():
-        yield _speed_row(shape, name, found, theirs[1 if name == "1 row" else 4], rate)
+    found["embeddings in float32"] = _tried(lambda: ours(base, LEAN, tokens))
+    theirs = {rows: _tried(lambda rows=rows: peer(base, rows, tokens)) for rows in (4, 1)}
+    for name, figures in found.items():
+        yield from _shown(shape, name, figures, theirs[4 if name in FAST else 1], rate)
+
+
+def _shown(shape: str, name: str, found: Figures | str, theirs: Figures | str, rate: float) -> Iterator[dict[str, object]]:
+    """The rows of one case: of memory, of speed, and of both with all levers."""
+    if name not in FAST:
+        yield _memory_row(shape, name, found, theirs)
+    if name in {"all levers", *FAST}:
+        yield _speed_row(shape, "1 row" if name == "all levers" else name, found, theirs, rate)
 
 
 def _memory_row(shape: str, name: str, found: Figures | str, theirs: Figures | str) -> dict[str, object]:
@@ -271,9 +284,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["7B", "8B"], choices=["7B", "8B"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = run(1, tuple(arguments.shapes))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    run(1, tuple(arguments.shapes), arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,16 @@ status=0
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 } 2>&1 | tee "$results/machine.txt"
 wanted() { [ "$what" = all ] || [ "$what" = "$1" ]; }
-if wanted bench; then
-  timeout "${BENCH_SECONDS:-240}" python3 -W ignore -m tests.bench.k_memory --json "$results/k_memory.json" 2>&1 | tee "$results/k_memory.txt" || status=1
-fi
+# Every part writes what it has as it goes, so that one which its bound ends has lost nothing; what was measured least comes first.
 if wanted mixtures; then
-  seconds=${MIXTURE_SECONDS:-90}  # of rows; importing and the case that is running when they end come on top
-  timeout "$((seconds + 60))" python3 -W ignore -m tests.gpu.mixtures --seconds "$seconds" --json "$results/mixtures.json" 2>&1 | tee "$results/mixtures.txt" || status=1
+  seconds=${MIXTURE_SECONDS:-170}  # of rows; importing and the case that is running when they end come on top
+  timeout "$((seconds + 45))" python3 -W ignore -m tests.gpu.mixtures --seconds "$seconds" --json "$results/mixtures.json" 2>&1 | tee "$results/mixtures.txt" || status=1
 fi
 if wanted tests; then
-  timeout "${TEST_SECONDS:-180}" python3 -m pytest -q -m gpu -W ignore -p no:cacheprovider -o timeout=120 tests/gpu 2>&1 | tee "$results/tests.txt" || status=1
+  timeout -s INT -k 15 "${TEST_SECONDS:-120}" python3 -m pytest -v -m gpu -W ignore -p no:cacheprovider -o timeout=90 --durations=8 tests/gpu 2>&1 | tee "$results/tests.txt" || status=1
 fi
+if wanted bench; then
+  timeout "${BENCH_SECONDS:-150}" python3 -W ignore -m tests.bench.k_memory --json "$results/k_memory.json" 2>&1 | tee "$results/k_memory.txt" || status=1
+fi
+echo "# status $status after $SECONDS s"
 exit $status
