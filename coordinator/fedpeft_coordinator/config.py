@@ -126,7 +126,8 @@ class Wire(Section):
 class Link(Section):
     """Where sites connect. Beyond loopback ``tls`` is required unless ``insecure = true`` says otherwise.
 
-    With ``node_auth`` only sites whose public key lies in ``node_keys`` as NAME.pub may connect, and only under that name.
+    With ``node_auth`` only sites whose public key lies in ``node_keys`` as NAME.pub may connect, and only under that name;
+    the folder is looked at while rounds run: a new key lets its site in, and whose key is taken away is shut out.
     """
 
     host: str = "127.0.0.1"

@@ -116,6 +116,9 @@ LINES: dict[str, Callable[[Event], str | None]] = {
     "published": lambda event: escape(f"published {event['task']} as {event['version'][:19]} (round {event['round']})"),
     "link": lambda event: None if "pid" in event else f"[dim]link: {escape(event['reason'])}[/dim]",
     "left": lambda event: f"[dim]site {escape(event['site'])} left[/dim]",
+    "let_in": lambda event: f"site {escape(event['site'])} may join now: its key is there",
+    "shut_out": lambda event: f"[yellow]site {escape(event['site'])} is shut out: its key is gone, or is another now[/yellow]",
+    "admission": lambda event: f"[yellow]sites' keys stay as they were: {escape(event['reason'])}[/yellow]",
     "again": lambda event: f"[dim]site {escape(event['site'])} is asked again: {escape(event['reason'])}[/dim]",
     "stranger": lambda event: f"[yellow]node {event['node']} is turned away: {escape(event['reason'])}[/yellow]",
 }

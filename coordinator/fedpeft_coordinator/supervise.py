@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpeft.errors import ConfigError, FedpeftError, LinkError, StorageError
+from fedpeft.errors import FedpeftError, LinkError, StorageError
 from fedpeft.processes import free_port, last_words
+from fedpeft_coordinator.admission import Admission
 from fedpeft_coordinator.children import Child, Tell
 from fedpeft_coordinator.config import Link
 from fedpeft_coordinator.link import LinkSettings
@@ -36,7 +37,10 @@ class LinkProcess:
     folder: Path
     tell: Tell = lambda *_a, **_k: None
     _child: Child | None = None
-    _admitting: threading.Lock = field(default_factory=threading.Lock)
+    _admission: Admission = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._admission = Admission(self.link.node_keys, lambda: self.endpoint, self.tell)
 
     def start(self) -> None:
         """Start the child and the thread that restarts it. Raises `LinkError` when its port is taken, `StorageError` without space."""
@@ -69,6 +73,11 @@ class LinkProcess:
         return Endpoint(f"127.0.0.1:{self._private}", self._endpoint_secret)
 
     @property
+    def barred(self) -> frozenset[str]:
+        """Registered sites whose keys were taken away."""
+        return self._admission.barred
+
+    @property
     def _stopping(self) -> bool:
         return self._child is not None and self._child.stopping
 
@@ -92,7 +101,8 @@ class LinkProcess:
         from fedpeft.wire._compat import LinkGrid, RunLost, Stub, acquire_serverapp, submit_stub
         from fedpeft_coordinator.transport_flower import Session
 
-        self._admit()
+        if self.link.node_auth:
+            self._admission.settle()
         submit_stub(self.endpoint, Stub(*STUB))
         token = acquire_serverapp(self.endpoint)
         if token is None:
@@ -102,22 +112,11 @@ class LinkProcess:
         return Session(run.grid, run.close)
 
     def _welcome(self) -> None:
-        """Admit the sites while the base is built: a refused SuperNode ends, and waits longer each time. A fault is for `connect`."""
+        """Let the sites in while the base is built: a refused SuperNode ends, and waits longer each time. A fault is for `connect`."""
         with suppress(FedpeftError):
             self._wait_until_up(time.monotonic() + START_SECONDS)
-            self._admit()
-
-    def _admit(self) -> None:
-        """Register the sites' public keys: NAME.pub, one site each."""
-        if not self.link.node_auth:
-            return
-        from fedpeft.wire._compat import list_nodes, register_node
-
-        with self._admitting:
-            known = {node.name for node in list_nodes(self.endpoint)}
-            for path in key_files(self.link.node_keys):
-                if path.stem not in known:
-                    register_node(self.endpoint, path, path.stem)
+            self._admission.settle()
+        self._admission.keep(lambda: self._stopping)
 
     def _prepare(self) -> bytes:
         """Write secret and settings for the child."""
@@ -149,14 +148,6 @@ class LinkProcess:
             time.sleep(0.1)
         log = self.folder / "link.log"
         raise LinkError(f"the link does not come up: {last_words(log)} (log: {log})")
-
-
-def key_files(folder: Path) -> list[Path]:
-    """The sites' public keys. Raises `ConfigError` when there are none."""
-    found = sorted(folder.glob("*.pub"))
-    if not found:
-        raise ConfigError(f"link.node_keys = {folder}: holds no NAME.pub; put each site's public key there, or set link.node_auth = false")
-    return found
 
 
 def check_port(host: str, port: int, name: str = "link") -> None:

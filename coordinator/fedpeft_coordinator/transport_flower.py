@@ -89,10 +89,15 @@ class Job:
 
 
 class FlowerTransport:
-    """A `Transport` over runs that ``connect`` opens; ``tell`` hears of lost nodes, repeated requests and reopened runs."""
+    """A `Transport` over runs that ``connect`` opens; ``tell`` hears of lost nodes, repeated requests and reopened runs.
 
-    def __init__(self, connect: Connect, hello: Hello, tell: Tell = lambda *_a, **_k: None) -> None:
-        self._connect, self._hello, self._tell = connect, Envelope.of("hello", hello), tell
+    ``barred`` names the sites that may connect no more: no answer of theirs is waited for.
+    """
+
+    def __init__(
+        self, connect: Connect, hello: Hello, tell: Tell = lambda *_a, **_k: None, barred: Callable[[], frozenset[str]] = frozenset
+    ) -> None:
+        self._connect, self._hello, self._tell, self._barred = connect, Envelope.of("hello", hello), tell, barred
         self._session: Session | None = None
         self._asked: dict[int, float] = {}
         self._hellos: dict[str, int] = {}
@@ -115,6 +120,7 @@ class FlowerTransport:
         while job.left and time.monotonic() < job.end:
             answers: list[Answer] = []
             lost = self._guarded(partial(self._advance, job, answers))
+            answers += self._given_up(job)
             yield from answers
             heard = time.monotonic() if answers else heard
             doubt = doubt or self._silent_since is not None
@@ -263,6 +269,13 @@ class FlowerTransport:
             job.waiting.add(site)
             return []
         return [Answer(site, Failure(f"failed: {name}: {message.error.reason or ''}", vanished=name in AGAIN), seconds)]
+
+    def _given_up(self, job: Job) -> list[Answer]:
+        gone = sorted(job.left & self._barred())
+        for site in gone:
+            job.settle(site)
+        reason = Failure("shut out: its key was taken away", vanished=True)
+        return [Answer(site, reason, time.monotonic() - job.began) for site in gone]
 
     def _push(self, messages: list[Message]) -> list[str]:
         if not messages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedpeft import __version__
 from fedpeft.cli.output import size
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_coordinator import display, status
+from fedpeft_coordinator.admission import key_files
 from fedpeft_coordinator.build import build
 from fedpeft_coordinator.children import Child
 from fedpeft_coordinator.config import FederationConfig
@@ -26,7 +27,7 @@ from fedpeft_coordinator.rounds import Coordinator
 from fedpeft_coordinator.setup import Setup
 from fedpeft_coordinator.status import Watched
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.supervise import LinkProcess, check_port, key_files
+from fedpeft_coordinator.supervise import LinkProcess, check_port
 from fedpeft_coordinator.transport_flower import Connect, FlowerTransport
 
 
@@ -43,7 +44,7 @@ def up(config: FederationConfig, console: Console) -> None:
         try:
             console.print(greeting(config), highlight=False, soft_wrap=True)
             with controlled(config, events):
-                run(config, link.connect, events)
+                run(config, link.connect, events, lambda: link.barred)
         finally:
             link.stop()
     summary(status.status(config), console)
@@ -66,10 +67,10 @@ def _beginning(config: FederationConfig) -> str:
     return f"it goes on with round {number} of {config.rounds}" if number <= config.rounds else f"all {config.rounds} rounds are done"
 
 
-def run(config: FederationConfig, connect: Connect, events: Events) -> None:
-    """Run the rounds over runs that ``connect`` opens. Raises `FedpeftError`."""
+def run(config: FederationConfig, connect: Connect, events: Events, barred: Callable[[], frozenset[str]] = frozenset) -> None:
+    """Run the rounds over runs that ``connect`` opens, without the ``barred`` sites. Raises `FedpeftError`."""
     setup, publisher = build(config)
-    transport = FlowerTransport(connect, hello(setup), events)
+    transport = FlowerTransport(connect, hello(setup), events, barred)
     events("masking", on=config.masks, sites=config.cohort.min_sites, enabled=config.secure_aggregation.enabled)
     try:
         Coordinator(setup, Journal(config.database_url), Store(config.state / "blobs"), transport, events, publisher).run()

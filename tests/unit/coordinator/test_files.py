@@ -16,13 +16,14 @@ from fedpeft import config
 from fedpeft.errors import ConfigError, LinkError, StorageError
 from fedpeft.files import write_atomic
 from fedpeft_coordinator import display, lock
+from fedpeft_coordinator.admission import key_files
 from fedpeft_coordinator.collecting import line
 from fedpeft_coordinator.config import FederationConfig
 from fedpeft_coordinator.events import Events, read_events
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.status import status
 from fedpeft_coordinator.store import Store
-from fedpeft_coordinator.supervise import check_port, key_files
+from fedpeft_coordinator.supervise import check_port
 from fedpeft_coordinator.up import greeting, summary
 
 

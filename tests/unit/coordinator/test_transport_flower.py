@@ -206,3 +206,15 @@ def test_a_registered_node_may_only_speak_for_itself() -> None:
         transport.sites()
     assert transport._homes == {"north": 11}
     assert [facts["reason"] for kind, facts in said if kind == "stranger"] == ["is registered as 'south' and says it is 'north'"]
+
+
+def test_a_site_that_is_shut_out_is_not_waited_for() -> None:
+    grid = FakeGrid({11: "north", 12: "south"}, answer=lambda node, _message: None if node == 12 else Envelope("reply", b"done"))
+
+    def barred() -> frozenset[str]:
+        return frozenset({"south", "west"} if grid.count(12) else ())
+
+    found = ask(FlowerTransport(lambda: Session(grid), Hello(), barred=barred), "north", "south", deadline=60.0)  # type: ignore[arg-type]
+    assert isinstance(found["north"].result, Envelope)
+    assert found["south"].result == Failure("shut out: its key was taken away", vanished=True)
+    assert found["south"].seconds < 30.0

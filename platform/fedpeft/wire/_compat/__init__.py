@@ -6,6 +6,7 @@ ServerApp task itself (`acquire_serverapp`, `LinkGrid`). A site's worker takes t
 """
 
 from fedpeft.wire._compat.base import ERRORS, OFFLINE, SECRET_HEADER, RunLost, link_faults
+from fedpeft.wire._compat.keys import pem
 from fedpeft.wire._compat.link import (
     Endpoint,
     LinkGrid,
@@ -21,6 +22,7 @@ from fedpeft.wire._compat.link import (
     secret_header,
     stop_run,
     submit_stub,
+    unregister_node,
 )
 from fedpeft.wire._compat.worker import Handler, TaskDone, TaskInfo, acquire_clientapp, run_task
 
@@ -44,9 +46,11 @@ __all__ = [
     "link_faults",
     "list_nodes",
     "list_runs",
+    "pem",
     "register_node",
     "run_task",
     "secret_header",
     "stop_run",
     "submit_stub",
+    "unregister_node",
 ]

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +17,14 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.config import get_fused_config_from_fab
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, fab_to_proto, run_from_proto, user_config_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
 from flwr.supercore.control import ControlHttpClient
@@ -29,7 +35,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid, http_grid
 
 from fedpeft.wire._compat.base import ACQUIRE, SECRET_HEADER, acquire, heartbeat, impatient, link_faults, log, runtime
-from fedpeft.wire._compat.keys import pem
 
 
 @dataclass(frozen=True)
@@ -155,15 +160,16 @@ def list_nodes(endpoint: Endpoint) -> list[NodeRow]:
         return [NodeRow(node.node_id, node.status, node.name) for node in client.ListNodes(ListNodesRequest()).nodes_info]
 
 
-def register_node(endpoint: Endpoint, public_key: Path, name: str) -> int:
-    """Admit the SuperNode whose OpenSSH public key (ECDSA on a NIST curve) is in a file, under ``name``; returns its node id.
-
-    Raises:
-        ConfigError: the file holds no such key.
-    """
-    content = pem(public_key)
+def register_node(endpoint: Endpoint, key: bytes, name: str) -> int:
+    """Admit the SuperNode whose public key (ECDSA on a NIST curve, in PEM) is ``key``, under ``name``; returns its node id."""
     with _control(endpoint, f"register node {name}") as client:
-        return int(client.RegisterNode(RegisterNodeRequest(public_key=content, name=name)).node_id)
+        return int(client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id)
+
+
+def unregister_node(endpoint: Endpoint, node: int, name: str) -> None:
+    """Shut out a registered SuperNode: its calls are refused from now on, and its key is taken no more until the SuperLink starts anew."""
+    with _control(endpoint, f"unregister node {name}") as client:
+        client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
 
 def acquire_serverapp(endpoint: Endpoint) -> str | None:
