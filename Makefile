@@ -27,7 +27,7 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow and not integration' tests/unit
-	$(BIN)/python -m pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --dist loadfile --no-loadscope-reorder -m 'integration and not gpu and not slow' tests/integration tests/unit/control
+	$(BIN)/python -m pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --dist loadgroup --no-loadscope-reorder -m 'integration and not gpu and not slow' tests/integration tests/unit/control
 
 # The unit tests with other examples in every run. What it finds becomes an `@example` of the test, or a test of its own.
 fuzz: export OMP_NUM_THREADS ?= 1

@@ -196,7 +196,9 @@ def _part(folder: Path) -> Stored | None:
         arrays = {name: _mapped(folder / name, kind, counts[name]) for name, kind in TYPES.items()} if whole else {}
         rest = (arrays["labels"], arrays["starts"], arrays["owners"])
         texts = tuple(text.tobytes().decode() for text in Sequences(arrays["texts"], arrays["cuts"]))
-        return Stored(Sequences(arrays["ids"], arrays["ends"]), *rest, record["pad"], texts, paired=record["paired"], digest=record["digest"])
+        return Stored(
+            Sequences(arrays["ids"], arrays["ends"]), *rest, record["pad"], texts, paired=record["paired"], digest=record["digest"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

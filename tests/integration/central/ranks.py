@@ -1,104 +1,32 @@
-"""One rank of several central jobs in one process, for `test_central.py`: ``python central_ranks.py FOLDER PART``, RANK and WORLD_SIZE set.
+"""The ranks of a world of one and of a world of two, each with several central jobs: ``python ranks.py FOLDER PART``.
 
-Ranks of a world of one and of a world of two run this at the same time; each leaves a half-done job for the other to go on with.
-PART is ``first`` or, for what takes minutes, ``more``.
+All run at the same time, forked from one process that has loaded torch and DeepSpeed; each leaves a half-done job for the other to go on
+with. PART is ``first`` or, for what takes minutes, ``more``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import inf
+import threading
+import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
+from playing import RUNS, elsewhere, noted, play, waited
 
-from fedpeft.central.engine import ZeroEngine, ZeroRun
-from fedpeft.central.job import run
+from fedpeft.bases import meta_base
+from fedpeft.bases.spec import BaseSpec
+from fedpeft.central.engine import ZeroEngine
 from fedpeft.central.joint import JointModel
 from fedpeft.central.pool import Part
-from fedpeft.central.progress import Report, Scores
-from fedpeft.central.world import World, joined
+from fedpeft.central.world import World, joined, start_deepspeed
 from fedpeft.cli.transfers import show
-from fedpeft.errors import FedpeftError
 from fedpeft.locks import NAME, held
-from fedpeft.mixtures import choice
+from fedpeft.processes import free_port, hold
 from fedpeft.training.config import load_central
-
-RUNS: list[ZeroRun] = []
-"""The run of the job under way."""
-begin = ZeroEngine.begin
-
-
-def noted(self: ZeroEngine, *arguments: Any) -> ZeroRun:
-    """`ZeroEngine.begin`, whose run can be looked at afterwards."""
-    RUNS.append(begin(self, *arguments))
-    return RUNS[-1]
-
-
-class Stopped(Exception):
-    """A job that is left half done."""
-
-
-def play(
-    folder: Path, world: World, name: str, stop: int | None = None, full: int | None = None, resume: bool = False, **changes: str
-) -> dict[str, object]:
-    """Losses and scores of each step of one job, or the fault that ended it; from step ``full`` on no file may be longer than 1 kB."""
-    losses: list[dict[str, float]] = []
-    scores: list[Scores] = []
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    RUNS.clear()
-
-    def heard(report: Report) -> None:
-        if stop is not None and report.step > stop:
-            raise Stopped
-        losses.append({"all": report.loss, **report.losses, **report.told})
-        scores.append(report.scores)
-        if full is not None and report.step == full:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
-
-    table = {key.replace("__", "."): value for key, value in changes.items()} | {"output": str(folder / name)}
-    began = time.perf_counter()
-    try:
-        final = run(load_central(folder / "job.toml", table), world, progress=heard, resume=resume).scores
-    except Stopped:
-        final = {}
-    except FedpeftError as fault:
-        return {"fault": str(fault), "code": fault.exit_code, "seconds": time.perf_counter() - began}
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    held = {"moments": moment_bytes(RUNS[-1]), "base": base_bytes(RUNS[0])}
-    return {"losses": losses, "scores": scores, "final": final, "held": held}
-
-
-def moment_bytes(run: ZeroRun) -> int:
-    """What this rank's optimizer remembers."""
-    optimizer = getattr(run._zero.optimizer, "optimizer", run._zero.optimizer)
-    names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
-    kept = [state[name] for state in optimizer.state.values() for name in names if name in state]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
-
-
-def base_bytes(run: ZeroRun) -> int:
-    """What this rank keeps of the frozen base: in stage 3 its part of each weight."""
-    weights = [getattr(weight, "ds_tensor", weight) for weight in run.live.base.model.parameters() if not weight.requires_grad]
-    return sum(weight.numel() * weight.element_size() for weight in weights)
-
-
-def waited(path: Path, seconds: float = 120.0) -> None:
-    """Until ``path`` is there."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end:
-            raise TimeoutError(path)
-        time.sleep(0.1)
-
 
 STREAMED = {"training__save_every": "1", "tasks__animals__stream": "true", "tasks__colours__stream": "true"}
 BALANCED = {
@@ -132,20 +60,6 @@ BALANCED = {
     "hydra": {"shared": "true", "shared_method": '{kind = "hydralora", r = 2, experts = 2, targets = ["all"]}', "conflicts": "report"},
 }
 """Jobs whose tasks weigh against each other in other ways than by default."""
-
-
-@contextmanager
-def elsewhere() -> Iterator[None]:
-    """As in another process, where other ways to multiply are the fastest."""
-    known, seconds = dict(choice.FASTEST), choice._seconds
-    choice.FASTEST.clear()
-    choice._seconds = lambda *what: inf if (found := seconds(*what)) == inf else -found
-    try:
-        yield
-    finally:
-        choice._seconds = seconds
-        choice.FASTEST.clear()
-        choice.FASTEST.update(known)
 
 
 def balanced(folder: Path, world: World, stage: str, *kinds: str) -> dict[str, object]:
@@ -308,17 +222,51 @@ def two_more(folder: Path, world: World) -> dict[str, object]:
 PARTS = {"first": (one, two), "more": (one_more, two_more)}
 
 
-def main() -> None:
-    """Entry point."""
-    folder, part, world = Path(sys.argv[1]), sys.argv[2], World.of(os.environ)
-    assert world is not None
+def main(folder: Path, part: str) -> int:
+    """Fork the ranks and wait for them; the first that fails ends all, and its exit code is ours."""
+    import peft  # noqa: F401
+
+    start_deepspeed(World())
+    meta_base(BaseSpec(str(folder / "model")))
     os.chdir(folder)
+    assert threading.active_count() == 1, "a fork would lose the others"
+    ports, started = {1: free_port(), 2: free_port()}, set()
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        pid = os.fork()
+        if not pid:
+            os._exit(rank_of(World(rank, rank, size, port=ports[size]), folder, part))
+        started.add(pid)
+    hold()
+    while started:
+        pid, status = os.wait()
+        started.discard(pid)
+        if status:
+            for other in started:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+def rank_of(world: World, folder: Path, part: str) -> int:
+    """One rank; its exit code."""
+    log = os.open(folder / f"{part}{world.size}.{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(world.environment())
     ZeroEngine.begin = noted  # type: ignore[method-assign]
     JointModel.forward = overflowing  # type: ignore[method-assign]
-    with joined(world, 60):
-        found = PARTS[part][world.size - 1](folder, world)
-    (folder / f"{part}{world.size}.{world.rank}.json").write_text(json.dumps(found))
+    try:
+        with joined(world, 60):
+            found = PARTS[part][world.size - 1](folder, world)
+        (folder / f"{part}{world.size}.{world.rank}.json").write_text(json.dumps(found))
+    except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

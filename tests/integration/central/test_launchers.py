@@ -15,7 +15,7 @@ from fedpeft.training import checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(700)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 JOB = """
 name = "pair"
 output = "out"
