@@ -32,6 +32,7 @@ class Roster:
         self.connected: set[str] = set()
         self._changed: set[str] = set()
         self._chose: frozenset[str] = frozenset()
+        self._tried: dict[int, int] = {}
         self._left_out: dict[int, dict[str, frozenset[str]]] = {}
 
     def refresh(self) -> dict[str, Site]:
@@ -67,11 +68,16 @@ class Roster:
         """Sites by task that gave up in an earlier attempt of round ``number``."""
         return self._left_out.get(number, {})
 
-    def leave_out(self, done: Round) -> None:
-        """Take in who gave up in ``done``, which is tried again: what hindered one site must not hinder all of them."""
+    def leave_out(self, done: Round) -> int:
+        """Take in who gave up in ``done``, so that what hindered one site hinders not all of them; answers how often it was tried.
+
+        A coordinator that is started again begins to count anew.
+        """
         before = self.left_out(done.number)
         gave_up = {name: frozenset(site for site, why in row.drops.items() if why.startswith(GAVE_UP)) for name, row in done.tasks.items()}
         self._left_out = {done.number: {name: sites | before.get(name, frozenset()) for name, sites in gave_up.items()}}
+        self._tried = {done.number: self._tried.get(done.number, 0) + 1}
+        return self._tried[done.number]
 
     def note(self, report: Report, trained: bool = False) -> None:
         """Take in what an answer, to whom was asked to train (``trained``) or not, said of its site; `flush` brings it to the journal."""

@@ -197,12 +197,12 @@ class Coordinator:
 
     def _repeat(self, done: Round) -> Round:
         """Plan the round again, without those who gave up: no task moved. Raises `CohortError` when it was repeated often enough."""
-        if done.attempt >= self.setup.limits.retries:
+        tried = self.roster.leave_out(done)
+        if tried > self.setup.limits.retries:
             raise CohortError(
-                f"round {done.number}: no task got enough answers in {done.attempt + 1} attempts ({why(done)}); "
+                f"round {done.number}: no task got enough answers in {tried} attempts ({why(done)}); "
                 "look at the sites' logs, then run the same command again: it goes on from this round"
             )
-        self.roster.leave_out(done)
         return self._plan(done.number, done.attempt + 1)
 
     # sealed ----------------------------------------------------------------------------------------------------------------

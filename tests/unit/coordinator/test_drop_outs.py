@@ -119,6 +119,9 @@ def test_below_quorum_is_untouched_and_repeated_then_refused(fake: ModuleType, t
     with pytest.raises(CohortError, match=r"2 of 3 site\(s\) contributed, cohort\.min_sites = 3"):
         federation.open().run()
     assert len([row for row in federation.named("combined")]) == 3
+    with pytest.raises(CohortError, match="in 3 attempts"):
+        federation.open().run()
+    assert len([row for row in federation.named("combined")]) == 6, "a coordinator that is started again tries as often again"
     broken.twist = lambda _result, _arrays: None
     last = federation.open().run()[-1]
     assert last.tasks["kind"].current == fake.start("kind").digest

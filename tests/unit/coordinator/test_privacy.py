@@ -281,6 +281,7 @@ def test_a_site_that_cannot_train_holds_up_no_sum_that_needs_all(fake: ModuleTyp
         result.status, result.reason = TaskResult.STATUS_FAILED, reason
 
     made = hidden(fake, tmp_path, Distributed(8.0), rounds=2)
+    made.setup = replace(made.setup, limits=replace(made.setup.limits, retries=1))
     west, others = made.sites["west"].site, tuple(sorted(MANY.keys() - {"west"}))
     west.instance, west.twist = "1", fail
     rounds, asked = made.open().run(), [event["tasks"]["area"]["cohort"] for event in made.named("plan")]
