@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from fedpeft.central.pool import Pool
 from fedpeft.central.stored import Stored, stored
 from fedpeft.central.together import together
 from fedpeft.central.world import World
+from fedpeft.errors import DataError
 from fedpeft.tasks import Encoded, read_rows
 
 if TYPE_CHECKING:
@@ -33,8 +34,13 @@ def read_together(config: CentralConfig, world: World) -> dict[str, Examples]:
 
 
 def examples(config: CentralConfig, base: Base) -> dict[str, Examples]:
-    """The examples of each task. Raises `DataError` when rows are missing or unreadable, `StorageError` when a stream cannot be stored."""
-    return {name: _encoded(config, name, base) for name in config.tasks}
+    """The examples of each task.
+
+    Raises:
+        DataError: rows are missing or unreadable; of every task, a line each.
+        StorageError: a stream cannot be stored.
+    """
+    return _each(list(config.tasks), lambda name: _encoded(config, name, base))
 
 
 def pools(config: CentralConfig, data: Mapping[str, Examples]) -> tuple[Pool, Pool | None]:
@@ -62,8 +68,20 @@ def _encode_streams(config: CentralConfig) -> None:
     names = [name for name, entry in config.tasks.items() if entry.stream]
     if names:
         base = meta_base(config.base)
-        for name in names:
-            _encoded(config, name, base)
+        _each(names, lambda name: _encoded(config, name, base))
+
+
+def _each(names: Sequence[str], read: Callable[[str], Examples]) -> dict[str, Examples]:
+    """What ``read`` finds for every name. Raises `DataError` with the faults of all of them."""
+    found, faults = {}, []
+    for name in names:
+        try:
+            found[name] = read(name)
+        except DataError as fault:
+            faults.append(f"tasks.{name}: {fault}")
+    if faults:
+        raise DataError("\n".join(faults))
+    return found
 
 
 def _encoded(config: CentralConfig, name: str, base: Base) -> Examples:

@@ -35,16 +35,10 @@ def shares_of(pool: Pool, mixing: Mixing) -> dict[str, float]:
 
 
 def windows(pool: Pool, shares: Mapping[str, float], size: int, seed: int, going: Going | None = None) -> Iterator[Places]:
-    """The ``size`` examples of each optimizer step; they end when no task is ``going`` any more, whose shares the others take.
+    """The ``size`` examples, no fewer than tasks, of each optimizer step.
 
-    Raises:
-        ConfigError: a step has fewer examples than there are tasks.
+    They end when no task is ``going`` any more, whose shares the others take.
     """
-    if size < len(pool.names):
-        raise ConfigError(
-            f"training: a step has {size} examples (batch_size x accumulate) for {len(pool.names)} tasks; "
-            f"every step must hold every task, raise one of the two to reach {len(pool.names)}"
-        )
     rng = np.random.default_rng([seed, len(pool.names)])
     queues = [_examples(pool, task, seed) for task in range(len(pool.names))]
     wanted, owed = np.array([shares[name] for name in pool.names]) * size, np.zeros(len(pool.names))

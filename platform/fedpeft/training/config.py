@@ -197,6 +197,16 @@ class CentralConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _steps_hold_every_task(self) -> CentralConfig:
+        size = self.training.batch_size * self.training.accumulate
+        if size < len(self.tasks):
+            raise ValueError(
+                f"training: a step has {size} examples (batch_size x accumulate) for {len(self.tasks)} tasks; "
+                f"every step must hold every task, raise one of the two to reach {len(self.tasks)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_can_be_told(self) -> CentralConfig:
         best, every, save = self.checkpoints.best, self.evaluate.every, self.training.save_every
         if best is None:

@@ -200,3 +200,16 @@ def test_no_space_leaves_nothing_behind(tmp_path, no_tokenizer, monkeypatch):
 def test_what_cannot_be_streamed_is_refused():
     with pytest.raises(ValueError, match=r"stream = true needs data of \.jsonl files, not 'stdlib'"):
         CentralTask(task=Generation("a"), data=Source(package="stdlib"), stream=True)
+
+
+def test_faults_of_all_tasks_are_told_at_once_and_those_of_the_file_before_any_row_is_read(base, tmp_path):
+    (tmp_path / "torn.jsonl").write_text('{"text": \n')
+    shards(tmp_path / "story", STORY, 1)
+    paths = {"torn": "torn.jsonl", "story": "story", "absent": "absent.jsonl"}
+    tasks = {name: {"kind": "generation", "data": {"path": str(tmp_path / path)}} for name, path in paths.items()}
+    config = CentralConfig(name="a", output=tmp_path, base={"model": "m"}, tasks=tasks)
+    with pytest.raises(DataError) as told:
+        examples(config, base)
+    assert [line.split(":")[0] for line in str(told.value).splitlines()] == ["tasks.torn", "tasks.absent"]
+    with pytest.raises(ValueError, match=r"a step has 2 examples .* for 3 tasks"):
+        CentralConfig(name="a", output=tmp_path, base={"model": "m"}, tasks=tasks, training={"batch_size": 2})
