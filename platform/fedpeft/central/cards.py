@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +30,42 @@ MOST = 1024
 """Texts of a task that are embedded."""
 FOLDER = "cards"
 """Where under the job's output they lie for whoever publishes."""
+MADE = "made.json"
+"""Beside them, written last: the digest of all that they depend on, and whose they are."""
+FORM = 1
+"""Of how cards are made of texts; another one is another digest."""
 
 
 def keep(config: CentralConfig, base: Base) -> None:
-    """Write the cards of all tasks for `kept`. Raises `DataError` when rows cannot be read, `StorageError` without space."""
-    made = cards({name: list(_texts(entry)) for name, entry in config.tasks.items()}, base)
+    """Write the cards of all tasks for `kept`, unless they lie there already, made of the same texts by the same base.
+
+    Raises:
+        DataError: rows cannot be read.
+        StorageError: no space or permission.
+    """
+    folder, texts = config.output / FOLDER, {name: list(_texts(entry)) for name, entry in config.tasks.items()}
+    digest = _digest(config, base, texts)
+    if _lie(folder, digest):
+        return
+    (folder / MADE).unlink(missing_ok=True)
+    made = cards(texts, base)
     for name, card in made.items():
-        write_atomic(config.output / FOLDER / f"{name}.safetensors", card.to_bytes())
+        write_atomic(folder / f"{name}.safetensors", card.to_bytes())
+    write_atomic(folder / MADE, json.dumps({"digest": digest, "tasks": sorted(made)}).encode())
+
+
+def _digest(config: CentralConfig, base: Base, texts: Mapping[str, Sequence[str]]) -> str:
+    """SHA-256 over all that decides what the cards say."""
+    by = [FORM, base.encoder, config.base.quantization, config.base.max_tokens]
+    return hashlib.sha256(json.dumps([by, texts], sort_keys=True).encode()).hexdigest()
+
+
+def _lie(folder: Path, digest: str) -> bool:
+    try:
+        made = json.loads((folder / MADE).read_text(encoding="utf-8"))
+        return made["digest"] == digest and all((folder / f"{name}.safetensors").is_file() for name in made["tasks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def kept(config: CentralConfig, task: str) -> RouterCard | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,11 +18,12 @@ from fedpeft.bases.base import Base
 from fedpeft.bases.spec import QUANTIZED
 from fedpeft.central import cards
 from fedpeft.central.balancing import EXAMPLES, Balancing, Plan
-from fedpeft.central.engine import ZeroEngine, ZeroRun
+from fedpeft.central.course import Course, Watched
+from fedpeft.central.engine import ZeroEngine
 from fedpeft.central.joint import Joint, JointTask
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.pool import Pool
-from fedpeft.central.progress import Clock, Progress, Report, Scores, most_memory
+from fedpeft.central.progress import Progress, Scores
 from fedpeft.central.reading import Examples, digest_of, examples, pools, read_together
 from fedpeft.central.sampling import shares_of
 from fedpeft.central.scoring import Scorer
@@ -90,11 +91,11 @@ def run(
         found = read_together(config, world) if data is None else data
         ready = together(world, lambda: prepare(config, starts or {}, found))
         require_equal(world, "data", digest_of(ready.pool, ready.held))
-        together(world, lambda: keeper_of(config).repair() if world.rank == 0 else None)
+        together(world, lambda: Keeper.of(config).repair() if world.rank == 0 else None)
         base = together(world, lambda: load(config, world, table))
         if config.registry is not None and not _in_parts(config, table):
             together(world, lambda: cards.keep(config, base) if world.rank == 0 else None)
-        return _train(config, world, base, ready, progress, resume)
+        return _train(Ground(config, world, table, base), ready, progress, resume)
 
 
 def prepare(config: CentralConfig, starts: Mapping[str, Adapter], data: Mapping[str, Examples] | None = None) -> Prepared:
@@ -133,11 +134,6 @@ def _in_parts(config: CentralConfig, table: Mapping[str, Any]) -> bool:
     return stage_of(table) == 3 and config.base.quantization not in QUANTIZED
 
 
-def keeper_of(config: CentralConfig) -> Keeper:
-    """Which checkpoints of the job stay."""
-    return Keeper.of(config, config.state)
-
-
 @dataclass(frozen=True)
 class Trained:
     """What a job gives: its adapters by their name in a bank, after how many steps, their scores where they were taken, tasks' examples."""
@@ -155,7 +151,7 @@ def trained(config: CentralConfig, adapters: Mapping[str, Adapter]) -> Trained:
         StorageError: there is none, or it is torn.
         AdapterError: it is of other adapters, or a value is not finite.
     """
-    folder, keeper = config.state, keeper_of(config)
+    folder, keeper = config.state, Keeper.of(config)
     best = keeper.chosen()
     found = checkpoint.read(folder, best.file) if best else checkpoint.read(folder)
     if found is None:
@@ -170,9 +166,19 @@ def _alone(config: CentralConfig) -> AbstractContextManager[None]:
     return locks.held(config.output / locks.NAME, "trains a job there", "give this one another `output`")
 
 
-def _train(config: CentralConfig, world: World, base: Base, ready: Prepared, progress: Progress | None, resume: bool) -> Outcome:
-    table = zero_of(config, world.size)
-    with Joint.attach(config.name, base, ready.pool, ready.adapters, ready.every.get(SHARED)) as joint:
+@dataclass(frozen=True)
+class Ground:
+    """What a job stands on: its file, this rank, DeepSpeed's table, and the base on this rank's device."""
+
+    config: CentralConfig
+    world: World
+    table: Mapping[str, Any]
+    base: Base
+
+
+def _train(ground: Ground, ready: Prepared, progress: Progress | None, resume: bool) -> Outcome:
+    config, world, table = ground.config, ground.world, ground.table
+    with Joint.attach(config.name, ground.base, ready.pool, ready.adapters, ready.every.get(SHARED)) as joint:
         plan = Plan(config.balance, config.conflicts, config.validation if config.looks else None, ready.held, config.seed)
         balancing = Balancing(plan, joint, world, _judge(config, joint, ready.held, world, stage_of(table)))
         shares = shares_of(ready.pool, config.mixing)
@@ -202,7 +208,7 @@ def _look(state: Path, identity: str, resume: bool) -> None:
 
 def _scorer(config: CentralConfig, joint: Joint, world: World, stage: int) -> Scorer:
     scorer = Scorer.of(config, joint.bank, world, stage == 3)
-    keeper_of(config).require([name for name, data in scorer.tests.items() if data is not None])
+    Keeper.of(config).require([name for name, data in scorer.tests.items() if data is not None])
     return scorer
 
 
@@ -215,66 +221,6 @@ def _judge(config: CentralConfig, joint: Joint, held: Pool | None, world: World,
     judge = Scorer(joint.bank, world, stage == 3, tasks, {name: held.data[held.names.index(name)] for name in tasks})
     judge.require_forwards()
     return judge
-
-
-@dataclass(eq=False)
-class Watched:
-    """An engine whose run can be asked while the loop has it."""
-
-    engine: ZeroEngine
-    run: ZeroRun | None = None
-
-    def __repr__(self) -> str:
-        return repr(self.engine)
-
-    def begin(self, *arguments: Any) -> ZeroRun:
-        """See `Engine.begin`."""
-        self.run = self.engine.begin(*arguments)
-        return self.run
-
-
-@dataclass(eq=False)
-class Course:
-    """What happens between steps: scores are taken when they are due, checkpoints kept, and progress is told."""
-
-    config: CentralConfig
-    world: World
-    engine: Watched
-    scorer: Scorer
-    progress: Progress | None
-    clock: Clock = field(default_factory=Clock)
-    scores: Scores = field(default_factory=dict)
-    saved: tuple[str, int] | None = None
-
-    def step(self, step: int, loss: float) -> None:
-        """The loop did ``step`` steps."""
-        run, steps, every = self._run, self.config.training.steps, self.config.evaluate.every
-        speed, seconds = self.clock.step(run.tokens), self.clock.seconds
-        with self.clock.paused():
-            self.scores = self.scorer() if step == steps or (every and step % every == 0) else {}
-            if self.progress is not None:
-                self.progress(Report(step, steps, loss, run.losses, seconds, speed, most_memory(), self.scores, run.told))
-
-    def save(self, step: int, job: str) -> None:
-        """The loop wrote a checkpoint."""
-        self.saved = (job, step)
-        if self.world.rank == 0:
-            keeper_of(self.config).save(job, step, self.scores)
-
-    def final(self) -> Scores:
-        """Scores of what the job gives; taken now where the job ended early, or a resumed one had no step left to do."""
-        if not self.scores:
-            self._run.started()
-            self.scores = self.scorer()
-            if self.saved:
-                self.save(self.saved[1], self.saved[0])
-        best = keeper_of(self.config).chosen()
-        return best.scores if best is not None else self.scores
-
-    @property
-    def _run(self) -> ZeroRun:
-        assert self.engine.run is not None
-        return self.engine.run
 
 
 def _start(fresh: Adapter, given: Adapter | None) -> Adapter:

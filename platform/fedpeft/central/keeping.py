@@ -53,10 +53,10 @@ class Keeper:
     headlines: Mapping[str, str]
 
     @staticmethod
-    def of(config: CentralConfig, folder: Path) -> Keeper:
+    def of(config: CentralConfig) -> Keeper:
         """What the job asks for."""
         headlines = {name: entry.task.headline for name, entry in config.tasks.items()}
-        return Keeper(folder, config.checkpoints.keep, config.checkpoints.best, headlines)
+        return Keeper(config.state, config.checkpoints.keep, config.checkpoints.best, headlines)
 
     def require(self, tested: Collection[str]) -> None:
         """Raise `DataError` unless the ``tested`` tasks, those with test rows, can tell the best."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from fedpeft.bases import BaseSpec
 from fedpeft.central import cards
 from fedpeft.routing import Request, make_router
 from fedpeft.tasks import Classification, Source
@@ -56,7 +58,7 @@ def test_what_is_kept_comes_back_and_goes_onto_a_derived_card(tmp_path, stream):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"{n}:0", "label": "x"}) + "\n" for n in range(60)))
     entry = SimpleNamespace(task=Classification("a", ("x", "y")), data=Source(path=str(path)), stream=stream, cap=None)
-    config = SimpleNamespace(output=tmp_path, tasks={"a": entry})
+    config = SimpleNamespace(output=tmp_path, tasks={"a": entry}, base=BaseSpec("fake"))
     cards.keep(config, Encoder())
     card = cards.kept(config, "a")
     assert card.card.encoder == "fake@1"
@@ -65,3 +67,42 @@ def test_what_is_kept_comes_back_and_goes_onto_a_derived_card(tmp_path, stream):
     assert set(whole.counts) == {"arrow", "mahalanobis"}
     assert whole.card == card.card
     assert cards.onto(whole, None) is whole
+
+
+class Counting(Encoder):
+    asked: ClassVar[list[int]] = []
+
+    def embed(self, texts):
+        self.asked.append(len(texts))
+        return super().embed(texts)
+
+
+def test_cards_are_made_once_for_the_same_texts_and_base_and_again_for_others(tmp_path):
+    path, file = tmp_path / "rows.jsonl", tmp_path / "cards" / "a.safetensors"
+    path.write_text("".join(json.dumps({"text": f"{n}:0", "label": "x"}) + "\n" for n in range(20)))
+    entry = SimpleNamespace(task=Classification("a", ("x", "y")), data=Source(path=str(path)), stream=False, cap=None)
+    config, encoder = SimpleNamespace(output=tmp_path, tasks={"a": entry}, base=BaseSpec("fake")), Counting()
+
+    def made(*of: object) -> bool:
+        before = len(Counting.asked)
+        cards.keep(*of)
+        return len(Counting.asked) > before
+
+    assert made(config, encoder)
+    first = file.read_bytes()
+    assert not made(config, encoder)
+    for changed in (
+        (config, replace(encoder, encoder="fake@2")),
+        (SimpleNamespace(**vars(config) | {"base": BaseSpec("fake", "nf4")}), encoder),
+        (SimpleNamespace(**vars(config) | {"base": BaseSpec("fake", max_tokens=8)}), encoder),
+        (SimpleNamespace(**vars(config) | {"tasks": {"a": SimpleNamespace(**vars(entry) | {"cap": 7})}}), encoder),
+    ):
+        assert made(*changed)
+    assert made(config, encoder)
+    assert file.read_bytes() == first
+    file.unlink()
+    assert made(config, encoder)
+    (tmp_path / "cards" / cards.MADE).write_text("torn")
+    assert made(config, encoder)
+    path.write_text("".join(json.dumps({"text": f"{n}:1", "label": "y"}) + "\n" for n in range(20)))
+    assert made(config, encoder)

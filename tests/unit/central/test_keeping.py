@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedpeft.central import progress
-from fedpeft.central.job import Course
+from fedpeft.central.course import Course
 from fedpeft.central.keeping import Keeper
 from fedpeft.central.progress import Clock, Report
 from fedpeft.central.world import World
