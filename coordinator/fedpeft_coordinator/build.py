@@ -204,10 +204,10 @@ def _spec(config: FederationConfig, base: Laid, identity: str, name: str) -> Ada
     task = config.tasks[name].task
     if name not in base.layouts:
         raise ConfigError(
-            f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is an {base.family}; "
-            "take a causal base or an encoder-decoder, or kind = 'classification'"
+            f"tasks.{name}.kind = {type(task).kind!r} needs a language model and base.model = {config.base.model!r} is of family "
+            f"{base.family!r}; take a causal base or an encoder-decoder, or kind = 'classification'"
         )
-    return AdapterSpec(name, identity, config.base.model, config.method, task.head, base.layouts[name])
+    return AdapterSpec(name, identity, config.base.model, config.method, task.head, base.layouts[name], base.family == "vision")
 
 
 def _task(config: FederationConfig, starts: Starts, spec: AdapterSpec) -> TaskSetup:

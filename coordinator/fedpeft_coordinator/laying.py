@@ -21,6 +21,7 @@ from fedpeft.adapters.drawing import draw, needed
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.bases import BaseSpec, Family, Fingerprint, HeadSpec, fingerprint, load_base, meta_base, meta_encoder, resolve_model
 from fedpeft.bases.base import OWN
+from fedpeft.bases.spec import CLASSIFIERS
 from fedpeft.errors import DataError
 from fedpeft.tensors import Layout, Tensors
 from fedpeft_coordinator import apart, remembered
@@ -94,7 +95,9 @@ def lay(question: Table) -> Table:
     encoder = meta_encoder(question["encoders"], base)
     method = configs.build(METHODS, question["method"], "method")
     heads = {task: HeadSpec(head["kind"], tuple(head["labels"])) for task, head in question["heads"].items()}
-    specs = {task: make_spec(task, base, method, head) for task, head in heads.items() if base.family != "encoder" or head.kind != "lm"}
+    specs = {
+        task: make_spec(task, base, method, head) for task, head in heads.items() if base.family not in CLASSIFIERS or head.kind != "lm"
+    }
     return {
         "family": base.family,
         "encoder": encoder.encoder,

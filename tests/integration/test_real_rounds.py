@@ -137,3 +137,21 @@ def test_sites_train_an_encoder_decoder_together(tmp_path: Path, seq2seq_folder:
     assert [row.outcome for row in done] == ["updated"] * 3, done[-1].reason
     losses = [row.counters["train.loss"][0] / row.counters["train.loss"][1] for row in done]
     assert losses[-1] < losses[0]
+
+
+def test_sites_train_on_their_own_images_together(tmp_path: Path, vision_folder: Callable[[str], Path], digits: Path) -> None:
+    base = load_base(BaseSpec(str(vision_folder("ViT"))), "cpu")
+    task, training = {"kind": "classification", "labels": ["0", "1"]}, {"steps": 10, "batch_size": 16, "lr": 1e-2}
+    ours = Federation(tmp_path, base, base={"model": base.spec.model}, tasks={"kinds": task}, training=training, evaluate_every=3)
+    for number, name in enumerate(SITES):
+        for label in "01":
+            (tmp_path / f"{name}-scans" / label).mkdir(parents=True)
+            for file in sorted((digits / label).iterdir())[number::4]:
+                (tmp_path / f"{name}-scans" / label / file.name).hardlink_to(file)
+        file = tmp_path / f"{name}.toml"
+        file.write_text(file.read_text().replace(f"{name}.jsonl", f"{name}-scans"))
+    rows = ours.open().run()
+    done = [row.tasks["kinds"] for row in rows]
+    assert [row.outcome for row in done] == ["updated"] * 3, done[-1].reason
+    losses = [row.counters["train.loss"][0] / row.counters["train.loss"][1] for row in done]
+    assert losses[-1] < losses[0]

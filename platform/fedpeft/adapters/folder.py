@@ -47,6 +47,8 @@ def contents(adapter: Adapter, extra: Mapping[str, Any] | None = None) -> dict[s
     if not adapter.tensors.finite:
         raise AdapterError(f"adapter {spec.task}: holds NaN or infinite values; it is not saved, go back to the last version")
     config = spec.method.peft_config(spec.base_model, spec.head, spec.layout)
+    if spec.images:
+        config["task_type"] = None  # peft's sequence classifiers hand input_ids on
     table = {"format": FORMAT, "digest": adapter.digest, "spec": spec.to_json(), "extra": dict(extra or {})}
     return {CONFIG: _json(config), TENSORS: write_safetensors(dict(adapter.tensors.named()), {"format": "pt"}), SPEC: _json(table)}
 

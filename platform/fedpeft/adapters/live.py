@@ -12,6 +12,7 @@ from torch import nn
 from fedpeft.adapters.making import check_base, layout_of
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.bases.base import Base
+from fedpeft.bases.vision import require_forward
 from fedpeft.errors import AdapterError
 from fedpeft.tensors import Tensors
 
@@ -45,7 +46,7 @@ class Live:
         """Put the adapter on ``base``: milliseconds, nothing of the base is copied.
 
         Raises:
-            AdapterError: the spec is of another base, or its layout is not what the method has here.
+            AdapterError: the spec is of another base, or its layout is not what the method has here, or the base does not run with it.
             BaseError: another adapter is attached, or this is a meta base.
         """
         check_base(base, spec)
@@ -53,6 +54,7 @@ class Live:
             raise AdapterError(f"adapter {spec.task}: base {base.spec.model} was built without weights; use load_base")
         model = spec.method.attach(base.shell(spec.head), spec.head)
         try:
+            require_forward(base, spec.method.kind, model)
             live = Live(base, spec, model)
         except BaseException:
             _take_off(base, spec, model)

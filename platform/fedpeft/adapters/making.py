@@ -25,7 +25,7 @@ def make_spec(task: str, base: Base, method: Method, head: HeadSpec) -> AdapterS
     """The spec of ``method`` with ``head`` on ``base``; a meta base is enough. Raises `AdapterError` when nothing matches."""
     require_base(method, base)
     layout = _attached(base, method, head, lambda model: layout_of(method, model))
-    return AdapterSpec(task, base.fingerprint.identity, base.spec.model, method, head, layout)
+    return AdapterSpec(task, base.fingerprint.identity, base.spec.model, method, head, layout, base.family == "vision")
 
 
 def initial(base: Base, spec: AdapterSpec, seed: int) -> Adapter:

@@ -19,7 +19,10 @@ KEYS = frozenset({"task", "base", "base_model", "method", "head", "layout"})
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One task's method and head on one base: ``base`` is the fingerprint's identity, ``base_model`` what people call it."""
+    """One task's method and head on one base: ``base`` is the fingerprint's identity, ``base_model`` what people call it.
+
+    ``images``: the base reads images, which peft and transformers must be told of in what is exported.
+    """
 
     task: str
     base: str
@@ -27,6 +30,7 @@ class AdapterSpec:
     method: Method
     head: HeadSpec
     layout: Layout
+    images: bool = False
 
     @cached_property
     def schema(self) -> str:
@@ -43,6 +47,7 @@ class AdapterSpec:
             "method": describe(self.method),
             "head": {"kind": self.head.kind, "labels": list(self.head.labels)},
             "layout": self.layout.to_json(),
+            **({"images": True} if self.images else {}),
         }
 
     @staticmethod
@@ -50,7 +55,7 @@ class AdapterSpec:
         """Inverse of `to_json`. Raises `AdapterError` naming what is missing, unknown or malformed."""
         from fedpeft.methods import METHODS
 
-        if not isinstance(table, dict) or set(table) != KEYS:
+        if not isinstance(table, dict) or set(table) - {"images"} != KEYS:
             seen = sorted(table) if isinstance(table, dict) else type(table).__name__
             raise AdapterError(f"adapter spec: has {seen}, needs exactly {sorted(KEYS)}; was it written by another version of fedpeft?")
         try:
@@ -61,6 +66,7 @@ class AdapterSpec:
                 method=build(METHODS, table["method"], "method"),
                 head=HeadSpec(table["head"]["kind"], tuple(str(label) for label in table["head"]["labels"])),
                 layout=_checked(Layout.from_json(table["layout"])),
+                images=table.get("images", False) is True,
             )
         except (KeyError, TypeError, ValueError, AttributeError, BaseError) as fault:
             raise AdapterError(f"adapter spec: malformed: {type(fault).__name__}: {fault}; fetch the adapter again") from None

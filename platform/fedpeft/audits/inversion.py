@@ -90,9 +90,14 @@ def invert(subject: Subject, rows: Sequence[Row], views: Sequence[View] = VIEWS,
     """Train on ``per_update`` rows at a time, encode the update as a site would, and read tokens back from each view of it.
 
     Raises:
-        AdapterError: the method has no low-rank factors in the first layer, or the base is an encoder-decoder, which has two of them.
+        AdapterError: the method has no low-rank factors in the first layer, or the base is an encoder-decoder, which has two of them,
+            or reads images.
         UpdateError: training diverged, or the delta leaves the round's grid.
     """
+    if subject.base.family == "vision":
+        raise AdapterError(
+            f"inversion: {type(subject.base.model).__name__} reads images, and this attack reads tokens back; run the other audits"
+        )
     if subject.base.family == "seq2seq":
         raise AdapterError(
             f"inversion: {type(subject.base.model).__name__} reads prompts and completions in two first layers, and this attack knows one; "

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,6 +126,19 @@ def text_of(source: str | bytes) -> str:
         coded = base64.b64encode(source).decode()
         return f"{URL}{next((kind for start, kind in STARTS.items() if coded.startswith(start)), 'png')};base64,{coded}"
     return source
+
+
+def asked(text: str) -> str:
+    """A text of this machine's command line: the path of a file is one."""
+    return File(text) if os.path.isfile(text) else text
+
+
+def sent(text: str) -> str:
+    """``text`` as it can leave this machine: an image file by what it holds. Raises `DataError` when it is no image."""
+    if not isinstance(text, File) or not text.lower().endswith((".png", ".jpg", ".jpeg")):
+        return text
+    picture(text)
+    return text_of(Path(text).read_bytes())
 
 
 def held(text: str) -> bool:

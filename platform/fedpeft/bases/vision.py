@@ -20,7 +20,7 @@ from fedpeft.bases.images import Processor, resized
 from fedpeft.bases.quiet import quiet_transformers
 from fedpeft.bases.roles import module_roles
 from fedpeft.bases.spec import BaseSpec
-from fedpeft.errors import BaseError
+from fedpeft.errors import AdapterError, BaseError
 
 ROWS = 16
 """Images of one forward that embeds."""
@@ -56,6 +56,22 @@ def read_processor(base: Base, folder: Path) -> Processor:
     shape, scale, shift = _tried(base.spec, inner)
     tokens, width = _measured(base, shape)
     return Processor(inner, (shape[1], shape[2]), scale, shift, tokens, width)
+
+
+def require_forward(base: Base, kind: str, model: nn.Module) -> None:
+    """Raise `AdapterError` when ``model`` of a vision ``base`` does not run with the method ``kind`` on it.
+
+    Windows, maps and biases by place are not what every method takes, and none says so before it is called.
+    """
+    if base.processor is None:
+        return
+    try:
+        with torch.no_grad():
+            model(pixel_values=torch.zeros(2, 3, *base.processor.size, device=base.device))
+    except FAULTS as fault:
+        raise AdapterError(
+            f"{kind}: does not run on {type(base.model).__name__}: {one_line(fault)}; use lora, ia3 or bottleneck, or a ViT base"
+        ) from None
 
 
 def embed_images(base: Base, images: Sequence[str]) -> NDArray[np.float32]:

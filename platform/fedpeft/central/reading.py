@@ -59,7 +59,7 @@ def digest_of(*pools: Pool | None) -> str:
             if isinstance(part, Stored):
                 hasher.update(part.digest.encode())
                 continue
-            for array in (np.concatenate(part.ids), np.array([len(ids) for ids in part.ids]), part.labels, part.starts):
+            for array in (*([np.concatenate(part.ids)] if not part.patches else part.ids), part.lengths, part.labels, part.starts):
                 hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
 

@@ -60,7 +60,7 @@ class Served(nn.Module):
         return cast(Any, self.inner).get_output_embeddings()
 
     def _use(self, inputs: Mapping[str, Any]) -> None:
-        self.bank.use(Gates.rows([self.task] * len(inputs["input_ids"])))
+        self.bank.use(Gates.rows([self.task] * len(next(iter(inputs.values())))))
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Lockstep:
     def _nothing(self) -> dict[str, torch.Tensor]:
         """The least that a forward takes; an encoder-decoder's classifier looks for an end token."""
         base, one = self.bank.base, torch.ones(1, 1, dtype=torch.long, device=self.device)
+        if base.processor is not None:
+            return {"pixel_values": torch.zeros(1, 3, *base.processor.size, dtype=torch.uint8, device=self.device)}
         if base.family != "seq2seq":
             return {"input_ids": one, "attention_mask": one}
         end = one * int(base.config.eos_token_id)

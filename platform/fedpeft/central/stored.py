@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedpeft.central.held import held_out
 from fedpeft.config import describe
-from fedpeft.errors import DataError, StorageError
+from fedpeft.errors import ConfigError, DataError, StorageError
 from fedpeft.files import sync_folder, write_synced
 from fedpeft.tasks.encoding import token_limit
 from fedpeft.tasks.protocol import Encoded, Ids
@@ -76,7 +76,12 @@ def stored(folder: Path, task: Task, source: Source, base: Base, cap: int | None
     Raises:
         DataError: rows are missing, unreadable, of an unknown form or too few, or the source is no .jsonl file or folder of them.
         StorageError: no space or permission; nothing is left behind.
+        ConfigError: the base reads images, which are read from their files anyway.
     """
+    if base.processor is not None:
+        raise ConfigError(
+            f"tasks.{task.name}.stream: only texts are laid out on disk, and base {base.spec.model} reads images; leave stream out"
+        )
     place, names = folder / f"{task.name}-{fingerprint(task, source, base, cap, held)[:24]}", (TRAIN, HELD)[: 1 + bool(held)]
     found = _opened(place, names)
     if found is None:

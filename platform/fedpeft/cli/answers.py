@@ -35,18 +35,20 @@ def register(app: typer.Typer) -> None:
 
 
 def route(
-    text: Annotated[str, typer.Argument(help="The request; - reads standard input.")],
+    text: Annotated[str, typer.Argument(help="The request, or the path of an image; - reads standard input.")],
     task: Annotated[str | None, typer.Option(help="Ask this task's adapter instead of routing.")] = None,
     router: Whoever = "chain",
     registry: Place = HERE,
     quantization: Annotated[str, typer.Option(help="How to load the base: none, bf16, fp16, int8, nf4.")] = "none",
     json: AsJson = False,
 ) -> None:
-    """Route a text to the mixture of task adapters it belongs to, or to the base alone; say why, and answer it."""
-    request = sys.stdin.read() if text == "-" else text
+    """Route a text or an image to the mixture of task adapters it belongs to, or to the base alone; say why, and answer it."""
+    from fedpeft.bases.images import asked, sent
+
+    request = sys.stdin.read() if text == "-" else asked(text)
     where, _, kind = router.partition(":")
     if where == THERE:
-        found, answer = _there(registry, request, task, kind), None
+        found, answer = _there(registry, sent(request), task, kind), None
     else:
         from fedpeft.service import Service
 

@@ -113,11 +113,12 @@ def _cost(name: str, base: Any, scheme: str) -> dict[str, Any]:
     """Trained parameters without the head, and bytes that a site sends in a round (mean over two rounds)."""
     from fedpeft.adapters import make_spec
     from fedpeft.bases import HeadSpec
+    from fedpeft.bases.spec import CLASSIFIERS
     from fedpeft.errors import FedpeftError
     from fedpeft.methods import METHODS, SPECS
     from fedpeft.schemes import SCHEMES
 
-    head = HeadSpec("classification", ("a", "b")) if base.family == "encoder" else HeadSpec("lm")
+    head = HeadSpec("classification", ("a", "b")) if base.family in CLASSIFIERS else HeadSpec("lm")
     try:
         layout = make_spec("costs", base, METHODS[name](), head).layout
         rule = SCHEMES[scheme]()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from fedpeft.adapters.live import Live
 from fedpeft.bases import Base, HeadSpec, resolve_model
@@ -68,11 +68,14 @@ def compared(export: Export, model: nn.Module, what: str) -> Checked:
 
 def _fresh(folder: Path, head: HeadSpec, base: Base) -> Any:
     writer = AutoModelForSeq2SeqLM if base.family == "seq2seq" else AutoModelForCausalLM
-    kind = writer if head.kind == "lm" else AutoModelForSequenceClassification
-    extra = {} if head.kind == "lm" else {"num_labels": len(head.labels)}
+    seen = base.processor is not None
+    kind = writer if head.kind == "lm" else AutoModelForImageClassification if seen else AutoModelForSequenceClassification
+    extra: dict[str, Any] = {} if head.kind == "lm" else {"num_labels": len(head.labels)}
+    extra |= {"ignore_mismatched_sizes": True} if seen else {}  # such checkpoints have a classifier of other labels
     with quiet_transformers():
         model = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
         )
-    model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    if base.tokenizer is not None:
+        model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     return model.to(base.device).eval()

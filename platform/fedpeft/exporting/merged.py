@@ -114,7 +114,7 @@ def _save(model: Any, base: Base, folder: Path) -> None:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         with quiet_transformers():
             model.save_pretrained(partial)
-            base.tokenizer.save_pretrained(partial)
+            (base.tokenizer if base.processor is None else base.processor.inner).save_pretrained(partial)
         partial.chmod(0o755)
         for name in os.listdir(partial):
             with open(partial / name, "rb") as stream:

@@ -41,19 +41,20 @@ class PromptTuning:
         """Return a module around ``model`` that puts the prompt before its input.
 
         Raises:
-            AdapterError: an encoder-decoder, or a classifier that pools the last token: peft would pool padding.
+            AdapterError: an encoder-decoder, a model of images, or a classifier that pools the last token: peft would pool padding.
         """
         from peft import PromptTuningConfig
 
         from fedpeft.errors import AdapterError
         from fedpeft.methods.prompted import prompted
+        from fedpeft.methods.targets import token_table
 
         if head.kind == "classification" and hasattr(model, "score"):
             raise AdapterError(
                 f"prompt: {type(model).__name__} classifies by the last token, which peft cannot find behind a prompt in a padded batch; "
                 "use prefix, lora, ia3, bottleneck or bitfit"
             )
-        width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        width = int(token_table(model, self.kind).weight.shape[1])
         return prompted(model, PromptTuningConfig(**self._settings(width)), self.kind, head)
 
     def entries(self, model: nn.Module) -> Entries:

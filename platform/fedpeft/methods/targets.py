@@ -27,6 +27,20 @@ def trunk_name(model: nn.Module) -> str:
     return name if name and isinstance(getattr(model, name, None), nn.Module) else ""
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Whether ``model`` takes pixels, and has no table of tokens."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def token_table(model: nn.Module, kind: str) -> Any:
+    """The embeddings of tokens that ``model`` reads. Raises `AdapterError` naming the method when it reads images."""
+    if reads_images(model):
+        raise AdapterError(
+            f"{kind}: {type(model).__name__} reads images, and this method works on tokens; use vpt, lora, ia3 or bottleneck"
+        )
+    return model.get_input_embeddings()  # type: ignore[operator]
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a dense layer: ``nn.Linear`` and its quantized kinds, or GPT-2's transposed ``Conv1D``."""
     from transformers.pytorch_utils import Conv1D

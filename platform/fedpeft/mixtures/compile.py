@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import AdapterError
+from fedpeft.methods.targets import reads_images
 from fedpeft.mixtures.gates import Gates, Term
 from fedpeft.mixtures.plans import Share, blend_of, pairs_of_rows, pairs_of_weights
 from fedpeft.mixtures.slabs import Slab, Store
@@ -19,8 +20,10 @@ SPARSE = 0.5
 
 
 def check_gates(gates: Gates, model: nn.Module) -> None:
-    """Raise `AdapterError` when ``gates`` are for tokens and ``model`` is an encoder-decoder, whose halves read tokens of their own."""
+    """Raise `AdapterError` when ``gates`` are for tokens and ``model`` is an encoder-decoder, or reads images."""
     config: Any = getattr(model, "config", None)
+    if reads_images(model) and any(term.kind == "tokens" for term in gates.terms):
+        raise AdapterError(f"gates: {type(model).__name__} makes tokens of its own from images; give weights of rows")
     if getattr(config, "is_encoder_decoder", False) and any(term.kind == "tokens" for term in gates.terms):
         raise AdapterError(f"gates: {type(model).__name__} reads tokens in its encoder and others in its decoder; give weights of rows")
 

@@ -108,11 +108,15 @@ class Estimate:
         return self.kind in QUANTIZED
 
 
+UNKNOWN = {"seq2seq": "an encoder-decoder", "vision": "a vision encoder"}
+"""Families whose steps were not measured."""
+
+
 def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estimate:
     """What is known of ``config`` on ``ranks`` ranks without its weights or rows: every row is taken for ``base.max_tokens`` long.
 
     Raises:
-        BaseError: the base has no ``config.json``, or one that cannot be built, or is an encoder-decoder, which was not measured.
+        BaseError: the base has no ``config.json``, or one that cannot be built, or is of a family that was not measured.
         AdapterError: the method does not fit the base.
         ConfigError: the ranks cannot share a batch.
     """
@@ -121,10 +125,10 @@ def estimated(config: CentralConfig, ranks: int, device: str = "cuda") -> Estima
             f"training.batch_size = {config.training.batch_size} cannot be divided among {ranks} ranks; set a multiple of {ranks}"
         )
     base, width = outline_base(config.base), width_of(config.base.quantization, device)
-    if base.family == "seq2seq":
+    if base.family in UNKNOWN:
         raise BaseError(
-            f"base {config.base.model}: what an encoder-decoder keeps for its backward pass is not known, so there is no number to give; "
-            "train a few steps and read the peak that fedpeft central train reports"
+            f"base {config.base.model}: what {UNKNOWN[base.family]} keeps for its backward pass is not known, so there is no number to "
+            "give; train a few steps and read the peak that fedpeft central train reports"
         )
     heads = {entry.task.head for entry in config.tasks.values()}
     made = {head: make_spec(config.name, base, config.method, head) for head in heads}

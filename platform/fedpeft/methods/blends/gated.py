@@ -65,7 +65,12 @@ def _add_prefix(model: nn.Module, attached: Attached, query: str, writer: str, t
     """Keys and values of (H, P, C) that change what ``writer`` reads, queried by what ``query`` puts out."""
     source, host, seen = model.get_submodule(query), model.get_submodule(writer), Seen()
     config: Any = model.config
-    heads, width = int(config.get_text_config().num_attention_heads), width_in(host)
+    many, width = config.get_text_config().num_attention_heads, width_in(host)
+    if not isinstance(many, int):
+        raise AdapterError(
+            f"unipelt: {type(model).__name__} has stages with {many} heads, and a prefix needs one number; set method.tokens = 0"
+        )
+    heads = many
     kept = (heads, tokens, width // heads)
     own = graft(attached, model, f"{writer}.unipelt_prefix", {"keys": kept, "values": kept, **_gate(width_in(source))}, None)
     attached.handles.append(source.register_forward_hook(partial(_remember, seen, width)))

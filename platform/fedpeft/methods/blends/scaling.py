@@ -43,6 +43,8 @@ def add_scaled(model: nn.Module, head: HeadSpec, targets: Sequence[str], experts
     if getattr(config, "is_encoder_decoder", False):
         raise AdapterError(f"xlora: {type(model).__name__} has an encoder and a decoder; use hydralora or molora, or a base of one stack")
     names = resolve(model, targets)
+    if not isinstance(getattr(config.get_text_config(), "hidden_size", None), int):
+        raise AdapterError(f"xlora: {type(model).__name__} has no one hidden size, which its router reads; use lora")
     attached = begin(model, "xlora", head)
     scaling = Scaling((len(names), len(experts)))
     for place, name in enumerate(names):

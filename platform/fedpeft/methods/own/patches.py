@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpeft.errors import AdapterError
 from fedpeft.methods.attached import begin
 from fedpeft.methods.grafts import Own, blocks, graft, hidden, with_hidden
+from fedpeft.methods.targets import linear_roles, reads_images
 
 if TYPE_CHECKING:
     from fedpeft.bases.spec import HeadSpec
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 def add_tokens(model: nn.Module, head: HeadSpec, tokens: int, deep: bool) -> None:
     """Prompts at the first block, or at every one. Raises `AdapterError` when ``model`` is no plain vision transformer."""
-    if getattr(model, "main_input_name", "") != "pixel_values":
+    if not reads_images(model):
         raise AdapterError(f"vpt: {type(model).__name__} takes no images; use prompt or prefix, or lora")
     found = blocks(model)
-    if len(set(found.values())) > 1:
-        raise AdapterError(f"vpt: blocks of {type(model).__name__} differ in width; use lora, or a vision transformer of one width")
+    staged = any(sum(part.isdigit() for part in name.split(".")) > 1 for name in linear_roles(model))
+    if staged or len(set(found.values())) > 1:
+        raise AdapterError(f"vpt: {type(model).__name__} works in stages, where tokens have places; use lora, or a ViT, DeiT or DINOv2")
     attached = begin(model, "vpt", head)
     for number, (name, width) in enumerate(found.items()):
         host = model.get_submodule(name)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedpeft.errors import AdapterError
 from fedpeft.methods.attached import ADAPTER, begin, end
-from fedpeft.methods.targets import resolve, trunk_name
+from fedpeft.methods.targets import resolve, token_table, trunk_name
 from fedpeft.methods.tuners.row import FROZEN, Place, Row
 from fedpeft.methods.tuners.tree import Tree
 from fedpeft.methods.tuners.widen import own_outputs, widen
@@ -116,7 +116,7 @@ def _where(model: nn.Module, kind: str, place: Place, arguments: dict[str, Any])
     if place == "norms":
         return {"target_modules": _norms(model, kind)}
     if place == "embeddings":
-        return {"target_modules": [_embedding(model)]}
+        return {"target_modules": [_embedding(model, kind)]}
     if place == "attention":
         return _attention(model, kind, arguments)
     if place == "blocks" and getattr(model.config, "is_encoder_decoder", False):
@@ -140,8 +140,8 @@ def _norms(model: nn.Module, kind: str) -> list[str]:
     return names
 
 
-def _embedding(model: nn.Module) -> str:
-    table = model.get_input_embeddings()  # type: ignore[operator]
+def _embedding(model: nn.Module, kind: str) -> str:
+    table = token_table(model, kind)
     return next(str(name) for name, module in model.named_modules() if module is table)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpeft.errors import AdapterError
 from fedpeft.methods.attached import ADAPTER
 from fedpeft.methods.prompted import OTHERS, prompted, require_cache
+from fedpeft.methods.targets import token_table
 from fedpeft.methods.tuners.live import seeded
 from fedpeft.methods.tuners.row import Row
 
@@ -22,7 +23,7 @@ def put_before(model: nn.Module, head: HeadSpec, kind: str, row: Row, arguments:
     """Return a module around ``model`` that puts the virtual tokens of ``row`` before its input, or into its cache.
 
     Raises:
-        AdapterError: an encoder-decoder, a classifier that pools the last token, or a trunk that takes no cache.
+        AdapterError: an encoder-decoder, a model of images, a classifier that pools the last token, or a trunk that takes no cache.
     """
     if row.place == "cache":
         require_cache(model)
@@ -32,7 +33,7 @@ def put_before(model: nn.Module, head: HeadSpec, kind: str, row: Row, arguments:
             f"{kind}: {type(model).__name__} classifies by the last token, which peft cannot find behind a prompt in a padded batch; "
             f"use prefix, or {OTHERS}"
         )
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    width = int(token_table(model, kind).weight.shape[1])
     if row.peft == "CPT":
         tokens = len(arguments["cpt_token_ids"])
         plain = _config("PROMPT_TUNING", _sizes(width) | {"num_virtual_tokens": tokens})
