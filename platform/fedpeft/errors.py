@@ -110,4 +110,4 @@ EXIT_CODES: dict[str, int] = {
 
 def kind_of(code: int) -> type[FedpeftError] | None:
     """The fault whose exit code is ``code``; None where no fault of ours has it."""
-    return next((kind for kind in FedpeftError.__subclasses__() if kind.exit_code == code), None)
+    return next((kind for kind in FedpeftError.__subclasses__() if EXIT_CODES.get(kind.__name__) == code), None)

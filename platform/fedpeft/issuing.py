@@ -67,11 +67,26 @@ def builder(subject: x509.Name, issuer: x509.Name, key: Key, days: int) -> x509.
     return made.serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(start + datetime.timedelta(days=days))
 
 
+def signs(*uses: str) -> x509.KeyUsage:
+    """What a key may sign; Python 3.13 and newer believe no CA that does not say so (`ssl.VERIFY_X509_STRICT`)."""
+    every = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+        "key_cert_sign",
+        "crl_sign",
+    )
+    return x509.KeyUsage(**{use: use in uses for use in every}, encipher_only=False, decipher_only=False)
+
+
 def authority(days: int) -> tuple[x509.Certificate, Key]:
     """A self-signed CA that may sign nothing but end certificates."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = name("fedpeft federation CA")
     made = builder(subject, subject, key, days).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    made = made.add_extension(signs("key_cert_sign", "crl_sign"), critical=True)
     made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     return made.sign(key, hashes.SHA384()), key
 
@@ -95,6 +110,7 @@ def end(common: str, names: list[x509.GeneralName], use: x509.ObjectIdentifier, 
     made = builder(name(common), ca[0].subject, key, days)
     made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
     made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    made = made.add_extension(signs("digital_signature"), critical=True)
     made = made.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
     made = made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca[1].public_key()), critical=False)
     return made.sign(ca[1], hashes.SHA384()), key

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -36,6 +38,27 @@ def test_every_method_has_roles_and_every_role_is_one():
 
 def test_who_issues_and_the_table_know_the_same_roles():
     assert issuing.ROLES == ROLES
+
+
+def test_certificates_hold_where_rules_are_strict(certificates):
+    """As Python 3.13 and newer check them by default."""
+    ours = certificates / "ours"
+    ends = []
+    for purpose, pair in ((ssl.Purpose.CLIENT_AUTH, "server"), (ssl.Purpose.SERVER_AUTH, "reader-ann")):
+        context = ssl.create_default_context(purpose, cafile=str(ours / "ca.crt"))
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(ours / f"{pair}.pem", ours / f"{pair}.key")
+        ends.append((context, ssl.MemoryBIO(), ssl.MemoryBIO()))
+    (listening, a, b), (calling, _, _) = ends
+    server = listening.wrap_bio(a, b, server_side=True)
+    client = calling.wrap_bio(b, a, server_hostname="localhost")
+    for _ in range(3):
+        for side in (client, server):
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    assert client.getpeercert()["subject"] == ((("commonName", "localhost"),),)
+    assert server.getpeercert()["subjectAltName"] == (("URI", "fedpeft:reader:ann"),)
 
 
 def test_roles_are_the_certificates(secure, certificates, tmp_path, made):

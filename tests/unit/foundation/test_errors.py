@@ -1,5 +1,5 @@
 import fedpeft.errors as errors
-from fedpeft.errors import EXIT_CODES, FedpeftError
+from fedpeft.errors import EXIT_CODES, FedpeftError, kind_of
 
 
 def kinds():
@@ -16,3 +16,11 @@ def test_the_docstring_draws_the_tree_with_the_codes():
     for kind in kinds():
         line = next(line for line in errors.__doc__.splitlines() if kind.__name__ in line)
         assert f" {kind.exit_code} " in line
+
+
+def test_a_code_names_its_error_and_no_other():
+    class Own(FedpeftError):
+        """A room's own fault, without a code of its own."""
+
+    assert {code: kind.__name__ for code in range(256) if (kind := kind_of(code))} == {code: name for name, code in EXIT_CODES.items()}
+    assert Own.exit_code == 1
