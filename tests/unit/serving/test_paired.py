@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,13 @@ from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
 from fedpeft.config import describe
 from fedpeft.errors import BaseError
 from fedpeft.methods import METHODS
-from fedpeft.mixtures import Bank
-from fedpeft.registry import Manifest, Registry
-from fedpeft.serving import End, Limits, Piece, Request, Sampling, Scheduler
+from fedpeft.mixtures import Bank, Gates
+from fedpeft.mixtures.routers import routed
+from fedpeft.registry import Manifest, Registry, router_card
+from fedpeft.routing import make_card
+from fedpeft.routing.cards import centroid, histogram
+from fedpeft.routing.policies import token_router
+from fedpeft.serving import End, Limits, Piece, Request, Sampling, Scheduler, paired
 from fedpeft.serving.backend import Backend
 from fedpeft.serving.decoder import Decoder
 from fedpeft.tasks import TASKS
@@ -159,8 +164,19 @@ def test_an_architecture_with_other_positions_is_refused_by_name(kin):
         Decoder(kin("m2m_100"), bank).probe()
 
 
-def publish(store: Registry, adapter: Adapter, task: Any, origin: str) -> None:
-    store.publish(adapter, Manifest(task_settings=describe(task)), origin=origin)
+def test_rows_in_step_would_be_found_out(base, bank, monkeypatch):
+    monkeypatch.setattr(paired, "placed", lambda *_where: nullcontext())
+    with pytest.raises(BaseError, match=r"its logits with a cache are .* off"):
+        Decoder(base, bank).probe()
+
+
+def publish(store: Registry, adapter: Adapter, task: Any, origin: str, vectors: Any = None) -> None:
+    """With a router card of ``vectors`` (N, D), if any."""
+    card = None
+    if vectors is not None:
+        counts = histogram(vectors, centroid(vectors.sum(0), len(vectors)))
+        card = make_card(vectors.sum(0), len(vectors), counts, encoder=f"base@{adapter.spec.base}").to_json()
+    store.publish(adapter, Manifest(task_settings=describe(task), card=card), origin=origin)
 
 
 def heard(backend: Backend, prompt: list[int], task: str) -> str:
@@ -210,3 +226,36 @@ def test_a_backend_writes_labels_chooses_embeds_and_swaps_as_each_adapter_alone(
         assert backend.catalog.refresh() == ["say@2"]
         assert heard(backend, prompt, "say") == want["next"]
         assert (backend.room(5), backend.room(33)) == (32, -1)
+
+
+def test_the_encoder_says_where_a_text_goes_and_tokens_of_both_halves_weigh_adapters_anew(seq2seq_folder, tmp_path):
+    spec, store, texts = BaseSpec(str(seq2seq_folder("t5")), max_tokens=32), Registry(tmp_path), {"a": "w1 w2 w3", "b": "w40 w50 w30 w20"}
+    free = load_base(spec, "cpu")
+    for seed, (name, text) in enumerate(texts.items()):
+        task = TASKS["generation"](name, max_new_tokens=COUNT)
+        publish(store, moved(free, name, "lora", seed, r=4, targets=("all",)), task, name, free.embed([text] * 4))
+    with Backend(load_base(spec, "cpu"), store, Limits()) as backend:
+        backend.catalog.refresh()
+        assert {name: backend.route(text).result().task for name, text in texts.items()} == {name: name for name in texts}
+        whole = backend.catalog.take({"a": 0.5, "b": 0.5})
+        mixtures = [backend.weighed(whole, "arrow"), whole, {}]
+
+        def mixed() -> Any:
+            decoder = backend._scheduler.rows
+            seats = [decoder.open(mixture) for mixture in mixtures]
+            decoder.forward([(seat, [4, 5, 6 + place, 1]) for place, seat in enumerate(seats)])
+            return decoder.forward([(seat, [7, 8 + place]) for place, seat in enumerate(seats)])
+
+        found = backend.engine.call(mixed)
+    router = token_router("arrow", {f"{name}@1": router_card(store, name) for name in texts})
+    every = [routed(router), Gates.weights(["a@1", "b@1"], torch.tensor([[0.5, 0.5]])), Gates()]
+    with Bank.attach(free, LM, {f"{name}@1": store.load(name) for name in texts}) as bank, torch.no_grad():
+
+        def told(place: int, gates: Gates) -> Any:
+            bank.use(gates)
+            inputs = {"input_ids": [[4, 5, 6 + place, 1]], "decoder_input_ids": [[0, 7, 8 + place]]}
+            return bank.model(**{name: torch.tensor(ids) for name, ids in inputs.items()}).logits[0, -1].numpy()
+
+        for place, gates in enumerate(every):
+            np.testing.assert_allclose(found[place], told(place, gates), atol=2e-5)
+        assert np.abs(found[0] - told(0, every[1])).max() > 1e-2  # or whole requests would do
