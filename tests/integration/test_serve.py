@@ -542,6 +542,30 @@ def test_a_router_over_tokens_is_asked_by_every_token_beside_callers_of_one_task
     assert cats["choices"][0]["message"]["content"].strip() == alone["cats"]
 
 
+def test_an_encoder_decoder_answers_streams_and_labels_beside_others(serving, seq2seq_folder, tmp_path):
+    spec = BaseSpec(str(seq2seq_folder("bart")), max_tokens=32)
+    free, store, text = load_base(spec, "cpu"), Registry(tmp_path / "registry"), "w1 w2 w3"
+    tasks = [Generation("say", max_new_tokens=8), Generation("tell", max_new_tokens=8), Classification("mood", ("glad", "sad", "calm"))]
+    alone = {}
+    for seed, task in enumerate(tasks):
+        publish(store, free, task, seed, task.name, scale=1.6)
+        with attach(free, (adapter := store.load(task.name)).spec) as live:
+            live.load(adapter.tensors)
+            alone[task.name] = task.answer(live.model.eval(), free, text)
+    assert len(set(alone.values())) == 3
+    api, message = serving(load_base(spec, "cpu"), store.root), [{"role": "user", "content": text}]
+    with ThreadPoolExecutor(4) as pool:
+        body = {"temperature": 0, "max_tokens": 8}
+        pieces = {name: pool.submit(streamed, api, model=f"task:{name}", messages=message, **body) for name in alone}
+        whole = {name: pool.submit(api.post, "/v1/completions", model=f"task:{name}", prompt=text, **body) for name in alone}
+    for name, want in alone.items():
+        told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in pieces[name].result())
+        assert whole[name].result().json()["choices"][0]["text"].strip() == told.strip() == want.partition(" (")[0]
+    found = api.post("/v1/chat/completions", model="base", messages=message, max_tokens=33).json()["error"]
+    assert (found["code"], found["param"]) == ("context_length_exceeded", "messages")
+    assert "32 tokens on each side" in found["message"]
+
+
 def test_a_trained_router_of_a_version_that_cannot_be_served_routes_to_those_that_are(serving, fresh, base, tmp_path):
     store = Registry(tmp_path / "registry")
     for seed, name in enumerate(TEXTS):
