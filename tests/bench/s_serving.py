@@ -6,7 +6,8 @@ as a server sees requests (one after the other) and once with all requests known
 do. The floor is our engine on the base alone. All give the same tokens (checked before timing; rounding may part a few near ties).
 
 S2 sends requests at half the rate that the mixed engine sustains; seconds of the wall from arrival to the first and the last token.
-The model is small (stories260k, from the shared folder), so what is measured is mostly what a step costs beside its arithmetic.
+The model is small (stories260k, from the shared folder), so what is measured is mostly what a step costs beside its arithmetic. S1 is told
+of an encoder-decoder too, a T5 of random values and about that size: its encoder reads the prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import copytree, ignore_patterns
+from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 from typing import Any
 
@@ -38,6 +41,8 @@ TASKS, REQUESTS, RANK, ROWS = (8, 32), 32, 8, 32
 LENGTHS, PROMPTS = (12, 33), (4, 40)
 LOAD_SECONDS, SHARE = 3.0, 0.5
 GOAL = 2.0
+TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+KINDS = {"causal": "", "seq2seq": " T5"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ def run(repeats: int = 3) -> list[dict[str, object]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [row for tasks in TASKS for row in rows(tasks, repeats)]
+        with TemporaryDirectory() as folder:
+            paired = speeds(t5(Path(folder)), TASKS[0], repeats)
+        return [row for tasks in TASKS for row in rows(tasks, repeats)] + paired
     finally:
         torch.set_num_threads(threads)
 
@@ -67,6 +74,17 @@ def rows(tasks: int, repeats: int) -> list[dict[str, object]]:
         return found
     with Bank.attach(base, HeadSpec("lm"), _adapters(base, tasks)) as bank:
         return found + _latency(base, bank, _requests(tasks))
+
+
+def t5(folder: Path) -> Base:
+    """A random T5 with the words of stories260k."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    copytree(MODEL, folder, dirs_exist_ok=True, ignore=ignore_patterns("*.safetensors", "config.json", "generation_config.json"))
+    marks = {"vocab_size": 512, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**marks, d_model=64, num_layers=4, num_heads=8, d_ff=172, d_kv=8)).save_pretrained(folder)
+    return load_base(BaseSpec(str(folder), max_tokens=512))
 
 
 def speeds(base: Base, tasks: int, repeats: int) -> list[dict[str, object]]:
@@ -86,7 +104,7 @@ def speeds(base: Base, tasks: int, repeats: int) -> list[dict[str, object]]:
         same = {name: _same(said["mixed"], other) for name, other in said.items()}
         rounds = [{name: seconds_of(work, base.device) for name, work in contenders.items()} for _ in range(repeats)]
         speed = {name: sum(one.tokens for one in asked) / min(each[name] for each in rounds) for name in contenders}
-        case = f"serve T={tasks} r={RANK}{kind_of(base)}"
+        case = f"serve{KINDS[base.family]} T={tasks} r={RANK}{kind_of(base)}"
         return [_row((case, base.device), name, speed, same[name]) for name in ("alike", "peft, one by one", "peft, all known")]
 
 
@@ -168,7 +186,7 @@ class Peer:
 
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         names, model = list(adapters), copy.deepcopy(base.model)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type=TYPES[base.family])
         self.model: Any = get_peft_model(model, config, adapter_name=names[0])
         for name in names[1:]:
             self.model.add_adapter(name, config)
@@ -176,6 +194,7 @@ class Peer:
             values = {key: torch.from_numpy(array.copy()) for key, array in adapter.tensors.named().items()}
             set_peft_model_state_dict(self.model, values, adapter_name=name)
         self.model.eval()
+        self.paired = base.family == "seq2seq"
 
     def in_turn(self, asked: list[Asked]) -> dict[int, list[int]]:
         """One request after the other, as they come."""
@@ -204,7 +223,8 @@ class Peer:
             pad_token_id=0,
             eos_token_id=None,
         )
-        return [(place, row[width : width + one.tokens].tolist()) for (place, one), row in zip(group, out, strict=True)]
+        before = 1 if self.paired else width
+        return [(place, row[before : before + one.tokens].tolist()) for (place, one), row in zip(group, out, strict=True)]
 
 
 @dataclass
