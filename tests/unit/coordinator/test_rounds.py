@@ -66,7 +66,7 @@ def test_the_mean_is_the_weighted_mean(fake: ModuleType, tmp_path: Path) -> None
     assert row.counters["train.loss"] == (7.5, 6.0)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.randoms(use_true_random=False))
 def test_order_of_arrival_is_irrelevant(fake: ModuleType, undisturbed: dict[str, str], tmp_path_factory, order) -> None:  # type: ignore[no-untyped-def]
     federation = fake.Federation(tmp_path_factory.mktemp("order"), fake.setup(), fake.sites())
@@ -75,7 +75,7 @@ def test_order_of_arrival_is_irrelevant(fake: ModuleType, undisturbed: dict[str,
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the commit", "after the commit"])
-@pytest.mark.parametrize("point", [1, 4, 9, 14, 19, 24])
+@pytest.mark.parametrize("point", [4, 14, 24])
 def test_a_crash_at_a_commit_gives_the_same_bits(
     fake: ModuleType, undisturbed: dict[str, str], tmp_path: Path, point: int, before: bool
 ) -> None:
