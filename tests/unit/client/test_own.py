@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.adapters import Adapter, attach, initial, make_spec
+from fedpeft.bases import BaseSpec, load_base
 from fedpeft.config import describe
 from fedpeft.errors import AdapterError
 from fedpeft.methods import Lora
@@ -93,7 +94,8 @@ async def served(backend, text):
         return dict(held.mixture), list(said.values())
 
 
-def test_a_text_is_answered_by_the_shared_pair_and_by_the_private_one_as_near_as_it_is(site, base, tmp_path):
+def test_a_text_is_answered_by_the_shared_pair_and_by_the_private_one_as_near_as_it_is(site, packaged_encoder, tmp_path):
+    base = load_base(BaseSpec(str(packaged_encoder)), "cpu")  # near and far need an encoder that has learnt
     task, store = Classification("kinds", LABELS), Registry(tmp_path / "registry")
     adapter = published(base, task, store)
     pair = pair_of(adapter)

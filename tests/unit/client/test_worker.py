@@ -177,7 +177,7 @@ def test_second_moments_are_of_one_half_of_the_rows_and_closeness_of_the_other(s
     assert found.count == sum(result.counters["closeness"].values) == 6.0
     told.mean = told.mean[:8]
     result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
-    assert (result.status, "a mean of 2 values, a covariance of 384" in result.reason) == (FAILED, True)
+    assert (result.status, "a mean of 2 values, a covariance of 64" in result.reason) == (FAILED, True)
 
 
 def test_a_centroid_of_another_base_is_that_tasks_failure(site: SiteConfig, make_worker: MakeWorker, plans) -> None:

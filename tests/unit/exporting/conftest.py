@@ -1,4 +1,4 @@
-"""Real small bases, loaded once, and adapters whose every tensor matters."""
+"""Real small bases and a random encoder, loaded once, and adapters whose every tensor matters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LABELS, LM = HeadSpec("classification", ("yes", "no", "maybe")), HeadSpec("lm")
 
 
 @pytest.fixture(scope="session")
-def bases(shared_models) -> Callable[[str, str], Base]:
+def bases(shared_models, small_encoder) -> Callable[[str, str], Base]:
     loaded: dict[tuple[str, str], Base] = {}
 
     def base(name: str, quantization: str = "none") -> Base:
         if (name, quantization) not in loaded:
-            model = name if name == "minilm" else str(shared_models / name)
+            model = {"minilm": name, "encoder": str(small_encoder)}.get(name, str(shared_models / name))
             loaded[(name, quantization)] = load_base(BaseSpec(model, quantization, max_tokens=128), "cpu")  # type: ignore[arg-type]
         return loaded[(name, quantization)]
 

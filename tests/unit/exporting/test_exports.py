@@ -26,7 +26,10 @@ MERGES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "name"), [*((kind, "stories260k") for kind in MERGES), ("lora", "minilm")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((kind, "stories260k") for kind in MERGES), ("lora", "encoder"), pytest.param("lora", "minilm", marks=pytest.mark.slow)],
+)
 def test_merged_weights_answer_as_the_adapter_does(bases, made, tmp_path, name, kind):
     base = bases(name)
     adapter = made(base, "lora" if kind in ("dora", "rslora") else kind, **MERGES[kind])
@@ -38,13 +41,13 @@ def test_merged_weights_answer_as_the_adapter_does(bases, made, tmp_path, name, 
 
 
 def test_biases_are_merged_where_a_base_has_them(bases, made, tmp_path):
-    base = bases("minilm")
+    base = bases("encoder")
     _, found = exported(make_format("merged"), Export(made(base, "bitfit"), base), tmp_path / "out", check=True)
     assert found.difference < 1e-4 * max(found.scale, 1)
 
 
 def test_the_merged_head_names_its_labels(bases, made, tmp_path):
-    base = bases("minilm")
+    base = bases("encoder")
     exported(make_format("merged"), Export(made(base, r=2), base), tmp_path / "out", check=False)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["id2label"] == {"0": "yes", "1": "no", "2": "maybe"}
@@ -139,7 +142,7 @@ def test_vllm_is_not_given_what_it_would_refuse_or_drop(bases, made, tmp_path, m
 
 
 def test_vllm_is_not_given_layers_that_it_does_not_adapt(bases, made, tmp_path):
-    adapter = made(bases("minilm"), r=2, targets=("attention",), labels=None)
+    adapter = made(bases("encoder"), r=2, targets=("attention",), labels=None)
     bare = dataclasses.replace(adapter.spec, head=dataclasses.replace(adapter.spec.head, kind="lm", labels=()))
     with pytest.raises(AdapterError, match=r"targets.*key.*which vLLM does not adapt"):
         exported(make_format("vllm"), Export(dataclasses.replace(adapter, spec=bare)), tmp_path / "out", check=False)

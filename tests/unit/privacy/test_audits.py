@@ -145,18 +145,18 @@ def subject(folder: Path) -> Callable[..., Subject]:
 
 def test_an_overfitted_adapter_is_found_out(subject):
     canaries = mislabelled(TASK, ROWS, 0)
-    found = audit_membership(subject(), canaries, Coins(shadows=0))
+    found = audit_membership(subject(steps=50), canaries, Coins(shadows=0))
     assert found.epsilon > 0.5, found
     assert found.findings[-1].auc > 0.8
 
 
 def test_shadows_are_an_attack_of_their_own(subject):
-    found = audit_membership(subject(steps=40), mislabelled(TASK, ROWS[:32], 0), Coins(shadows=2))
+    found = audit_membership(subject(steps=25), mislabelled(TASK, ROWS[:32], 0), Coins(shadows=2))
     assert {finding.attack for finding in found.findings} == {"loss", "likelihood ratio"}
     assert found.findings[-1].auc > 0.6
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_nothing_is_claimed_of_an_adapter_that_learnt_nothing(subject, seed):
     found = audit_membership(subject(steps=1, lr=1e-9), mislabelled(TASK, ROWS, 0), Coins(seed=seed, shadows=0))
     assert found.epsilon == 0.0
@@ -179,7 +179,9 @@ def test_too_few_rows_and_odd_shadows_are_refused(subject):
 VIEWS = (View("plain"), View("clipped", clip=1e-3), View("noise", clip=1e-3, noise=1.0), View("masked", masked=True))
 
 
-@pytest.mark.parametrize("roles", [{"B"}, {"A"}, {"A", "B"}], ids=lambda roles: "".join(sorted(roles)))
+@pytest.mark.parametrize(
+    "roles", [{"B"}, {"A"}, pytest.param({"A", "B"}, marks=pytest.mark.slow)], ids=lambda roles: "".join(sorted(roles))
+)
 def test_tokens_are_read_from_a_plain_step_and_not_through_noise_or_masks(subject, roles):
     one = subject(roles=frozenset(roles), steps=1, batch_size=1, lr=1.0, optimizer="sgd", clip=0.0)
     found = {line.view: line.recovered for line in invert(one, ROWS[:5], VIEWS)}
@@ -222,7 +224,7 @@ def test_the_command_prints_its_bound_beside_what_is_stated(job, capsys):
 
 
 def test_a_refuted_ledger_is_exit_code_12(job, capsys):
-    arguments = ["--set", "training.steps=100", "--set", "training.optimizer=adamw", "--stated", "0.01"]
+    arguments = ["--set", "training.steps=60", "--set", "training.optimizer=adamw", "--stated", "0.01"]
     assert run(["audit", "membership", str(job), *arguments]) == PrivacyError.exit_code
     assert "the ledger states 0.010" in capsys.readouterr().err
 

@@ -152,7 +152,7 @@ def test_pairs_of_a_sparse_graph_are_at_most_a_constant_times_n_log_n(sites):
 
 def test_each_site_is_told_of_its_neighbours_alone(play):
     """What is handed over follows from the graph: twice its pairs of bundles, boxes and signatures, not all pairs of sites."""
-    run = play(110)
+    run = play(90)
     degree = run.instance.shape.degree
     assert degree < 60
     run.keyed()
