@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> int:
     """Run ``arguments`` and return the exit code; faults go to stderr as one line each."""
     try:
         plugins.load()
-        result = typer.main.get_command(tree())(args=arguments, prog_name="fedpeft", standalone_mode=False)
+        result = command()(args=arguments, prog_name="fedpeft", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         return _interrupted() if code == INTERRUPTED else code  # so typer says that it was
     except click.exceptions.Exit as leave:
@@ -52,6 +53,12 @@ def run(arguments: list[str]) -> int:
         return _os_fault(fault)
     except Exception as fault:  # noqa: BLE001 - the process edge: a defect is logged whole and said in one line
         return _defect(fault)
+
+
+@cache
+def command() -> click.Command:
+    """`tree` as click runs it, built once in a process."""
+    return typer.main.get_command(tree())
 
 
 def tree() -> typer.Typer:

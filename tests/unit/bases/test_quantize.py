@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +94,16 @@ def test_a_device_that_cannot_quantize_is_named() -> None:
         check(BaseSpec("m", "nf4"), "mps")
 
 
-@pytest.mark.parametrize("quantization", KINDS)
-def test_minilm_embeds_alike(quantization: str) -> None:
-    texts = ["open a file for writing", "sort a list of numbers", "send a mail over smtp"]
-    plain = load_base(BaseSpec("minilm"), "cpu").embed(texts)
-    small = load_base(BaseSpec("minilm", quantization), "cpu").embed(texts)  # type: ignore[arg-type]
+TEXTS = ["open a file for writing", "sort a list of numbers", "send a mail over smtp"]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return load_base(BaseSpec("minilm"), "cpu").embed(TEXTS)
+
+
+@pytest.mark.parametrize("quantization", [pytest.param(kind, marks=() if kind == "nf4" else pytest.mark.slow) for kind in KINDS])
+def test_minilm_embeds_alike(quantization: str, plain: Any) -> None:
+    small = load_base(BaseSpec("minilm", quantization), "cpu").embed(TEXTS)  # type: ignore[arg-type]
     assert ((plain * small).sum(1) > 0.9).all()
     assert ((plain @ small.T).argmax(1) == range(3)).all()

@@ -134,8 +134,8 @@ def test_an_adapter_that_was_switched_off_is_refused(base):
             live.train_roles({"A"})
 
 
-def test_a_served_bank_scores_as_the_adapter_alone(base, shared_models):
-    encoder = load_base(BaseSpec("minilm", max_tokens=32), "cpu")
+def test_a_served_bank_scores_as_the_adapter_alone(base, small_encoder):
+    encoder = load_base(BaseSpec(str(small_encoder), max_tokens=32), "cpu")
     kinds = [
         (base, [Generation("a", metrics=("perplexity", "exact_match"), max_new_tokens=4), Generation("b", metrics=("perplexity",))], ROWS),
         (encoder, [Classification("c", ("x", "y")), Classification("d", ("x", "y", "z"))],

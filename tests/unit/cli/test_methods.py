@@ -30,18 +30,18 @@ def test_show_explains_with_paper_and_averaging(name, capsys):
     assert SPECS[name].averaging in text
 
 
-def test_costs_are_those_of_the_layout(capsys):
-    rows = {row["method"]: row for row in json.loads(said(capsys, "--base", "minilm", "--json", "--family", "reparameterized"))}
-    per_layer = 4 * 2 * 8 * 384  # query, key, value, output: A and B of rank 8
-    assert rows["lora"]["parameters"] == 6 * per_layer
-    assert rows["lora"]["bytes"] == 4 * 6 * per_layer // 2  # alternating: one factor a round
+def test_costs_are_those_of_the_layout(capsys, small_encoder):
+    rows = {row["method"]: row for row in json.loads(said(capsys, "--base", str(small_encoder), "--json", "--family", "reparameterized"))}
+    per_layer = 4 * 2 * 8 * 64  # query, key, value, output: A and B of rank 8
+    assert rows["lora"]["parameters"] == 2 * per_layer
+    assert rows["lora"]["bytes"] == 4 * 2 * per_layer // 2  # alternating: one factor a round
     assert all(row["family"] == "reparameterized" for row in rows.values())
 
 
-def test_what_only_the_weights_can_count_is_counted_from_them(capsys):
-    table = said(capsys, "--base", "minilm", "--family", "selective")
+def test_what_only_the_weights_can_count_is_counted_from_them(capsys, small_encoder):
+    table = said(capsys, "--base", str(small_encoder), "--family", "selective")
     assert [line.split()[1] for line in table.splitlines() if line.strip().startswith("shira ")] == ["weights"]
-    assert "parameters:           " in said(capsys, "show", "shira", "--base", "minilm")
+    assert "parameters:           " in said(capsys, "show", "shira", "--base", str(small_encoder))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

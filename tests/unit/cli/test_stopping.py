@@ -26,7 +26,7 @@ def test_sigterm_within_a_verb_is_an_interrupt_that_takes_down_what_was_begun(mo
         finally:
             taken_down.append(True)
 
-    monkeypatch.setattr(sys.modules[main.__module__], "tree", lambda: app)
+    monkeypatch.setattr(sys.modules[main.__module__], "command", lambda: typer.main.get_command(app))
     monkeypatch.setattr(sys, "argv", ["fedpeft"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:

@@ -17,7 +17,8 @@ from fedpeft.mixtures import Bank, Gates
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 
-PLACES = [("encoder", "none", 0), ("encoder", "none", 1), ("encoder", "int8", 0), ("causal", "none", 1), ("causal", "nf4", 0)]
+SLOW = pytest.param("encoder", "none", 0, marks=pytest.mark.slow)
+PLACES = [SLOW, ("encoder", "none", 1), ("encoder", "int8", 0), ("causal", "none", 1), ("causal", "nf4", 0)]
 
 
 @pytest.mark.parametrize(("name", "quantization", "dense"), PLACES)

@@ -29,10 +29,10 @@ def publish(root, first, say, size=4000):
 
 def test_kill_nine_at_any_moment_leaves_every_version_whole(tmp_path, forked):
     root, random_delay, told, first = tmp_path / "registry", random.Random(11), {}, 0
-    for _ in range(6):
+    for _ in range(4):
         worker = forked(lambda say: publish(root, first, say))  # noqa: B023 - used within the iteration
         began = worker.said.readline().split()
-        time.sleep(random_delay.uniform(0.0, 0.3))
+        time.sleep(random_delay.uniform(0.0, 0.2))
         lines, code = worker.end(kill=True)
         assert code == -9
         told[int(began[0])] = int(began[1])
@@ -42,7 +42,7 @@ def test_kill_nine_at_any_moment_leaves_every_version_whole(tmp_path, forked):
         assert registry.verify() == ()
         for version in registry.list():
             assert registry.load(version.digest).digest == version.manifest.adapter
-    assert len(told) >= 6, "each worker published"
+    assert len(told) >= 4, "each worker published"
     for seed, number in told.items():
         found = registry.find("area", f"run/{seed}/area")
         assert (found.number, found.manifest.round) == (number, seed), "what was told is kept, and published once"

@@ -89,7 +89,7 @@ def test_two_free_factors_miss_the_cross_covariance_and_nothing_else(layouts, dr
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in EVERY if scheme.kind != "union"], ids=lambda scheme: scheme.kind)
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(cohort=COHORTS)
 def test_what_is_its_own_factor_averages_exactly_under_every_scheme(scheme, layouts, draw, cohort):
     seed, weights, round = cohort

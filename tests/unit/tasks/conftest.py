@@ -1,4 +1,4 @@
-"""Real bases, loaded once for all tests of tasks."""
+"""Real bases and a random encoder, loaded once for all tests of tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from fedpeft.bases import Base, BaseSpec, load_base
 def stories(shared_models: Path) -> Base:
     """A real causal model of 260k parameters, on the CPU."""
     return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=128), "cpu")
+
+
+@pytest.fixture(scope="session")
+def encoder(small_encoder: Path) -> Base:
+    """A random encoder, on the CPU."""
+    return load_base(BaseSpec(str(small_encoder), max_tokens=64), "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["minilm", "stories"])
+@pytest.fixture(scope="module", params=["encoder", "stories"])
 def setting(request: pytest.FixtureRequest) -> tuple[Base, torch.nn.Module, Encoded]:
     base: Base = request.getfixturevalue(request.param)
     torch.manual_seed(1)
