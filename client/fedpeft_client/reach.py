@@ -10,6 +10,7 @@ from pathlib import Path
 
 TRY_SECONDS = 3.0
 AGAIN_SECONDS = 10.0
+ALERT = b"\x15\x03"
 ASK = b"GET /health HTTP/1.1\r\nHost: fedpeft\r\nConnection: close\r\n\r\n"
 
 
@@ -30,13 +31,16 @@ def trouble(address: str, roots: Path | None) -> str:
 
 
 def _without_tls(plain: socket.socket) -> str:
-    """A listener with TLS takes a plain question for a broken greeting."""
+    """A listener with TLS takes a plain question for a broken greeting: it sends an alert (RFC 8446, 6), or hangs up, as proxies do."""
     plain.sendall(ASK)
     try:
         spoken = plain.recv(5)
     except ConnectionResetError:
         spoken = b""
-    return "" if spoken.startswith(b"HTTP/") else "it speaks TLS and this site does not; set tls.root_certificates to its ca.crt"
+    if spoken.startswith(b"HTTP/"):
+        return ""
+    own = "it speaks TLS and this site does not; set tls.root_certificates to its ca.crt"
+    return own if spoken.startswith(ALERT) else f"it hangs up: no coordinator runs behind it yet, or {own}"
 
 
 def _with_tls(plain: socket.socket, host: str, roots: Path) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 # On import torchao and bitsandbytes list the GPU kernels they lack; bitsandbytes' int8 notes every call's cast to fp16.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
+# transformers imports DeepSpeed where it is installed; that sets its own logger's level, and warns where there is no GPU.
+DEEPSPEED = "DeepSpeed"
+
 
 def hush() -> None:
     """Let the noisy libraries report errors only, and import bitsandbytes without a compiler; call it before they are imported.
@@ -21,6 +24,7 @@ def hush() -> None:
     """
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(DEEPSPEED).addFilter(_errors)
     if "bitsandbytes" not in sys.modules:
         import torch
 
@@ -29,6 +33,10 @@ def hush() -> None:
             import bitsandbytes  # noqa: F401
         finally:
             torch.compile = now
+
+
+def _errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def later(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:

@@ -34,16 +34,16 @@ def list_(
     rows = [
         (
             v.task,
-            v.number,
+            str(v.number),
             "*" if current[v.task] == v.digest else "",
             v.digest[:12],
             v.manifest.method["kind"],
-            v.manifest.round,
+            str(v.manifest.round),
             _metrics(v),
         )
         for v in versions
     ]
-    return output.table(str(registry), ("task", "version", "served", "digest", "method", "round", "metrics"), rows)
+    return output.listing(("task", "version", "served", "digest", "method", "round", "metrics"), {str(registry): rows})
 
 
 def _metrics(version: Any) -> str:

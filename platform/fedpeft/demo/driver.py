@@ -52,7 +52,7 @@ def federate(setting: Setting, bar: Progress) -> None:
     for site, clients in setting.sites.items():
         held = [task for task, holder in setting.pairs() if holder == site]
         say(f"  {site} holds the docs of {' + '.join(clients)} modules; tasks {', '.join(held)}")
-    say("  (text of this Python's own library; labels are spread unevenly over the sites on purpose, as real sites differ)")
+    say("  (text of this Python's own library; labels are spread unevenly over the sites on purpose, as real sites differ)", soft_wrap=True)
     federating.federate(setting.folder, list(setting.sites), setting.rounds, bar, LIMIT_SECONDS)
 
 

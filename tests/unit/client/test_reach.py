@@ -19,20 +19,20 @@ from fedpeft_client.supernode import explained
 
 
 @contextmanager
-def listening(context: ssl.SSLContext | None) -> Iterator[str]:
+def listening(context: ssl.SSLContext | None, answer: bytes = b"HTTP/1.1 200 OK\r\n\r\n") -> Iterator[str]:
     """A server on loopback that answers one question, under TLS where there is a ``context``."""
 
-    def answer() -> None:
+    def talk() -> None:
         with (
             suppress(OSError),
             server.accept()[0] as plain,
-            context.wrap_socket(plain, server_side=True) if context else plain as talk,
+            context.wrap_socket(plain, server_side=True) if context else plain as line,
         ):
-            talk.recv(1)
-            talk.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            line.recv(1)
+            line.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=talk)
         thread.start()
         yield f"localhost:{server.getsockname()[1]}"
         thread.join(10)
@@ -66,6 +66,8 @@ def test_what_keeps_a_site_from_its_coordinator_is_named(keys):
         assert "Hostname mismatch" in trouble(address, named / "ca.crt")
     with listening(None) as address:
         assert "no TLS comes about" in trouble(address, ours / "ca.crt")
+    with listening(None, answer=b"") as address:
+        assert trouble(address, None).startswith("it hangs up: no coordinator runs behind it yet, or it speaks TLS")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     assert trouble(address, None) == f"nobody listens at {address}; is `fedpeft coordinator up` running there?"
