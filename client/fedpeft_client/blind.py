@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from fedpeft.errors import DataError
 from fedpeft.routing import BINS
-from fedpeft.routing.gaussians import CLOSENESS
-from fedpeft.routing.moments import MOMENTS, values_of
+from fedpeft.routing.closeness import CLOSENESS, TEXTED
+from fedpeft.routing.moments import BUCKETS, MOMENTS, values_of
+from fedpeft.routing.ngrams import NGRAMS
 from fedpeft.update import Counters, Update
 from fedpeft.wire.v1.federation_pb2 import Hello, Holding
 from fedpeft_client import answers
@@ -51,7 +52,8 @@ def _zeros(work: Work, encoder: Callable[[str], Encoder]) -> Counters:
         width = encoder(work.plan.encoder).width
         lengths |= {"embedding.sum": width, "embedding.count": 1} if work.plan.want_embedding else {}
         lengths |= {MOMENTS: values_of(width)} if work.plan.want_moments else {}
+    lengths |= {NGRAMS: BUCKETS} if work.plan.want_ngrams else {}
     if work.plan.HasField("own"):
-        lengths[CLOSENESS] = BINS
+        lengths |= {CLOSENESS: BINS} | ({TEXTED: BINS} if work.plan.own.ngrams and work.plan.pool.ngrams else {})
     lengths |= {f"cosine.{centroid.task}": BINS for centroid in work.plan.centroids}
     return {name: (0.0,) * length for name, length in lengths.items()}

@@ -21,8 +21,9 @@ from fedpeft.privacy.packing import Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
 from fedpeft.routing.cardfile import lora_modules
-from fedpeft.routing.gaussians import CLOSENESS
-from fedpeft.routing.moments import MOMENTS, values_of
+from fedpeft.routing.closeness import CLOSENESS, TEXTED
+from fedpeft.routing.moments import BUCKETS, MOMENTS, values_of
+from fedpeft.routing.ngrams import NGRAMS
 from fedpeft.routing.settings import Routing
 from fedpeft.schemes import SCHEMES, Scheme
 from fedpeft.schemes.robust import COMBINES
@@ -251,7 +252,8 @@ def _router(plain: Plain, base: Base) -> dict[str, int]:
     width = meta_encoder(settings.encoder, base).width
     found = {"embedding.sum": width, "embedding.count": 1, "cosine.<task>": BINS}
     moments = settings.moments and plain.privacy in ("none", {"kind": "none"})
-    return found | ({MOMENTS: values_of(width), CLOSENESS: BINS} if moments else {})
+    found |= {MOMENTS: values_of(width), CLOSENESS: BINS} if moments else {}
+    return found | ({NGRAMS: BUCKETS, TEXTED: BINS} if moments and settings.ngrams else {})
 
 
 def _scores(plain: Plain, task: Task) -> tuple[str, ...]:

@@ -17,14 +17,15 @@ from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
 from fedpeft.privacy.selftest import check_moved
 from fedpeft.routing import counts_of, histogram
-from fedpeft.routing.gaussians import CLOSENESS, Gaussians
+from fedpeft.routing.closeness import CLOSENESS, TEXTED, read
 from fedpeft.routing.moments import MOMENTS, Measure, halves, sums
+from fedpeft.routing.ngrams import NGRAMS, counted, spelled
 from fedpeft.schemes import Masks, SiteContext, ifca
 from fedpeft.tensors import Tensors
 from fedpeft.training import TrainJob, TrainResult
 from fedpeft.update import Counters, Update, snap_counters
 from fedpeft.wire.spreads import spread_of
-from fedpeft.wire.v1.federation_pb2 import Centroid
+from fedpeft.wire.v1.federation_pb2 import Centroid, TaskPlan
 from fedpeft_client.personal import Own
 from fedpeft_client.plan import Work
 from fedpeft_client.privacy import Guard, Steps
@@ -191,7 +192,7 @@ def score_base(work: Work, bench: Bench) -> Counters:
 def router_counters(work: Work, bench: Bench) -> dict[str, tuple[float, ...]]:
     """Sums of the train rows' embeddings and of their products, and histograms of how near they are to what the plan knows of the task."""
     plan = work.plan
-    if not (plan.want_embedding or plan.want_moments or plan.centroids or plan.HasField("own")):
+    if not (plan.want_embedding or plan.want_moments or plan.want_ngrams or plan.centroids or plan.HasField("own")):
         return {}
     vectors = bench.shelf.vectors(work.task, bench.encoder(plan.encoder))
     counters: dict[str, tuple[float, ...]] = {}
@@ -200,10 +201,17 @@ def router_counters(work: Work, bench: Bench) -> dict[str, tuple[float, ...]]:
         counters["embedding.count"] = (float(len(vectors)),)
     if plan.want_moments:
         counters[MOMENTS] = tuple(sums(halves(vectors)[0]).tolist())
+    if plan.want_ngrams:
+        counters[NGRAMS] = tuple(counted(halves(bench.shelf.texts(work.task))[0]).tolist())
     if plan.HasField("own"):
-        _, close = Gaussians.of([Measure(spread_of(plan.own), spread_of(plan.pool))]).read(halves(vectors)[1])
-        counters[CLOSENESS] = counts_of(close[:, 0])
+        counters |= _closeness(plan, vectors, bench.shelf.texts(work.task))
     return counters | _histograms(plan.centroids, vectors)
+
+
+def _closeness(plan: TaskPlan, vectors: NDArray[np.float32], texts: list[str]) -> dict[str, tuple[float, ...]]:
+    measure = Measure(spread_of(plan.own), spread_of(plan.pool))
+    known = {CLOSENESS: None} | ({TEXTED: halves(texts)[1]} if spelled(measure) else {})
+    return {name: counts_of(read((measure,), halves(vectors)[1], mine)[1][:, 0]) for name, mine in known.items()}
 
 
 def _histograms(centroids: Iterable[Centroid], vectors: NDArray[np.float32]) -> dict[str, tuple[float, ...]]:

@@ -75,6 +75,10 @@ class Shelf:
         """Embeddings (N, D) of train rows' texts by ``encoder``, each of length 1; at most `EMBEDDED` rows, evenly spread."""
         key = f"{task.name} {encoder.encoder}"
         if key not in self._vectors:
-            rows = self.rows(task.name, "train")
-            self._vectors[key] = encoder.embed([task.text_of(row) for row in rows[:: -(-len(rows) // EMBEDDED)]])
+            self._vectors[key] = encoder.embed(self.texts(task))
         return self._vectors[key]
+
+    def texts(self, task: Task) -> list[str]:
+        """The train rows' texts that `vectors` embeds."""
+        rows = self.rows(task.name, "train")
+        return [task.text_of(row) for row in rows[:: -(-len(rows) // EMBEDDED)]]

@@ -145,6 +145,7 @@ class Writer:
         message.encoder = "" if self.setup.own_encoder else self.setup.encoder
         message.want_embedding = centroid is None
         message.want_moments = centroid is None and self.setup.moments
+        message.want_ngrams = message.want_moments and self.setup.routing.ngrams
         if message.task in self.spreads:
             own, pool = self.spreads[message.task]
             message.own.CopyFrom(own)

@@ -14,8 +14,9 @@ from fedpeft.errors import ConfigError
 from fedpeft.privacy.secagg import Instance
 from fedpeft.privacy.settings import Client, Example
 from fedpeft.routing import BINS
-from fedpeft.routing.gaussians import CLOSENESS
-from fedpeft.routing.moments import MOMENTS, values_of
+from fedpeft.routing.closeness import CLOSENESS, TEXTED
+from fedpeft.routing.moments import BUCKETS, MOMENTS, values_of
+from fedpeft.routing.ngrams import NGRAMS
 from fedpeft.routing.settings import Routing
 from fedpeft.schemes import Gathers, Scheme, ServerOptimizer, Sharing
 from fedpeft.schemes.robust import CombineRule
@@ -51,7 +52,8 @@ class TaskSetup:
     def lengths(self) -> dict[str, int]:
         """``counters``, and those that are never asked for under privacy."""
         width = self.counters.get("embedding.sum", 0)
-        return {**self.counters, CLOSENESS: BINS, **({MOMENTS: values_of(width)} if width else {})}
+        close = {CLOSENESS: BINS, TEXTED: BINS, NGRAMS: BUCKETS}
+        return {**self.counters, **close, **({MOMENTS: values_of(width)} if width else {})}
 
 
 @dataclass(frozen=True)

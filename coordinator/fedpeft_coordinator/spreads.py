@@ -1,8 +1,8 @@
-"""Second moments of tasks' embeddings: asked for once, beside the centroid; what closeness is measured by ever after."""
+"""Second moments and n-grams of tasks' texts: asked for once, beside the centroid; what closeness is measured by ever after."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import AdapterError
 from fedpeft.routing import BINS, MahalanobisRouter, Measure, Moments, RouterCard, pooled
-from fedpeft.routing.gaussians import CLOSENESS
-from fedpeft.routing.moments import MOMENTS, moments, packed, unpacked
+from fedpeft.routing.closeness import CLOSENESS, TEXTED
+from fedpeft.routing.moments import BUCKETS, MOMENTS, moments, packed, unpacked
+from fedpeft.routing.ngrams import NGRAMS
 from fedpeft.update import Counters
 from fedpeft.wire.spreads import spread_message
 from fedpeft.wire.v1.federation_pb2 import Spread
@@ -58,25 +59,32 @@ class Spreads:
         return {name: (spread_message(found), shared) for name, found in mine.items()}
 
     def kept(self, task: str, counters: Counters) -> str:
-        """The digest of a task's moments, the pool's, and the histogram of closeness that sites counted by them; empty without one."""
-        close = np.array(counters.get(CLOSENESS, ()), np.float64)
-        if self.pool is None or task not in self.known or close.shape != (BINS,) or not (close >= 0.0).all():
+        """The digest of a task's moments, the pool's, and the histograms of closeness that sites counted by them; empty without one."""
+        close = {name: found for name in (CLOSENESS, TEXTED) if (found := _counted(counters.get(name, ()), BINS)).size}
+        if self.pool is None or task not in self.known or CLOSENESS not in close:
             return ""
         pool = {f"pool {name}": values for name, values in _arrays(self.pool).items()}
-        return self.store.put_arrays({**self.store.arrays(self.known[task]), **pool, CLOSENESS: close})
+        return self.store.put_arrays({**self.store.arrays(self.known[task]), **pool, **close})
 
 
 def added(card: RouterCard, arrays: Arrays) -> RouterCard:
     """``card`` with what `Spreads.kept` put into the store."""
-    counts = {**card.counts, MahalanobisRouter.kind: tuple(arrays[CLOSENESS].tolist())}
-    return replace(card, moments=Measure(_moments(arrays), _moments(arrays, "pool ")), counts=counts)
+    kinds = {MahalanobisRouter.kind: CLOSENESS, TEXTED: TEXTED}
+    found = {kind: tuple(arrays[name].tolist()) for kind, name in kinds.items() if name in arrays}
+    return replace(card, moments=Measure(_moments(arrays), _moments(arrays, "pool ")), counts={**card.counts, **found})
 
 
 def _summed(counters: Counters) -> Moments | None:
     try:
-        return moments(counters.get(MOMENTS, ()))
+        return replace(moments(counters.get(MOMENTS, ())), ngrams=_counted(counters.get(NGRAMS, ()), BUCKETS))
     except AdapterError:
         return None
+
+
+def _counted(values: Sequence[float], size: int) -> NDArray[np.float64]:
+    """``values`` where they are counts of ``size`` bins, else none."""
+    found = np.array(values, np.float64)
+    return found if found.shape == (size,) and np.isfinite(found).all() and (found >= 0.0).all() else np.zeros(0)
 
 
 def _arrays(found: Moments) -> Arrays:
@@ -84,9 +92,11 @@ def _arrays(found: Moments) -> Arrays:
         "count": np.array([found.count]),
         "mean": found.mean.astype(np.float32),
         "triangle": packed(found.covariance).astype(np.float32),
+        "ngrams": found.ngrams.astype(np.float32),
     }
 
 
 def _moments(arrays: Arrays, prefix: str = "") -> Moments:
     count, mean, triangle = (arrays[f"{prefix}{name}"] for name in ("count", "mean", "triangle"))
-    return Moments(float(count[0]), mean.astype(np.float64), unpacked(triangle))
+    ngrams = arrays.get(f"{prefix}ngrams", np.zeros(0))
+    return Moments(float(count[0]), mean.astype(np.float64), unpacked(triangle), ngrams.astype(np.float64))

@@ -75,7 +75,7 @@ class Service:
     def request(self, text: str, task: str | None = None) -> Request:
         """``text`` as routers see it: embedded by what the router cards were made with, and read by the base, when first looked at."""
         modules = sorted({module for card in self.cards.values() for module in card.watched})
-        return Request(task, lambda: self.encoder.embed([text])[0], lambda: self.base.watch(text, modules), self.named_encoder)
+        return Request(task, lambda: self.encoder.embed([text])[0], lambda: self.base.watch(text, modules), self.named_encoder, text)
 
     def route(self, text: str, task: str | None = None, router: str = DEFAULT) -> Route:
         """Where ``text`` goes: the named task, or what ``router`` makes of it. Raises `AdapterError` when either is unknown."""

@@ -105,7 +105,7 @@ def test_gates_under_masks_are_those_in_the_clear_and_a_restart_changes_nothing(
     assert all(np.abs(gate).max() > 0 for gate in card.gates.values())
     assert all(card.gates[module].tobytes() == other.gates[module].tobytes() for module in modules)
     assert card.counts == other.counts
-    assert set(card.counts) == {"gate", "arrow", "mahalanobis"}
+    assert set(card.counts) == {"gate", "arrow", "mahalanobis", "closeness.text"}
     assert card.moments.own.count == sum(card.counts["mahalanobis"]) == training_rows(clear) / 2
     assert card.moments.own.covariance.tobytes() == other.moments.own.covariance.tobytes()
     assert sum(card.counts["gate"]) == training_rows(clear)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from fedpeft.files import write_atomic
 from fedpeft.routing import MahalanobisRouter, Measure, RouterCard, pooled
 from fedpeft.routing.cards import centroid, counts_of, histogram, make_card
-from fedpeft.routing.gaussians import Gaussians
+from fedpeft.routing.closeness import TEXTED, read
 from fedpeft.routing.moments import halves, moments, sums
+from fedpeft.routing.ngrams import counted
 from fedpeft.tasks import read_rows
 from fedpeft.tasks.rows import stream_rows
 
@@ -81,16 +82,19 @@ def onto(derived: RouterCard, card: RouterCard | None) -> RouterCard:
 
 def cards(texts: Mapping[str, Sequence[str]], encoder: Encoder) -> dict[str, RouterCard]:
     """Of each task that has texts its direction with a threshold, and its second moments beside those of all tasks."""
-    rows = {name: encoder.embed(mine) for name, mine in texts.items() if mine}
-    own = {name: moments(sums(halves(mine)[0])) for name, mine in rows.items()}
-    return {name: _card(mine, Measure(own[name], pooled(own.values())), encoder.encoder) for name, mine in rows.items()}
+    known = {name: list(mine) for name, mine in texts.items() if mine}
+    rows = {name: encoder.embed(mine) for name, mine in known.items()}
+    own = {name: replace(moments(sums(halves(mine)[0])), ngrams=counted(halves(known[name])[0])) for name, mine in rows.items()}
+    pools = [pooled(own.values())] if own else []
+    return {name: _card(rows[name], known[name], Measure(own[name], pool), encoder.encoder) for pool in pools for name in rows}
 
 
-def _card(rows: Rows, measure: Measure, encoder: str) -> RouterCard:
+def _card(rows: Rows, texts: list[str], measure: Measure, encoder: str) -> RouterCard:
     total, count = rows.sum(axis=0, dtype=np.float64), len(rows)
     found = RouterCard(make_card(total, count, histogram(rows, centroid(total, count)), encoder=encoder))
-    _, close = Gaussians.of([measure]).read(halves(rows)[1])
-    return replace(found, counts={MahalanobisRouter.kind: counts_of(close[:, 0])}, moments=measure)
+    known = {MahalanobisRouter.kind: None, TEXTED: halves(texts)[1]}
+    counts = {kind: counts_of(read((measure,), halves(rows)[1], mine)[1][:, 0]) for kind, mine in known.items()}
+    return replace(found, counts=counts, moments=measure)
 
 
 def _texts(entry: CentralTask) -> Iterator[str]:

@@ -12,6 +12,8 @@ scale statistics. It lies beside the version's adapter, so the manifest names it
     moments/triangle   (P,)    float32   upper triangle of their covariance (`fedpeft.routing.moments`)
     moments/center     (D,)    float32   and the same of all tasks
     moments/within     (P,)    float32
+    moments/ngrams     (B,)    float32   counts of the task's character n-grams, where sites sent them (`fedpeft.routing.ngrams`)
+    moments/all        (B,)    float32   and of all tasks
     learned/router     (m, n)  float32   X-LoRA's router, where the adapter has one (`fedpeft.routing.learned`)
 """
 
@@ -34,7 +36,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.factors import Product, norm, products
 from fedpeft.routing.cards import BINS, Card
 from fedpeft.routing.learned import Learned, checked
-from fedpeft.routing.moments import Measure, Moments, packed, unpacked
+from fedpeft.routing.moments import BUCKETS, Measure, Moments, packed, unpacked
 from fedpeft.routing.prototypes import Values, spectrum
 from fedpeft.tensors import Layout, Tensors
 
@@ -161,7 +163,8 @@ def _of_moments(known: Measure | None) -> dict[str, NDArray[Any]]:
     if known is None:
         return {}
     own, pool = known.own, known.pool
-    return {"mean": own.mean, "triangle": packed(own.covariance), "center": pool.mean, "within": packed(pool.covariance)}
+    spelled = {name: part.ngrams for name, part in (("ngrams", own), ("all", pool)) if part.ngrams.size}
+    return {"mean": own.mean, "triangle": packed(own.covariance), "center": pool.mean, "within": packed(pool.covariance), **spelled}
 
 
 def _moments(named: Modules, texts: Any) -> Measure | None:
@@ -169,16 +172,17 @@ def _moments(named: Modules, texts: Any) -> Measure | None:
         return None
     try:
         own, pool = map(float, texts)
-        return Measure(_part(own, named["mean"], named["triangle"]), _part(pool, named["center"], named["within"]))
+        parts = (own, "mean", "triangle", "ngrams"), (pool, "center", "within", "all")
+        return Measure(*(_part(count, named[mean], named[around], named.get(ngrams)) for count, mean, around, ngrams in parts))
     except (KeyError, TypeError, ValueError, AdapterError) as fault:
         raise AdapterError(f"{FILE}: moments of {texts!r} texts, {sorted(named)}, cannot be read: {fault}") from None
 
 
-def _part(count: float, mean: Values, triangle: Values) -> Moments:
-    covariance = unpacked(triangle)
-    if len(mean) != len(covariance) or not 1.0 <= count < np.inf:
-        raise AdapterError(f"{count:g} texts, a mean of {len(mean)} values and a covariance of {len(covariance)}")
-    return Moments(count, mean.astype(np.float64), covariance)
+def _part(count: float, mean: Values, triangle: Values, ngrams: Values | None) -> Moments:
+    covariance, spelled = unpacked(triangle), np.zeros(0) if ngrams is None else ngrams.astype(np.float64)
+    if len(mean) != len(covariance) or not 1.0 <= count < np.inf or len(spelled) not in (0, BUCKETS):
+        raise AdapterError(f"{count:g} texts, a mean of {len(mean)} values, a covariance of {len(covariance)}, {len(spelled)} n-grams")
+    return Moments(count, mean.astype(np.float64), covariance, spelled)
 
 
 def _learned(named: Modules, experts: Any) -> Learned | None:

@@ -15,8 +15,6 @@ import numpy as np
 from fedpeft.errors import AdapterError
 from fedpeft.routing.moments import Exact, Measure, Rows, narrowed
 
-CLOSENESS = "closeness"
-"""The counter of histograms of own texts' closeness."""
 PRIOR = 6.0
 """The pool's covariance counts as much as this many texts of the task for each value of an embedding."""
 RELATIVE = 0.75

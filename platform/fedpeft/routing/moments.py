@@ -6,10 +6,10 @@ Shape legend: N texts, D values of an embedding, P = (D + 1)(D + 2) / 2 values o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,17 +20,28 @@ MOMENTS = "embedding.moments"
 """The counter of `sums`."""
 WIDEST = 512
 """Values of an embedding that are kept: a triangle of more would cost megabytes."""
+BUCKETS = 1 << 14
+"""Of `fedpeft.routing.ngrams`."""
 Rows = NDArray[np.floating[Any]]
 Exact = NDArray[np.float64]
+Texts = TypeVar("Texts", Rows, list[str])
+
+
+def _none() -> Exact:
+    return np.zeros(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """``count`` texts, the ``mean`` (D,) of their embeddings and the ``covariance`` (D, D) around it."""
+    """``count`` texts, the ``mean`` (D,) of their embeddings, the ``covariance`` (D, D) around it, and counts of their ``ngrams``.
+
+    Those are (`BUCKETS`,), or (0,) where they were not counted.
+    """
 
     count: float
     mean: Exact
     covariance: Exact
+    ngrams: Exact = field(default_factory=_none)
 
     @property
     def width(self) -> int:
@@ -113,13 +124,15 @@ def _signs(width: int) -> Exact:
     return signs
 
 
-def halves(embeddings: Rows) -> tuple[Rows, Rows]:
+def halves(embeddings: Texts) -> tuple[Texts, Texts]:
     """Rows for `sums`, and others that thresholds are found on: a covariance is always nearer to the rows that it was made of."""
     return embeddings[::2], embeddings[1::2] if len(embeddings) > 1 else embeddings
 
 
 def pooled(tasks: Iterable[Moments]) -> Moments:
-    """What ``tasks`` share: the mean of their means, and the covariance inside them, over all their texts.
+    """What ``tasks`` share: the mean of their means, the covariance inside them over all their texts, the mean of their n-grams' shares.
+
+    The last are as many as all tasks' together, and none where one of them was not counted.
 
     Raises:
         AdapterError: their widths differ, or there is none.
@@ -130,4 +143,12 @@ def pooled(tasks: Iterable[Moments]) -> Moments:
         raise AdapterError(f"moments: {len(known)} tasks with embeddings of {widths} values; make all cards with one encoder")
     count = sum(one.count for one in known)
     within = sum((one.count * one.covariance for one in known), np.zeros(())) / max(count - len(known), 1.0)
-    return Moments(count, np.mean([one.mean for one in known], axis=0), np.asarray(within))
+    return Moments(count, np.mean([one.mean for one in known], axis=0), np.asarray(within), _mixed([one.ngrams for one in known]))
+
+
+def _mixed(counts: list[Exact]) -> Exact:
+    totals = [float(one.sum()) for one in counts]
+    if min(totals) <= 0.0:
+        return _none()
+    shares: Exact = np.mean([one / total for one, total in zip(counts, totals, strict=True)], axis=0)
+    return shares * sum(totals)

@@ -9,6 +9,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.routing.cardfile import RouterCard
 from fedpeft.routing.cards import Card, calibrate
 from fedpeft.routing.chain import Calibrated, Chain, Within
+from fedpeft.routing.closeness import TEXTED
 from fedpeft.routing.learned import XLoraRouter
 from fedpeft.routing.requests import Router
 from fedpeft.routing.routers import CentroidRouter, ClusterRouter, MahalanobisRouter, MeanRouter, TaskRouter
@@ -92,8 +93,10 @@ def _centroid(cards: Cards, top: int = 1) -> Router | None:
 
 def _mahalanobis(cards: Cards) -> Router | None:
     moments = {name: card.moments for name, card in cards.items() if card.moments is not None}
-    counts = {name: cards[name].counts[kind] for name in moments if (kind := MahalanobisRouter.kind) in cards[name].counts}
-    return MahalanobisRouter(_centroids({name: cards[name] for name in moments}), moments, counts) if moments else None
+    counts, texted = (
+        {name: cards[name].counts[kind] for name in moments if kind in cards[name].counts} for kind in (MahalanobisRouter.kind, TEXTED)
+    )
+    return MahalanobisRouter(_centroids({name: cards[name] for name in moments}), moments, counts, texted) if moments else None
 
 
 def _cluster(cards: Cards) -> Router | None:

@@ -22,18 +22,19 @@ class Request:
     """One request: the caller's ``task`` if it names one, and how to get the rest, which is computed only for routers that look at it.
 
     ``embed`` gives the text's embedding (D,) by ``encoder`` (as in `Card.encoder`; empty is not checked), ``watch`` the inputs of the
-    base's modules.
+    base's modules. ``text`` is the request itself, where whoever routes may read it.
     """
 
     task: str | None = None
     embed: Callable[[], NDArray[np.floating[Any]]] | None = None
     watch: Callable[[], States] | None = None
     encoder: str = ""
+    text: str | None = None
 
     @staticmethod
-    def of(vector: NDArray[np.floating[Any]], encoder: str = "") -> Request:
-        """A request known by its embedding (D,) alone."""
-        return Request(embed=lambda: vector, encoder=encoder)
+    def of(vector: NDArray[np.floating[Any]], encoder: str = "", text: str | None = None) -> Request:
+        """A request known by its embedding (D,) alone, or as a text too."""
+        return Request(embed=lambda: vector, encoder=encoder, text=text)
 
     @cached_property
     def vector(self) -> NDArray[np.floating[Any]]:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.errors import AdapterError
+from fedpeft.routing import closeness
 from fedpeft.routing.cards import Card, calibrate, common_encoder
-from fedpeft.routing.gaussians import gaussians
 from fedpeft.routing.moments import Measure
+from fedpeft.routing.ngrams import spelled
 from fedpeft.routing.requests import Request, Route
 
 Top = Annotated[int, Field(ge=1)]
@@ -81,39 +82,42 @@ class CentroidRouter:
 
 @dataclass(frozen=True)
 class MahalanobisRouter:
-    """The task whose Gaussian makes the request's embedding most likely, unless it is not near even to that one; else none.
+    """The task whose Gaussian and n-grams make the request most likely, unless it is not near even to that one; else none.
 
     Weights are the ``top`` tasks' posteriors, the softmax of log-densities over ``temperature``: dimensions of an embedding are not as
     independent as a Gaussian takes them, and 4 made the posteriors of held-out training texts honest (tests/bench/routing). The request
-    abstains below the closeness (`gaussians.Gaussians.read`) that all but a share ``quantile`` of the likeliest task's own texts reach,
-    by ``counts``; without counts never.
+    abstains below the closeness that all but a share ``quantile`` of the likeliest task's own texts reach, by ``texted`` where the
+    request's text is there and all tasks have n-grams (`closeness.read`), else by ``counts``. Without a quantile it never abstains, nor
+    without counts.
     """
 
     cards: Mapping[str, Card]
     moments: Mapping[str, Measure]
     counts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    quantile: Share = 0.02
+    texted: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    quantile: Share | None = 0.02
     top: Top = 3
     temperature: Temperature = 4.0
     kind: ClassVar[str] = "mahalanobis"
 
     def route(self, request: Request) -> Route:
-        """By the request's embedding. Raises `AdapterError` for one of another size or encoder than the cards'."""
+        """By the request's embedding and text. Raises `AdapterError` for an embedding of another size or encoder than the cards'."""
         common_encoder(self.cards, request.encoder)
-        return self.route_all(np.asarray(request.vector)[None])[0]
+        return self.route_all(np.asarray(request.vector)[None], None if request.text is None else [request.text])[0]
 
-    def route_all(self, requests: NDArray[np.floating[Any]]) -> Sequence[Route]:
-        """One route per row of ``requests`` (N, D), embeddings of length 1. Raises `AdapterError` for another D."""
+    def route_all(self, requests: NDArray[np.floating[Any]], texts: Sequence[str] | None = None) -> Sequence[Route]:
+        """One route per row of ``requests`` (N, D), embeddings of length 1 of ``texts``. Raises `AdapterError` for another D."""
         if not self.moments:
             return [Route({}, -1.0, router=self.kind, why="no task has moments") for _ in requests]
-        names = sorted(self.moments)
-        likely, close = gaussians(tuple(self.moments[name] for name in names)).read(requests)
+        names, known = sorted(self.moments), texts if self._spelled else None
+        likely, close = closeness.read(tuple(self.moments[name] for name in names), requests, known)
+        leasts = self._leasts(self.counts if known is None else self.texted)
         pairs = zip(likely.tolist(), close.tolist(), strict=True)
-        return [self._choose(*(dict(zip(names, row, strict=True)) for row in pair)) for pair in pairs]
+        return [self._choose(dict(zip(names, one, strict=True)), dict(zip(names, other, strict=True)), leasts) for one, other in pairs]
 
-    def _choose(self, likely: dict[str, float], close: dict[str, float]) -> Route:
+    def _choose(self, likely: dict[str, float], close: dict[str, float], leasts: Mapping[str, float]) -> Route:
         order = sorted(likely, key=lambda name: (-likely[name], name))
-        best, least = order[0], self._least[order[0]]
+        best, least = order[0], leasts.get(order[0], -np.inf)
         told = f"closeness {close[best]:.3f} to the likeliest, {best!r}, "
         if close[best] < least:
             return Route({}, close[best], close, self.kind, f"{told}is below its threshold {least:.3f}")
@@ -121,8 +125,11 @@ class MahalanobisRouter:
         return Route(shares, close[best], close, self.kind, f"{told}>= {least:.3f}")
 
     @cached_property
-    def _least(self) -> dict[str, float]:
-        return {name: calibrate(self.counts[name], self.quantile) if name in self.counts else -np.inf for name in self.moments}
+    def _spelled(self) -> bool:
+        return set(self.texted) >= set(self.moments) and all(map(spelled, self.moments.values()))
+
+    def _leasts(self, counts: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
+        return {} if self.quantile is None else {name: calibrate(mine, self.quantile) for name, mine in counts.items()}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ class Oneshots:
         return [self._route(text, routing) for text, routing in asked]
 
     def _route(self, text: str, routing: Routing) -> Route | FedpeftError:
-        request = Request(None, lambda: routing.encoder.embed([text])[0], lambda: states(self._base, text, routing.modules), routing.named)
+        request = Request(
+            None, lambda: routing.encoder.embed([text])[0], lambda: states(self._base, text, routing.modules), routing.named, text
+        )
         try:
             return routing.router.route(request)
         except AdapterError as fault:

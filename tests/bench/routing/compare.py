@@ -15,7 +15,7 @@ from fedpeft.merging import make_rule, merge
 from fedpeft.routing import Request, Route, make_router
 from fedpeft.routing.policies import token_router
 
-TRADED: dict[str, dict[str, Any]] = {"mahalanobis, never": {"counts": {}}, "mahalanobis, 5 %": {"quantile": 0.05}}
+TRADED: dict[str, dict[str, Any]] = {"mahalanobis, never": {"quantile": None}, "mahalanobis, 5 %": {"quantile": 0.05}}
 """The router by second moments that never sends a text to the base, or more of a task's own ones."""
 WHOLE = ("centroid", "centroid3", "mahalanobis", *TRADED, "cluster", "chain")
 TOKENS = ("gate", "arrow", "spectr")
@@ -78,7 +78,7 @@ def routed(world: World, texts: list[str]) -> dict[str, list[Route]]:
     routers |= {name: replace(routers["mahalanobis"], **changes) for name, changes in TRADED.items()}  # type: ignore[type-var]
     found: dict[str, list[Route]] = {kind: [] for kind in KINDS}
     for text, vector in zip(texts, world.encoder.embed(texts), strict=True):
-        request = Request(None, partial(np.asarray, vector), partial(world.base.watch, text, read), world.encoder.encoder)
+        request = Request(None, partial(np.asarray, vector), partial(world.base.watch, text, read), world.encoder.encoder, text)
         for kind, router in routers.items():
             found[kind].append(router.route(request))
     return found

@@ -15,24 +15,11 @@ import safetensors.numpy as safetensors
 from fedpeft.adapters import Adapter, attach, initial, load, make_spec, save
 from fedpeft.bases import Base, BaseSpec, Encoder, load_base
 from fedpeft.bases.encoders import make_encoder
+from fedpeft.central.cards import cards as by_texts
+from fedpeft.central.cards import onto
 from fedpeft.methods import Lora
-from fedpeft.routing import (
-    ArrowRouter,
-    GateRouter,
-    MahalanobisRouter,
-    Measure,
-    Request,
-    RouterCard,
-    centroid,
-    counts_of,
-    derive,
-    histogram,
-    make_card,
-    pooled,
-)
+from fedpeft.routing import ArrowRouter, GateRouter, Request, RouterCard, counts_of, derive
 from fedpeft.routing.cardfile import lora_modules
-from fedpeft.routing.gaussians import Gaussians
-from fedpeft.routing.moments import halves, moments, sums
 from fedpeft.tasks import Generation, Row
 from fedpeft.training import TrainJob, TrainSettings, train
 from fedpeft.training.gates import train_gates
@@ -154,17 +141,8 @@ def _card(base: Base, texts: list[str], derived: RouterCard) -> RouterCard:
 
 def embedded(cards: dict[str, RouterCard], encoder: Encoder, trained: dict[str, list[Row]]) -> dict[str, RouterCard]:
     """``cards`` with what embeddings of training rows make of them, as one site a task and the coordinator would: from sums alone."""
-    vectors = {name: encoder.embed([row["prompt"] for row in rows[:CARDED]]) for name, rows in trained.items()}
-    known = {name: moments(sums(halves(mine)[0])) for name, mine in vectors.items()}
-    pool, found = pooled(known.values()), dict[str, RouterCard]()
-    for name, mine in vectors.items():
-        total = mine.sum(axis=0, dtype=np.float64)
-        sequence = make_card(total, len(mine), histogram(mine, centroid(total, len(mine))), encoder=encoder.encoder)
-        measure = Measure(known[name], pool)
-        _, close = Gaussians.of([measure]).read(halves(mine)[1])
-        counts = {**cards[name].counts, MahalanobisRouter.kind: counts_of(close[:, 0])}
-        found[name] = replace(cards[name], card=sequence, counts=counts, moments=measure)
-    return found
+    made = by_texts({name: [row["prompt"] for row in rows[:CARDED]] for name, rows in trained.items()}, encoder)
+    return {name: onto(cards[name], made[name]) for name in cards}
 
 
 def requests(base: Base, texts: Iterable[str], modules: list[str]) -> Iterable[Request]:

@@ -64,7 +64,7 @@ def test_what_is_kept_comes_back_and_goes_onto_a_derived_card(tmp_path, stream):
     assert card.card.encoder == "fake@1"
     assert cards.kept(config, "b") is None
     whole = cards.onto(cards.RouterCard(None, counts={"arrow": (1.0,)}), card)
-    assert set(whole.counts) == {"arrow", "mahalanobis"}
+    assert set(whole.counts) == {"arrow", "mahalanobis", "closeness.text"}
     assert whole.card == card.card
     assert cards.onto(whole, None) is whole
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,14 @@ def test_evaluation_answers_sums_for_the_adapter_and_for_the_base(site: SiteConf
 
 def test_second_moments_are_of_one_half_of_the_rows_and_closeness_of_the_other(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
     worker = make_worker(site)
-    result = plans.results(worker.handle(plans.message(plans.of(want_moments=True), kind="evaluate")))["kinds"]
+    result = plans.results(worker.handle(plans.message(plans.of(want_moments=True, want_ngrams=True), kind="evaluate")))["kinds"]
     found = moments(result.counters["embedding.moments"].values)
-    told = spread_message(found)
+    told = spread_message(replace(found, ngrams=np.array(result.counters["text.ngrams"].values)))
     result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
-    assert found.count == sum(result.counters["closeness"].values) == 6.0
+    assert found.count == sum(result.counters["closeness"].values) == sum(result.counters["closeness.text"].values) == 6.0
+    told.ngrams = b""
+    result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
+    assert "closeness.text" not in result.counters
     told.mean = told.mean[:8]
     result = plans.results(worker.handle(plans.message(plans.of(own=told, pool=told), kind="evaluate")))["kinds"]
     assert (result.status, "a mean of 2 values, a covariance of 64" in result.reason) == (FAILED, True)

@@ -15,8 +15,9 @@ from fedpeft.privacy import promise
 from fedpeft.privacy.mechanism import Mechanism, protect
 from fedpeft.privacy.metric import Metric
 from fedpeft.privacy.noise import SecureNoise
-from fedpeft.routing.gaussians import CLOSENESS
-from fedpeft.routing.moments import MOMENTS
+from fedpeft.routing.closeness import CLOSENESS, TEXTED
+from fedpeft.routing.moments import BUCKETS, MOMENTS
+from fedpeft.routing.ngrams import NGRAMS
 from fedpeft.schemes import SCHEMES, SERVER_OPTIMIZERS, Masks, Phase, Scheme, SiteContext
 from fedpeft.tensors import Entry, Layout, Tensors
 from fedpeft.update import Grid, Update
@@ -188,8 +189,10 @@ class Site:
             found |= {"embedding.sum": (3.0, 4.0), "embedding.count": (5.0,)}
         if task.want_moments:
             found[MOMENTS] = (5.0, 3.0, 4.0, 2.5, 2.0, 3.5)
+        if task.want_ngrams:
+            found[NGRAMS] = (1.0, *(0.0,) * (BUCKETS - 1))
         if task.HasField("own"):
-            found[CLOSENESS] = tuple(float(i) for i in range(64))
+            found |= dict.fromkeys((CLOSENESS, TEXTED) if task.own.ngrams else (CLOSENESS,), tuple(float(i) for i in range(64)))
         return found | {f"cosine.{c.task}": tuple(float(i) for i in range(64)) for c in task.centroids}
 
     def _begin(self, envelope: Envelope, task: TaskPlan) -> Tensors | None:

@@ -42,7 +42,8 @@ def test_runs_to_the_end_and_publishes_once(fake: ModuleType, tmp_path: Path) ->
     assert -1 < release.card["threshold"] < 1
     assert release.router.moments.own.count == 3 * 5
     assert release.router.moments.own.mean == pytest.approx([0.6, 0.8])
-    assert release.router.counts["mahalanobis"] == tuple(3.0 * i for i in range(64))
+    assert release.router.counts["mahalanobis"] == release.router.counts["closeness.text"] == tuple(3.0 * i for i in range(64))
+    assert release.router.moments.own.ngrams[0] == 3.0
 
 
 def test_a_task_that_nobody_holds_is_untouched(fake: ModuleType, tmp_path: Path) -> None:

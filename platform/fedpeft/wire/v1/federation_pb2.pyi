@@ -64,7 +64,7 @@ class RoundPlan(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
-    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "task_blind", "scales", "privacy_json", "down_codec_json", "gates", "want_moments", "own", "pool", "encoder")
+    __slots__ = ("task", "task_json", "spec_json", "scheme_json", "phase", "roles", "adapter_digest", "previous_digest", "down_roles", "settings_json", "seed", "weight_cap", "grid_sites", "grid_reach", "cohort", "secure_aggregation", "want_embedding", "centroids", "task_round", "control_digest", "counted_round", "masking", "codec_json", "task_blind", "scales", "privacy_json", "down_codec_json", "gates", "want_moments", "own", "pool", "want_ngrams", "encoder")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TASK_JSON_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class TaskPlan(_message.Message):
     WANT_MOMENTS_FIELD_NUMBER: _ClassVar[int]
     OWN_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    WANT_NGRAMS_FIELD_NUMBER: _ClassVar[int]
     ENCODER_FIELD_NUMBER: _ClassVar[int]
     task: str
     task_json: str
@@ -128,18 +129,21 @@ class TaskPlan(_message.Message):
     want_moments: bool
     own: Spread
     pool: Spread
+    want_ngrams: bool
     encoder: str
-    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., task_blind: _Optional[bool] = ..., scales: _Optional[bytes] = ..., privacy_json: _Optional[str] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ..., want_moments: _Optional[bool] = ..., own: _Optional[_Union[Spread, _Mapping]] = ..., pool: _Optional[_Union[Spread, _Mapping]] = ..., encoder: _Optional[str] = ...) -> None: ...
+    def __init__(self, task: _Optional[str] = ..., task_json: _Optional[str] = ..., spec_json: _Optional[str] = ..., scheme_json: _Optional[str] = ..., phase: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., adapter_digest: _Optional[str] = ..., previous_digest: _Optional[str] = ..., down_roles: _Optional[_Iterable[str]] = ..., settings_json: _Optional[str] = ..., seed: _Optional[int] = ..., weight_cap: _Optional[int] = ..., grid_sites: _Optional[int] = ..., grid_reach: _Optional[float] = ..., cohort: _Optional[int] = ..., secure_aggregation: _Optional[bool] = ..., want_embedding: _Optional[bool] = ..., centroids: _Optional[_Iterable[_Union[Centroid, _Mapping]]] = ..., task_round: _Optional[int] = ..., control_digest: _Optional[str] = ..., counted_round: _Optional[int] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., codec_json: _Optional[str] = ..., task_blind: _Optional[bool] = ..., scales: _Optional[bytes] = ..., privacy_json: _Optional[str] = ..., down_codec_json: _Optional[str] = ..., gates: _Optional[_Union[Gates, _Mapping]] = ..., want_moments: _Optional[bool] = ..., own: _Optional[_Union[Spread, _Mapping]] = ..., pool: _Optional[_Union[Spread, _Mapping]] = ..., want_ngrams: _Optional[bool] = ..., encoder: _Optional[str] = ...) -> None: ...
 
 class Spread(_message.Message):
-    __slots__ = ("count", "mean", "triangle")
+    __slots__ = ("count", "mean", "triangle", "ngrams")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     MEAN_FIELD_NUMBER: _ClassVar[int]
     TRIANGLE_FIELD_NUMBER: _ClassVar[int]
+    NGRAMS_FIELD_NUMBER: _ClassVar[int]
     count: float
     mean: bytes
     triangle: bytes
-    def __init__(self, count: _Optional[float] = ..., mean: _Optional[bytes] = ..., triangle: _Optional[bytes] = ...) -> None: ...
+    ngrams: bytes
+    def __init__(self, count: _Optional[float] = ..., mean: _Optional[bytes] = ..., triangle: _Optional[bytes] = ..., ngrams: _Optional[bytes] = ...) -> None: ...
 
 class Gates(_message.Message):
     __slots__ = ("steps", "lr")
