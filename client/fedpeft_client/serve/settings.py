@@ -20,10 +20,10 @@ class Serve(Section):
     ``registry`` is a folder, or a control plane's ``grpc://HOST:PORT``, which ``identity`` (.pem or .token) is shown to; it is looked at
     every ``watch_seconds``. ``router`` decides for ``model = "auto"``. Loopback needs nothing; beyond it keys and TLS must be on
     (``behind_proxy`` says that a proxy before us ends TLS). ``keys`` is a file of one API key a line. ``rows`` requests run at once and
-    ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of the others. ``patience_seconds`` is how long running
-    requests may go on when the server stops, ``stall_seconds`` how long one write to, or the body of, a caller may take. Where training
-    left the site a private pair (FedDPA), a text's nearness to ``own_rows`` of the site's rows, times ``own_scale``, weighs it; with 0
-    rows it stays out.
+    ``queue`` more wait; ``bite`` prompt tokens are read between two tokens of the others; a request generates at most ``max_tokens``, in
+    all its choices together. ``patience_seconds`` is how long running requests may go on when the server stops, ``stall_seconds`` how
+    long one write to, or the body of, a caller may take. Where training left the site a private pair (FedDPA), a text's nearness to
+    ``own_rows`` of the site's rows, times ``own_scale``, weighs it; with 0 rows it stays out.
     """
 
     registry: str | None = None

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.adapters import Adapter
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, BaseError
 from fedpeft.routing import Route, XLoraRouter
 from fedpeft.routing.policies import token_router
 from fedpeft.serving.beside import OWN, Beside
@@ -43,6 +43,10 @@ class Backend:
     def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain", beside: Beside | None = None) -> None:
         from fedpeft.mixtures import Bank as Mixtures
 
+        if base.tokenizer is None:
+            raise BaseError(
+                f"base {base.spec.model}: {type(base.model).__name__} reads images, and a server answers texts; ask it with fedpeft route"
+            )
         self.base, self._router, self._beside = base, router, beside
         self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None

@@ -88,7 +88,7 @@ class Paired:
         """What was read before, in place of an encoder's output, whose values nothing looks at any more."""
         seen = self._read.look(slots, device)[:, None, None]  # (N, 1, 1, W)
         self._cache.is_updated = dict.fromkeys(range(len(self._read.layers)), True)
-        silent = torch.empty(len(slots), seen.shape[-1], self._width, dtype=dtype, device=device)
+        silent = torch.empty(1, 1, self._width, dtype=dtype, device=device).expand(len(slots), seen.shape[-1], -1)
         return {"encoder_outputs": (silent,), "attention_mask": additive(seen, dtype)}
 
 
