@@ -171,7 +171,6 @@ def start(
 
 def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
     from fedpeft.cli import output
-    from fedpeft.update import TRAIN_COUNTERS
 
     for one in found:
         rows = [] if one.refused else [(line.name, line.role, "x".join(map(str, line.shape)), str(line.bytes)) for line in one.tensors]
@@ -179,13 +178,11 @@ def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
         if one.refused:
             print(f"  REFUSED, nothing leaves: {one.refused}")
         print(f"  weight   {one.examples} examples: {one.weight}")
-        beside = {name: count for name, count in one.counters.items() if name not in TRAIN_COUNTERS}
-        print(f"  counters {_counters({name: count for name, count in one.counters.items() if name in TRAIN_COUNTERS})}")
+        print(f"  counters {_counters({name: count for name, count in one.counters.items() if name not in one.routing})}")
         print(f"  bytes    {one.bytes} ({output.size(one.bytes)}) of at most {site.policy.max_upload_mb:g} MB")
-        if beside:
-            print(
-                f"  routing  {_counters(beside)}: {output.size(_cost(beside, one))} in an answer of its own, before a version is published"
-            )
+        if one.routing:
+            size = output.size(one.routing_bytes)
+            print(f"  routing  {_counters(one.routing)}: {size} in an answer of its own, before a version is published")
         if one.scores and one.tested:
             print(f"  scores   sums over the {one.tested} test rows for {', '.join(one.scores)}, where rounds are scored")
         if one.private and not one.refused:
@@ -193,11 +190,6 @@ def _print(site: SiteConfig, found: list[Forecast], number: int) -> None:
         print(f"  masks    {'on: the coordinator sees the sum over sites alone' if one.masked else 'off: the coordinator sees all of it'}")
         print(f"  epsilon  {one.epsilon}")
         print(f"  policy   checked {', '.join(one.rules)}\n")
-
-
-def _cost(counts: Mapping[str, int], one: Forecast) -> int:
-    """Bytes of counters in an answer of their own: a float each, or four words under masks."""
-    return sum(counts.values()) * (16 if one.masked else 8)
 
 
 def _counters(counts: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from fedpeft import config
 from fedpeft.bases import meta_encoder
 from fedpeft.bases.base import OWN
 from fedpeft.errors import ConfigError, DataError, PolicyError
-from fedpeft.privacy.packing import Schema
+from fedpeft.privacy.packing import LIMBS, Schema
 from fedpeft.privacy.secagg import LEAST, enough
 from fedpeft.routing import BINS
 from fedpeft.routing.cardfile import lora_modules
@@ -132,6 +132,16 @@ class Forecast:
     cost: Cost | None = None
     scores: tuple[str, ...] = ()
     tested: int = 0
+
+    @property
+    def routing(self) -> dict[str, int]:
+        """The ``counters`` that leave in an answer of their own, before a version is published."""
+        return {name: count for name, count in self.counters.items() if name not in TRAIN_COUNTERS}
+
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes of ``routing``: a float each, or the words of one on the grid under masks."""
+        return sum(self.routing.values()) * (LIMBS * CODE_BYTES if self.masked else FLOAT_BYTES)
 
 
 def read_plan(path: Path) -> Plain:
@@ -270,4 +280,4 @@ def _gates(spec: AdapterSpec) -> dict[str, int]:
 
 def as_json(forecasts: list[Forecast]) -> list[dict[str, Any]]:
     """A JSON form, one object per task."""
-    return [asdict(one) for one in forecasts]
+    return [asdict(one) | {"routing_bytes": one.routing_bytes} for one in forecasts]

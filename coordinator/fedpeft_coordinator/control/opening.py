@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,3 +26,16 @@ def open_registry(folder: Path, control: Control | None = None) -> Registry:
 
     database = control.database or f"sqlite:///{(folder / 'registry.sqlite').resolve()}"
     return Registry(folder, open_store(control.store or folder), SqlHistories(database))
+
+
+@contextmanager
+def opened(folder: Path, control: Control) -> Iterator[Registry]:
+    """`open_registry`, whose connections are closed afterwards: by then nobody may look at it any more."""
+    from fedpeft_coordinator.control.database import SqlHistories
+
+    registry = open_registry(folder, control)
+    try:
+        yield registry
+    finally:
+        if isinstance(registry.histories, SqlHistories):
+            registry.histories.close()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedpeft_coordinator.control.opening import open_registry
+from fedpeft_coordinator.control.opening import opened
 from fedpeft_coordinator.control.settings import Settings
 from fedpeft_coordinator.events import Events
 
@@ -23,8 +23,8 @@ def run(settings: Settings, told: Callable[[int], None]) -> int:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     record = Events(settings.state / "calls.jsonl")
-    registry = open_registry(settings.registry, settings.control)
-    return asyncio.run(Server(registry, settings.control, settings.state, settings.federation, record=record).run(told))
+    with opened(settings.registry, settings.control) as registry:
+        return asyncio.run(Server(registry, settings.control, settings.state, settings.federation, record=record).run(told))
 
 
 def main() -> int:

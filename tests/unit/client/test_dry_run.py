@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.schemes import SCHEMES
+from fedpeft.update import TRAIN_COUNTERS
 from fedpeft_client.cli import app
 from fedpeft_client.config import SiteConfig, load_site
-from fedpeft_client.dry_run import forecast, read_plan
+from fedpeft_client.dry_run import as_json, forecast, read_plan
 
 FEDERATION = """
 name = "f"
@@ -161,6 +162,9 @@ def test_whether_sums_are_masked_is_said_and_judged(site: SiteConfig, plan: Path
     assert (one.refused is None) is masked
     said = CliRunner().invoke(app, ["dry-run", str(site.state.parent / "site.toml"), "--plan", str(plan)]).output
     assert ("masks    on" in said) is masked
+    assert set(one.routing) == set(one.counters) - set(TRAIN_COUNTERS)
+    assert one.routing_bytes == sum(one.routing.values()) * (16 if masked else 8) > 0  # of four words of 32 bits, or a double
+    assert as_json([one])[0]["routing_bytes"] == one.routing_bytes
 
 
 @pytest.mark.parametrize(("least", "refused"), [(4, False), (5, True)])

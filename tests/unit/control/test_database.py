@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
-from fedpeft.errors import StorageError
+from fedpeft.errors import LinkError, StorageError
 from fedpeft.registry import Manifest, Registry, open_store
+from fedpeft_coordinator.control import process
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.database import SCHEMA, SqlHistories
 from fedpeft_coordinator.control.opening import open_registry
@@ -28,6 +30,14 @@ def url(request, tmp_path):
     lists = SqlHistories(found)
     SCHEMA.drop_all(lists._engine)
     lists.close()
+
+
+@pytest.fixture
+def registry(url, tmp_path):
+    """Closed after whatever serves it was ended: fixtures that are asked for later end earlier."""
+    found = open_registry(tmp_path / "registry", Control(store=f"memory://{uuid.uuid4().hex}", database=url))
+    yield found
+    found.histories.close()
 
 
 @pytest.fixture
@@ -109,9 +119,7 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path
 
 
 @pytest.mark.integration
-def test_a_server_over_a_database_serves_and_takes_versions(url, serve, made, tmp_path):
-    control = Control(store=f"memory://{uuid.uuid4().hex}", database=url)
-    registry = open_registry(tmp_path / "registry", control)
+def test_a_server_over_a_database_serves_and_takes_versions(registry, serve, made, tmp_path):
     running = serve(registry)
     (first,) = made.fill(registry, 1)
     other = Registry(tmp_path / "other")
@@ -122,4 +130,23 @@ def test_a_server_over_a_database_serves_and_takes_versions(url, serve, made, tm
         assert far.push(other, "area").number == 2
         assert far.alias("area", "prod", "1").digest == first.digest
         assert far.load("area").digest == made.adapter(2).digest
-    registry.histories.close()
+
+
+def test_a_control_plane_closes_its_database_however_it_ends(monkeypatch, tmp_path):
+    closed = []
+    control = Control(store=f"memory://{uuid.uuid4().hex}")
+    settings = SimpleNamespace(registry=tmp_path, control=control, state=tmp_path, federation=None)
+    close = SqlHistories.close
+
+    class Server:
+        def __init__(self, *_arguments, **_settings):
+            pass
+
+        async def run(self, _told):
+            raise LinkError("taken")
+
+    monkeypatch.setattr(SqlHistories, "close", lambda self: closed.append(close(self)))
+    monkeypatch.setattr("fedpeft_coordinator.control.serve.Server", Server)
+    with pytest.raises(LinkError):
+        process.run(settings, print)
+    assert closed == [None]
