@@ -1,6 +1,6 @@
 """`fedpeft client join` against a real SuperLink: kill -9 of either process is survived; a worker that cannot start is told of.
 
-In test_masked_rounds.py three joined sites answer warm and refuse a second supervisor.
+In masked/test_processes.py three joined sites answer warm and refuse a second supervisor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Real processes on loopback: the guarded SuperLink, real SuperNodes, our own executors, and kill -9 of each of them alone.
 
-In the default tests test_chaos.py kills all of them in one run, and test_masked_rounds.py tries the public port and keeps a stranger out.
+In the default tests test_chaos.py kills all of them in one run; masked/test_processes.py tries the public port, keeps a stranger out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from fedpeft.wire.vector import Vector
 from fedpeft_client.answers import Answer
 from fedpeft_client.secure import Secure
 from fedpeft_coordinator.setup import SecureAggregation
+from fedpeft_coordinator.transport import Failure
 
 MANY = {
     "east": {"area": 12, "kind": 9},
@@ -118,3 +119,14 @@ def bend(federation: Any, name: str, change: Callable[[Any], None]) -> None:
         return site(Envelope.of(envelope.kind, asked, envelope.arrays))
 
     federation.sites[name] = bent
+
+
+def spoil(federation: Any, name: str, step: str, change: Callable[[Envelope], Envelope]) -> None:
+    """Let ``change`` go over what site ``name`` replies in ``step`` (as `step_of` says)."""
+    site = federation.sites[name]
+    federation.sites[name] = lambda envelope: change(site(envelope)) if step_of(envelope) == step else site(envelope)
+
+
+def busy(names: Collection[str], step: str) -> Callable[[str, Envelope], Failure | None]:
+    """The sites ``names`` fail in ``step``, or in all steps of what it begins with."""
+    return lambda site, request: Failure("is busy") if site in names and step_of(request).startswith(step) else None

@@ -8,14 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tests.unit.coordinator.masked import STEPS, bend, masked, step_of
+from tests.unit.coordinator.masked import STEPS, bend, busy, masked, spoil
 
 from fedpeft.errors import PrivacyError
 from fedpeft.wire import Envelope, flat, masking
 from fedpeft.wire.v1.federation_pb2 import RoundReply
 from fedpeft_client.secure import Secure
 from fedpeft_coordinator.setup import SecureAggregation
-from fedpeft_coordinator.transport import Failure
 
 
 def fewer_survivors(task: Any) -> None:
@@ -96,48 +95,35 @@ def test_a_site_with_a_new_identity_is_a_drop_out_until_it_is_listed(fake: Modul
 
 def test_a_spoiled_share_releases_nothing(fake: ModuleType, tmp_path: Path) -> None:
     federation = masked(fake, tmp_path, rounds=1)
-    honest = federation.sites["east"]
 
-    def spoil(envelope: Envelope) -> Envelope:
-        reply = honest(envelope)
-        if step_of(envelope) != "secure reveal":
-            return reply
+    def zero(reply: Envelope) -> Envelope:
         body = reply.open(RoundReply)
         for result in body.results:
             for name in list(result.masked.reveal.seeds):
                 result.masked.reveal.seeds[name] = bytes(32)
         return Envelope.of("reply", body)
 
-    federation.sites["east"] = spoil
-    gone = lambda site, request: Failure("is busy") if site == "west" and step_of(request) == "secure reveal" else None  # noqa: E731
-    row = federation.open(fault=gone).run()[0].tasks["area"]
+    spoil(federation, "east", "secure reveal", zero)
+    row = federation.open(fault=busy({"west"}, "secure reveal")).run()[0].tasks["area"]
     assert row.outcome == "skipped"
     assert "tampered with" in row.reason
 
 
 def test_fewer_than_three_test_sites_are_not_scored_by_name(fake: ModuleType, tmp_path: Path) -> None:
     federation = masked(fake, tmp_path, rounds=2)
-
-    def fault(site: str, request: Envelope) -> Failure | None:
-        return Failure("is busy") if site in ("west", "south") and request.kind == "evaluate" else None
-
-    rows = federation.open(fault=fault).run()[-1].tasks
+    rows = federation.open(fault=busy({"west", "south"}, "evaluate")).run()[-1].tasks
     assert rows["area"].scores == {}
     assert "2 of 4 sites published keys, 3 are needed" in federation.named("unscored")[0]["tasks"]["area"]
 
 
 def test_a_vector_of_another_size_and_garbage_are_named(fake: ModuleType, tmp_path: Path) -> None:
     federation = masked(fake, tmp_path, rounds=1)
-    honest = federation.sites["east"]
 
-    def short(envelope: Envelope) -> Envelope:
-        reply = honest(envelope)
-        if step_of(envelope) != "train vector":
-            return reply
+    def short(reply: Envelope) -> Envelope:
         arrays = {name: flat.pack(flat.unpack(data)[0], flat.unpack(data)[1][:-1]) for name, data in reply.arrays.items()}
         return Envelope("reply", reply.body, arrays)
 
-    federation.sites["east"] = short
+    spoil(federation, "east", "train vector", short)
     row = federation.open().run()[0].tasks["area"]
     assert "masked values, the plan needs" in row.drops["east"]
     assert row.outcome == "updated"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import Adapter, make_spec
-from fedpeft.bases import BaseSpec, load_base
 from fedpeft.cli.main import run
 from fedpeft.config import describe
 from fedpeft.errors import AdapterError, ConfigError
@@ -37,11 +36,6 @@ code = run(["client", "serve", sys.argv[1]])
 print("left:", sorted(one.name for one in threading.enumerate()))
 sys.exit(code)
 """
-
-
-@pytest.fixture(scope="module")
-def base(shared_models):
-    return load_base(BaseSpec(str(shared_models / "stories260k"), max_tokens=256))
 
 
 def publish(store: Registry, base, seed: int) -> None:

