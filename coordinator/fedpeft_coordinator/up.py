@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedpeft import __version__
+from fedpeft.certificates import lapsing
 from fedpeft.cli.output import size
 from fedpeft.wire.v1.federation_pb2 import Hello
 from fedpeft_coordinator import display, status
 from fedpeft_coordinator.admission import key_files
 from fedpeft_coordinator.build import build
 from fedpeft_coordinator.children import Child
-from fedpeft_coordinator.config import FederationConfig
+from fedpeft_coordinator.config import FederationConfig, Link
 from fedpeft_coordinator.control.settings import Settings
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
@@ -35,19 +37,28 @@ def up(config: FederationConfig, console: Console) -> None:
     """Run the federation of ``config``, from the start or from where it stopped.
 
     Raises:
+        PolicyError: a certificate is not valid now.
         FedpeftError: what stopped it; nothing committed is lost, and the same call goes on.
     """
+    ending = [text for path in certificates(config.link) if (text := lapsing(path))]
     with held(config.state), display.shown(config.rounds, console) as show:
         events = Events(config.state / "events.jsonl", [show])
         link = LinkProcess(config.link, config.state / "link", events)
         link.start()
         try:
             console.print(greeting(config), highlight=False, soft_wrap=True)
+            for text in ending:
+                console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False, soft_wrap=True)
             with controlled(config, events):
                 run(config, link.connect, events, lambda: link.barred)
         finally:
             link.stop()
     summary(status.status(config), console)
+
+
+def certificates(link: Link) -> tuple[Path, ...]:
+    """What the link shows to sites, and what they believe it by."""
+    return (link.tls.ca, link.tls.cert) if link.tls else ()
 
 
 def greeting(config: FederationConfig) -> str:

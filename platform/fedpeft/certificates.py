@@ -10,10 +10,12 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, PolicyError
 
 LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 """What a caller in a role may be called."""
+SOON = 30
+"""Days."""
 URI = re.compile(rf"fedpeft:([a-z]+):({LABEL})")
 
 
@@ -44,6 +46,20 @@ class Holder:
         if now < self.since:
             return f"is not valid before {self.since:%Y-%m-%d %H:%M} UTC; check this machine's clock"
         return None
+
+
+def lapsing(path: Path, now: datetime | None = None) -> str:
+    """That the certificate in ``path`` ends within `SOON` days; empty where it does not.
+
+    Raises:
+        ConfigError: it is missing or no certificate.
+        PolicyError: it is not valid ``now``.
+    """
+    found, now = read_holder(path), now or datetime.now(UTC)
+    if why := found.lapse(now):
+        raise PolicyError(f"{path}: {why}")
+    days = (found.until - now).days
+    return f"{path} holds for {days} days only; issue a new one with `fedpeft certificates`" if days < SOON else ""
 
 
 def holder(pem: bytes) -> Holder:

@@ -30,6 +30,8 @@ from fedpeft.errors import ConfigError
 Key = ec.EllipticCurvePrivateKey
 Made = tuple[x509.Certificate, Key]
 PEM = serialization.Encoding.PEM
+CA_DAYS = 3650
+"""A CA outlives what it signs: a new one has to be brought to every site."""
 
 
 def write(path: Path, data: bytes, mode: int) -> None:
@@ -98,7 +100,7 @@ def authority_of(folder: Path, days: int) -> tuple[x509.Certificate, Key]:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ConfigError(f"{folder / 'ca.key'}: is no key that `fedpeft certificates` made; give another folder")
         return x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()), key
-    ca, key = authority(days)
+    ca, key = authority(max(days, CA_DAYS))
     write(folder / "ca.crt", ca.public_bytes(PEM), 0o644)
     write(folder / "ca.key", private(key, serialization.PrivateFormat.PKCS8), 0o600)
     return ca, key

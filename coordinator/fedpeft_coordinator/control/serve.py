@@ -19,10 +19,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from fedpeft.certificates import read_holder
+from fedpeft.certificates import lapsing
 from fedpeft.control.channel import LIMITS
 from fedpeft.control.staging import Staging
-from fedpeft.errors import ConfigError, LinkError, PolicyError
+from fedpeft.errors import ConfigError, LinkError
 from fedpeft.registry import Registry
 from fedpeft_coordinator.control.config import Control
 from fedpeft_coordinator.control.federation import FederationService
@@ -135,9 +135,7 @@ def credentials(tls: Tls, mutual: bool = True) -> grpc.ServerCredentials:
         ConfigError: a file is missing or is no certificate.
         PolicyError: the certificate is not valid now.
     """
-    lapse = read_holder(tls.cert).lapse()
-    if lapse:
-        raise PolicyError(f"{tls.cert}: {lapse}")
+    lapsing(tls.cert)
     try:
         key, cert, ca = (path.read_bytes() for path in (tls.key, tls.cert, tls.ca))
     except OSError as fault:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +19,11 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="A new folder; its name is the federation's.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder, its name is the federation's; or one that init made, for more sites.")],
     site: Annotated[list[str], typer.Option(help="A site's name; may be given again.")],
-    task: Annotated[list[str], typer.Option(help="NAME=LABEL,LABEL for classification, NAME for text; may be given again.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="NAME=LABEL,LABEL for classification, NAME for text; may be given again. None: add the sites.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Name by which sites reach the coordinator; beyond this machine with TLS and keys.")
     ] = "127.0.0.1",
@@ -27,15 +31,24 @@ def init(
     base: Annotated[str, typer.Option(help="The frozen base: minilm, a Hugging Face id, or a whole path.")] = "minilm",
 ) -> None:
     """Write a federation's files: a folder for the coordinator's machine and one for each site's, with keys; nothing else to fill in."""
-    from fedpeft.cli.starter import Starter, tasks_of, write
+    from fedpeft.cli.starter import Starter, add, tasks_of, write
 
+    if not task:
+        _tell_sites(add(folder, site))
+        for name in site if (folder / "keys").exists() else ():
+            print(f"{folder / 'coordinator/sites' / name}.pub: bring it to sites/ at the coordinator, which lets {name} in within seconds")
+        return
     made = write(folder, Starter(folder.resolve().name.lower(), tuple(site), tasks_of(task), host, port, base))
-    rows = ", ".join(f"{name}.jsonl" for name in tasks_of(task))
     print(f"{made[0]}: bring it to {host}, and run there: fedpeft coordinator up federation.toml")
-    for place in made[1:]:
-        print(f"{place}: bring it to {place.name}, put its rows beside it ({rows}), and run there: fedpeft client join site.toml")
+    _tell_sites(made[1:])
     if (folder / "keys").exists():
-        print(f"{folder / 'keys'}: keep it; ca.key signs keys for more sites (fedpeft certificates {folder / 'keys'} --site NAME)")
+        print(f"{folder / 'keys'}: keep it; its ca.key signs keys for more sites (fedpeft init {folder} --site NAME)")
+
+
+def _tell_sites(places: Sequence[Path]) -> None:
+    for place in places:
+        rows = ", ".join(f"{name}.jsonl" for name in tomllib.loads((place / "site.toml").read_text(encoding="utf-8"))["data"])
+        print(f"{place}: bring it to {place.name}, put its rows beside it ({rows}), and run there: fedpeft client join site.toml")
 
 
 def example(kind: Annotated[str, typer.Argument(help="federation, site or central.")]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,23 +134,68 @@ def write(folder: Path, wanted: Starter) -> list[Path]:
     if wanted.guarded:
         _guard(folder, coordinator, wanted)
     (coordinator / "federation.toml").write_text(_federation(wanted), encoding="utf-8")
-    for place in sites:
-        (place / "site.toml").write_text(_site(wanted, place.name), encoding="utf-8")
-        shutil.copy(coordinator / "federation.toml", place)
+    _settle(folder, wanted)
     return [coordinator, *sites]
 
 
+def add(folder: Path, sites: Sequence[str]) -> list[Path]:
+    """Make folders of more ``sites`` in what `write` made; returns them.
+
+    Raises:
+        ConfigError: there is no federation, a name cannot be one or is there already, or the keys to sign with are gone.
+    """
+    wanted = _begun(folder, sites)
+    wanted.check()
+    places = [folder / name for name in sites]
+    if there := [place for place in places if place.exists()]:
+        raise ConfigError(f"{there[0]}: exists; name another site")
+    if wanted.guarded:
+        if not (folder / "keys/ca.key").exists():
+            raise ConfigError(
+                f"{folder / 'keys'}: holds no ca.key, which signs sites' keys; bring the folder back that `fedpeft init` wrote"
+            )
+        issue(folder / "keys", [], [name for name in sites if not (folder / "keys" / f"{name}.key").exists()])
+    for place in places:
+        place.mkdir()
+    _settle(folder, wanted)
+    return places
+
+
+def _begun(folder: Path, sites: Sequence[str]) -> Starter:
+    """What was asked for when ``folder`` was made, with ``sites`` in place of its own."""
+    path, address = folder / "coordinator/federation.toml", ""
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        for one in sorted(folder.glob("*/site.toml")):
+            address = tomllib.loads(one.read_text(encoding="utf-8"))["coordinator"]
+        host, _, port = address.rpartition(":")
+        tasks = {name: tuple(task.get("labels", ())) for name, task in told["tasks"].items()}
+        return Starter(told["name"], tuple(sites), tasks, host, int(port), told["base"]["model"])
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: is not there; name the folder that `fedpeft init` wrote, or begin one with --task") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise ConfigError(f"{folder}: its files cannot be read ({type(fault).__name__}: {fault}); copy a site's folder by hand") from None
+
+
 def _guard(folder: Path, coordinator: Path, wanted: Starter) -> None:
-    """Issue the keys, and put each where its owner finds it."""
+    """Issue the keys, and put the coordinator's where it finds them."""
     keys = folder / "keys"
     issue(keys, [wanted.host], wanted.sites)
     (coordinator / "sites").mkdir()
     for name in ("ca.crt", "server.pem", "server.key"):
         shutil.copy(keys / name, coordinator)
+
+
+def _settle(folder: Path, wanted: Starter) -> None:
+    """Fill the sites' folders, and let the coordinator know their keys."""
+    coordinator, keys = folder / "coordinator", folder / "keys"
     for name in wanted.sites:
-        shutil.copy(keys / f"{name}.pub", coordinator / "sites")
-        shutil.copy(keys / f"{name}.key", folder / name)
-        shutil.copy(keys / "ca.crt", folder / name)
+        (folder / name / "site.toml").write_text(_site(wanted, name), encoding="utf-8")
+        shutil.copy(coordinator / "federation.toml", folder / name)
+        if wanted.guarded:
+            shutil.copy(keys / f"{name}.key", folder / name)
+            shutil.copy(keys / "ca.crt", folder / name)
+            shutil.copy(keys / f"{name}.pub", coordinator / "sites")
 
 
 def _federation(wanted: Starter) -> str:

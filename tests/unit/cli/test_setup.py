@@ -38,6 +38,37 @@ def test_what_init_writes_is_what_both_sides_read(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("host", [["--host", "coordinator.example.org"], []], ids=["guarded", "this machine"])
+def test_a_site_that_is_added_is_as_those_that_were_there(tmp_path, capsys, host):
+    folder, asked = tmp_path / "f", ["--task", "triage=urgent,soon", "--task", "note", "--port", "8123", *host]
+    assert run(["init", str(folder), "--site", "a", *asked]) == 0
+    assert run(["init", str(folder), "--site", "b", "--site", "c"]) == 0
+    assert ("sites/c.pub: bring it to sites/" in capsys.readouterr().out) == bool(host)
+    for name in "bc":
+        assert (folder / name / "site.toml").read_text() == (folder / "a/site.toml").read_text().replace('"a', f'"{name}')
+        assert {path.name.replace(name, "a", 1) for path in (folder / name).glob("*.key")} == {
+            path.name for path in (folder / "a").glob("*.key")
+        }
+    assert {path.stem for path in (folder / "coordinator").glob("sites/*.pub")} == (set("abc") if host else set())
+    load_site(folder / "c/site.toml")
+
+
+def test_a_site_is_added_to_nothing_but_a_federation_of_ours(tmp_path, capsys):
+    def refused(*sites: str) -> str:
+        assert run(["init", str(tmp_path / "f"), *(part for site in sites for part in ("--site", site))]) == ConfigError.exit_code
+        return capsys.readouterr().err
+
+    assert "name the folder that `fedpeft init` wrote, or begin one with --task" in refused("b")
+    assert run(["init", str(tmp_path / "f"), "--site", "a", "--task", "t=x,y", "--host", "h.example.org"]) == 0
+    assert "f/a: exists; name another site" in refused("b", "a")
+    assert "names ['B']" in refused("B")
+    (tmp_path / "f/keys/ca.key").unlink()
+    assert "holds no ca.key" in refused("b")
+    (tmp_path / "f/coordinator/federation.toml").write_text("name = 3")
+    assert "cannot be read (KeyError: 'tasks')" in refused("b")
+    assert not (tmp_path / "f/b").exists()
+
+
 def test_init_on_this_machine_needs_no_keys(tmp_path):
     assert run(["init", str(tmp_path / "small"), "--site", "a", "--task", "t=x,y"]) == 0
     assert load_federation(tmp_path / "small/coordinator/federation.toml").link.tls is None

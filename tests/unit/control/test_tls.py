@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from fedpeft import issuing
-from fedpeft.certificates import holder, read_holder
+from fedpeft.certificates import holder, lapsing, read_holder
 from fedpeft.control.address import Address, Identity
 from fedpeft.control.channel import connect
 from fedpeft.control.client import RemoteFederation
@@ -191,6 +191,17 @@ def test_a_token_is_kept_and_shown_with_care(secure, certificates, tmp_path):
         (tmp_path / "x.token").chmod(mode)
         with pytest.raises(ConfigError, match=said):
             connect(Address("127.0.0.1", 1), Identity(None, None, phone.ca, tmp_path / "x.token"))
+
+
+def test_whoever_uses_a_certificate_is_told_before_it_ends(tmp_path):
+    issuing.issue(tmp_path / "keys", ["localhost"], [])
+    path = tmp_path / "keys/server.pem"
+    end = read_holder(path).until
+    assert [lapsing(path), lapsing(path, end - timedelta(days=30, hours=1))] == ["", ""]
+    assert lapsing(path, end - timedelta(days=29, hours=1)) == f"{path} holds for 29 days only; issue a new one with `fedpeft certificates`"
+    with pytest.raises(PolicyError, match=r"server\.pem: expired on"):
+        lapsing(path, end + timedelta(seconds=1))
+    assert read_holder(tmp_path / "keys/ca.crt").until - end > timedelta(days=3000)
 
 
 def test_holders(certificates, tmp_path):
