@@ -65,7 +65,8 @@ class Scale:
 class RouterCard:
     """See the module. ``spectra`` are float32 again, at their own size; ``counts`` are 64-bin histograms of own texts' scores by router.
 
-    ``moments`` are of embeddings by ``card.encoder``, to float32's precision once read from a file.
+    ``moments`` are of embeddings by ``card.encoder``, to float32's precision once read from a file. `closeness.TEXTED` among the counts
+    is of closeness by embedding and spelling.
     """
 
     card: Card | None = None
