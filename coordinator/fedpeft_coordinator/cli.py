@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +49,30 @@ def status(where: Where, identity: Who = None, json: AsJson = False) -> None:
     if json:
         return output.emit(found)
     return summary(found, Console())
+
+
+@app.command()
+def rounds(file: File, json: AsJson = False) -> None:
+    """Print every round so far as a table: training loss, scores and bytes, a row a task; --json for scripts and plots."""
+    from fedpeft.errors import StorageError
+    from fedpeft.parity.federating import history
+    from fedpeft_coordinator.config import load_federation
+    from fedpeft_coordinator.events import read_events
+
+    path = load_federation(file).state / "events.jsonl"
+    found = history(list(read_events(path)))
+    if not found:
+        raise StorageError(f"{path}: tells of no finished round yet; `fedpeft coordinator status {file}` says how far it is")
+    if json:
+        return output.emit(found)
+    columns = ("round", "task", "loss", "up", "down", "scores")
+    return output.listing(columns, {"bytes are those of all tasks of a round": [_row(one) for one in found]})
+
+
+def _row(one: dict[str, Any]) -> tuple[str, ...]:
+    loss = "-" if one["loss"] is None else f"{one['loss']:.4f}"
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(one["scores"].items()))
+    return (str(one["round"]), one["task"], loss, *(output.size(one[f"bytes_{way}"]) for way in ("up", "down")), scores)
 
 
 @app.command()

@@ -11,6 +11,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 Event = dict[str, Any]
+AGAIN = {
+    "NODE_UNAVAILABLE": "its machine was not reached",
+    "CLIENT_APP_CRASHED": "its worker died",
+    "MESSAGE_UNAVAILABLE": "the message was lost",
+    "REPLY_MESSAGE_UNAVAILABLE": "its answer was lost",
+}
+"""Flower's faults after which a site is asked again, in words."""
 
 
 @contextmanager
@@ -119,6 +126,8 @@ LINES: dict[str, Callable[[Event], str | None]] = {
     "let_in": lambda event: f"site {escape(event['site'])} may join now: its key is there",
     "shut_out": lambda event: f"[yellow]site {escape(event['site'])} is shut out: its key is gone, or is another now[/yellow]",
     "admission": lambda event: f"[yellow]sites' keys stay as they were: {escape(event['reason'])}[/yellow]",
-    "again": lambda event: f"[dim]site {escape(event['site'])} is asked again: {escape(event['reason'])}[/dim]",
+    "again": lambda event: (
+        f"[dim]site {escape(event['site'])} is asked again: {escape(AGAIN.get(event['reason']) or event['reason'])}[/dim]"
+    ),
     "stranger": lambda event: f"[yellow]node {event['node']} is turned away: {escape(event['reason'])}[/yellow]",
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.compare import rooms
 from fedpeft.parity import copies, fitting
-from fedpeft.parity.federating import final_scores, travelled
+from fedpeft.parity.federating import final_scores, history, travelled
 from fedpeft.parity.plan import MARK, Plan, beside
 from fedpeft.schemes import ifca
 
@@ -83,24 +83,3 @@ def declared(plan: Plan) -> dict[str, str]:
     """The task of federation.toml by the name of each adapter: clusters of a task are adapters of their own."""
     counts = {name: table.get("clusters", 0) for name, table in plan.outline.tasks.items()}
     return {made: name for name, count in counts.items() for made in (ifca.names(name, count) if count else [name])}
-
-
-def history(events: list[Event]) -> list[dict[str, Any]]:
-    """A row for each round and task: training loss, scores where the round was scored, and the round's bytes of all tasks together."""
-    scores = {event["round"]: event["tasks"] for event in events if event["event"] == "scores"}
-    ends = [event for event in events if event["event"] == "round"]
-    return [
-        {
-            "round": event["round"],
-            "task": task,
-            "loss": found["loss"],
-            "scores": scores.get(event["round"], {}).get(task, {}),
-            **{f"bytes_{way}": count for way, count in travelled(_of(event["round"], events)).items()},
-        }
-        for event in ends
-        for task, found in sorted(event["tasks"].items())
-    ]
-
-
-def _of(number: int, events: list[Event]) -> list[Event]:
-    return [event for event in events if event.get("round") == number]

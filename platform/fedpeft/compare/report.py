@@ -39,7 +39,8 @@ def line(answer: Run) -> str:
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: the settings that vary, scores, bytes up and seconds of a run; why where a combination has no score."""
-    cells, varied = found["cells"], list(found["varied"])
+    cells = found["cells"]
+    varied = [key for key in found["varied"] if len({cell["settings"][key] for cell in cells}) > 1]
     metrics = {task: metric for cell in cells for task, metric in cell["metrics"].items()}
     one = len(metrics) > SHOWN and all(cell["mean"] is not None for cell in cells if cell["scores"])
     names = [] if one else sorted(metrics)
@@ -57,6 +58,10 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     metrics = {metric for cell in found["cells"] for metric in cell["metrics"].values()}
     seeds = sorted({seed for cell in found["cells"] for seed in cell["seeds"]})
     less = "; of perplexity less is better" if metrics & LESS else ""
+    same = {key: {cell["settings"][key] for cell in found["cells"]} for key in found["varied"]}
+    fixed = " ".join(f"{key}={value}" for key, values in same.items() if len(values) == 1 for value in values)
+    if fixed:
+        yield f"in every run {fixed}"
     yield f"scores on the held-out rows of all sites after the last round, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{less}"
     yield "up and down: bytes between all sites and the coordinator in a whole run; seconds: of its rounds, one site after another"
     for cell in found["cells"]:

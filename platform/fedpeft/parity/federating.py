@@ -139,3 +139,23 @@ def per_round(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for number, span in sorted(times.items())
         if len(span) == 2 and answers[number]
     ]
+
+
+def history(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each round and task: training loss, scores where the round was scored, and the round's bytes of all tasks together."""
+    scores = {event["round"]: event["tasks"] for event in events if event["event"] == "scores"}
+    ends = {event["round"]: event for event in events if event["event"] == "round"}
+    answers: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        answers[event.get("round", 0)].append(event)
+    return [
+        {
+            "round": number,
+            "task": task,
+            "loss": found["loss"],
+            "scores": scores.get(number, {}).get(task, {}),
+            **{f"bytes_{way}": count for way, count in travelled(answers[number]).items()},
+        }
+        for number, event in sorted(ends.items())
+        for task, found in sorted(event["tasks"].items())
+    ]

@@ -157,6 +157,7 @@ FLAGS = {
     "combine": ["--json"],
     "combine show": [],
     "compare": ["--json", "--out", "--seeds", "--set"],
+    "coordinator rounds": ["--json"],
     "coordinator serve": ["--config", "--set"],
     "coordinator status": ["--identity", "--json"],
     "coordinator up": ["--set"],

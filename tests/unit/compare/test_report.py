@@ -49,6 +49,9 @@ def test_many_tasks_are_one_column(tasks: int, heads: list[str] | None) -> None:
 def test_a_row_holds_its_spread_and_notes_say_why_others_have_none() -> None:
     found = report.collect(Path("f"), ["scheme"], DONE)
     assert report.table(found)[1][0] == ["a", "0.550 ± 0.071", "0.700 ± 0.000", "0.625 ± 0.035", "1.00 MB", "2.00 kB", "3.0"]
+    one = report.collect(Path("f"), ["scheme"], DONE[:2])
+    assert report.table(one)[0][0] == "t, accuracy"
+    assert "in every run scheme=a" in list(report.notes(one)), "what does not vary is no column"
     assert "scheme=b: 1 run(s) without a result: scheme: cannot be [bold]" in list(report.notes(found))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from fedpeft import config
 from fedpeft.errors import ConfigError, LinkError, StorageError
 from fedpeft.files import write_atomic
+from fedpeft.parity.federating import history
 from fedpeft_coordinator import display, lock
 from fedpeft_coordinator.admission import key_files
 from fedpeft_coordinator.collecting import line
@@ -67,6 +68,11 @@ def test_status_of_a_run(fake: ModuleType, tmp_path: Path) -> None:
     assert found["sites"]["south"]["drop_outs"][-1]["round"] == 4
     assert "weight 9.0" in found["sites"]["south"]["drop_outs"][-1]["reason"]
     assert found["sites"]["north"]["bytes_up"] > 0
+    table = history(list(read_events(tmp_path / "events.jsonl")))
+    assert [(row["round"], row["task"]) for row in table] == [(number, task) for number in range(1, 5) for task in fake.TASKS]
+    assert sum(row["bytes_up"] for row in table if row["task"] == "area") == sum(site["bytes_up"] for site in found["sites"].values())
+    assert [row["loss"] for row in table[:3]] == [1.25, 1.25, None]
+    assert table[-3]["scores"] == found["tasks"]["area"]["scores"]
     out = io.StringIO()
     summary(found, Console(file=out, width=200))
     assert "area" in out.getvalue()
