@@ -67,7 +67,7 @@ def streamed(api: Api, path: str = "/v1/chat/completions", **body: object) -> li
     return [json.loads(line) for line in lines[:-1]]
 
 
-def wait(condition, seconds: float = 10.0) -> None:
+def wait(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
