@@ -1,4 +1,4 @@
-# make demo | test | fuzz | kernels | check | bench: each sets up its own virtual environment first; nothing else is needed than
+# make demo | test | fuzz | kernels | rehearse | check | bench: each sets up its own virtual environment first; nothing else is needed than
 # Python 3.11+, git, make and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE   # tests start many processes: each would compile our packages again
 
-.PHONY: install demo test fuzz kernels check format bench protos clean
+.PHONY: install demo test fuzz kernels rehearse check format bench protos clean
 
 install: $(STAMP)
 
@@ -41,6 +41,12 @@ kernels: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[kernels]'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/mixtures/test_kernels.py tests/unit/mixtures/test_products.py
 	$(BIN)/python -m pytest tests/unit/mixtures/test_kernels.py
+
+# The tests of a card on a CPU, in the types that the card computes in, its Triton kernels interpreted.
+rehearse: export OMP_NUM_THREADS ?= 1
+rehearse: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[kernels]'
+	FEDPEFT_REHEARSE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

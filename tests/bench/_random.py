@@ -26,9 +26,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def random_base(shape: str, device: str, half: torch.dtype = torch.bfloat16) -> Base:
-    """A Llama of ``shape``: linear layers of the blocks in nf4 with double quantization, the rest in ``half`` (float32 on a CPU)."""
-    dtype = torch.float32 if device == "cpu" else half
+def random_base(shape: str, device: str, dtype: torch.dtype | None = None) -> Base:
+    """A Llama of ``shape``: linear layers of the blocks in nf4 with double quantization, the rest in ``dtype`` (bf16; float32 on a CPU)."""
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, use_cache=False)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)

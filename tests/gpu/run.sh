@@ -10,6 +10,7 @@ trap 'rm -rf "$site"' EXIT
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
 export PYTHONPATH="$site:$PWD/platform:$PWD/client:$PWD/coordinator"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+[ -d shared/models ] && export FEDPEFT_SHARED="$PWD/shared"
 status=0
 {
   python3 -c 'import torch, transformers, peft, bitsandbytes as b; print("torch", torch.__version__, "cuda", torch.version.cuda, "transformers", transformers.__version__, "peft", peft.__version__, "bitsandbytes", b.__version__, torch.cuda.get_device_name())'

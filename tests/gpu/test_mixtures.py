@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.gpu.card import DEVICE, FUSED, MARKS
 
 from fedpeft.adapters import Adapter, attach, make_spec
 from fedpeft.bases import BaseSpec, HeadSpec, load_base
@@ -16,11 +17,7 @@ from fedpeft.methods import METHODS
 from fedpeft.mixtures import Bank, Gates
 from fedpeft.tensors import Tensors
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 
 LM = HeadSpec("lm")
 TABLES = {
@@ -33,7 +30,7 @@ TABLES = {
     "prefix": {"kind": "prefix", "tokens": 4},
 }
 ROWS = ["wide", "gain", "deep", None, "twin", "prompt", "wide", "prefix", "bottle", "deep", "wide"]
-WAYS = ["auto", "loop", "batched", "segments", "grouped", "fused"]
+WAYS = ["auto", "loop", "batched", "segments", "grouped", *FUSED]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def warm(folder):
 
     def base(quantization="none"):
         if quantization not in loaded:
-            loaded[quantization] = load_base(BaseSpec(str(folder), quantization, max_tokens=32), "cuda")
+            loaded[quantization] = load_base(BaseSpec(str(folder), quantization, max_tokens=32), DEVICE)
         return loaded[quantization]
 
     return base
@@ -80,7 +77,7 @@ def batch():
     ids = torch.randint(4, 60, (len(ROWS), 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 5:], mask[5, 3:] = 0, 0
-    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def loss(logits):
@@ -122,14 +119,16 @@ def test_a_mixed_batch_is_each_row_alone(warm, way, dense):
 
 @pytest.mark.parametrize("quantization", ["bf16", "nf4", "int8", "ao-int8"])
 def test_quantized_and_half_precision_bases(warm, quantization):
+    if quantization == "ao-int8":
+        pytest.importorskip("torchao")
     base, inputs = warm(quantization), batch()
     adapters = {name: adapter for name, adapter in crowd(base).items() if name in ("wide", "twin", "deep", "gain", "bottle")}
     rows = [own if own in adapters else None for own in ROWS]
-    with torch.autocast("cuda", torch.bfloat16):  # as the engine runs them: gains in float32 would widen keys and not queries
+    with torch.autocast(DEVICE, torch.bfloat16):  # as the engine runs them: gains in float32 would widen keys and not queries
         wanted, grads = alone(base, adapters, inputs)
     with Bank.attach(base, LM, adapters) as bank:
         bank.use(Gates.rows(rows))
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             logits = bank.model(**inputs).logits
             loss(logits[[row for row, own in enumerate(rows) if own]]).backward()
         for row, part in wanted.items():
@@ -144,7 +143,7 @@ def test_autocast_agrees_with_the_plain_loop(warm, way):
     adapters = {name: adapter for name, adapter in crowd(base).items() if name in ("wide", "twin", "deep")}
     rows = [own if own in adapters else None for own in ROWS]
     for each in ("loop", way):
-        with Bank.attach(base, LM, adapters, way=each) as bank, torch.autocast("cuda", torch.bfloat16):
+        with Bank.attach(base, LM, adapters, way=each) as bank, torch.autocast(DEVICE, torch.bfloat16):
             bank.use(Gates.rows(rows))
             logits = bank.model(**inputs).logits
             loss(logits).backward()
@@ -167,14 +166,14 @@ def dense_twin(base):
     return replace(base, model=model.requires_grad_(False), trunk=model.model)
 
 
-@pytest.mark.parametrize("way", ["auto", "fused"])
+@pytest.mark.parametrize("way", ["auto", *FUSED])
 def test_four_bit_layers_are_multiplied_with_their_adapters(warm, way, monkeypatch):
     """As the plain loop over the unpacked base; bitsandbytes' own product, which would be one more pass, is never called."""
     base, inputs, found = warm("nf4"), batch(), []
     adapters = {name: adapter for name, adapter in crowd(base).items() if name in ("wide", "twin", "deep")}
     rows = [own if own in adapters else None for own in ROWS]
     for model, each in ((dense_twin(base), "loop"), (base, way)):
-        with Bank.attach(model, LM, adapters, way=each) as bank, monkeypatch.context() as patch, torch.autocast("cuda", torch.bfloat16):
+        with Bank.attach(model, LM, adapters, way=each) as bank, monkeypatch.context() as patch, torch.autocast(DEVICE, torch.bfloat16):
             patch.setattr("bitsandbytes.matmul_4bit", None)
             bank.use(Gates.rows(rows))
             logits = bank.model(**inputs).logits
@@ -187,8 +186,10 @@ def test_four_bit_layers_are_multiplied_with_their_adapters(warm, way, monkeypat
 def test_tokens_and_weights_mix(warm):
     base, inputs, found = warm(), batch(), []
     adapters = {name: adapter for name, adapter in crowd(base).items() if name in ("wide", "twin", "deep")}
-    weights = torch.rand(len(ROWS), 3, generator=torch.Generator().manual_seed(2)).cuda()
-    picks = torch.nn.functional.one_hot(torch.randint(0, 3, (len(ROWS), 9), generator=torch.Generator().manual_seed(3)), 3).float().cuda()
+    weights = torch.rand(len(ROWS), 3, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    picks = (
+        torch.nn.functional.one_hot(torch.randint(0, 3, (len(ROWS), 9), generator=torch.Generator().manual_seed(3)), 3).float().to(DEVICE)
+    )
     for way in WAYS:
         with Bank.attach(base, LM, adapters, way=way) as bank:
             for gates in (Gates.weights(list(adapters), weights), Gates.tokens(list(adapters), picks)):
@@ -202,6 +203,7 @@ def test_tokens_and_weights_mix(warm):
         near(grads, found[2 + place % 2][1], 2e-5)
 
 
+@pytest.mark.skipif(not FUSED, reason="kernels are not interpreted here; run make kernels")
 @pytest.mark.parametrize("rank", [1, 3, 16, 40, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_are_products_of_segments(rank, dtype):
@@ -210,25 +212,25 @@ def test_the_kernels_are_products_of_segments(rank, dtype):
     torch.manual_seed(0)
     slots, wide, out, runs = 5, 70, 132, [(0, 0, 7), (2, 7, 150), (3, 150, 151)]
     count, tolerance = 151, 1e-5 if dtype == torch.float32 else 2e-2
-    slab = torch.randn(slots, rank * (wide + out) + 8, device="cuda", dtype=dtype)
+    slab = torch.randn(slots, rank * (wide + out) + 8, device=DEVICE, dtype=dtype)
     a, b = slab[:, : rank * wide].view(slots, rank, wide), slab[:, rank * wide : rank * (wide + out)].view(slots, out, rank)
-    x, g = torch.randn(count, wide, device="cuda", dtype=dtype), torch.randn(count, out, device="cuda", dtype=dtype)
+    x, g = torch.randn(count, wide, device=DEVICE, dtype=dtype), torch.randn(count, out, device=DEVICE, dtype=dtype)
     blocks, segments = (kernels.blocks_of(runs, size, x.device) for size in (kernels.BLOCK_N, count))
 
     def by_run(left, factor):
         return torch.cat([left[start:stop].double() @ factor[slot].double().t() for slot, start, stop in runs])
 
-    h, gh, y = torch.empty(count, rank, device="cuda", dtype=dtype), torch.empty(count, rank, device="cuda", dtype=dtype), g.clone()
+    h, gh, y = torch.empty(count, rank, device=DEVICE, dtype=dtype), torch.empty(count, rank, device=DEVICE, dtype=dtype), g.clone()
     kernels.rows(x, a, h, blocks, False)
     near(h, by_run(x, a), tolerance)
     kernels.rows(g, b.transpose(1, 2), gh, blocks, False)
     near(gh, by_run(g, b.transpose(1, 2)), tolerance)
     kernels.rows(h, b, y, blocks, True)
     near(y, g.double() + by_run(h, b), tolerance)
-    sinks = torch.ones(slots, slab.shape[1], device="cuda")
+    sinks = torch.ones(slots, slab.shape[1], device=DEVICE)
     into = sinks[:, rank * wide : rank * (wide + out)].view(slots, out, rank)
     kernels.outer(g, h, into, segments)
-    wanted = torch.ones(slots, out, rank, device="cuda", dtype=torch.float64)
+    wanted = torch.ones(slots, out, rank, device=DEVICE, dtype=torch.float64)
     for slot, start, stop in runs:
         wanted[slot] += g[start:stop].double().t() @ h[start:stop].double()
     near(into, wanted, tolerance)

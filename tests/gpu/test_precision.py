@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from tests.bench._random import random_base
 from tests.bench.f1_edge_step import InOrder
 from tests.bench.k_memory import _data
+from tests.gpu.card import DEVICE, MARKS, ON_A_CARD
 
 from fedpeft.adapters import attach, initial, make_spec
 from fedpeft.bases import BaseSpec, load_base
@@ -21,11 +24,7 @@ from fedpeft.training import TrainJob, TrainSettings, checkpoint, scaling, train
 from fedpeft.training.dp import DpEngine
 from fedpeft.training.scaling import KEY
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 
 FP32 = TrainSettings(steps=6, batch_size=2, lr=3e-3, fused_kernels=False)
 FP16 = replace(FP32, precision="fp16")
@@ -35,7 +34,7 @@ DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, re
 @pytest.fixture(scope="module")
 def base():
     """Codes that are made dense in fp16, and the rest in it."""
-    return random_base("tiny", "cuda", torch.float16)
+    return random_base("tiny", DEVICE, torch.float16)
 
 
 def fit(base, settings, folder=None, engine=None, tokens=512):
@@ -96,6 +95,7 @@ def test_private_steps_clip_gradients_that_are_not_scaled(base):
     assert np.linalg.norm(values - wanted) < 0.1 * np.linalg.norm(wanted - start)
 
 
+@ON_A_CARD
 def test_this_card_computes_in_the_half_precision_that_it_has():
     half = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     assert multiplies_bf16("cuda") == (half == torch.bfloat16)
@@ -104,9 +104,9 @@ def test_this_card_computes_in_the_half_precision_that_it_has():
 
 
 def test_a_real_base_in_fp16_answers_as_in_fp32(shared_models):
-    ids, found = torch.arange(3, 40, device="cuda")[None], []
+    ids, found = torch.arange(3, 40, device=DEVICE)[None], []
     for kind in ("none", "fp16"):
-        model = load_base(BaseSpec(str(shared_models / "stories260k"), kind, max_tokens=64), "cuda").model
+        model = load_base(BaseSpec(str(shared_models / "stories260k"), kind, max_tokens=64), DEVICE).model
         with torch.no_grad():
             found.append(model(input_ids=ids).logits.float())
     assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) < 0.02
@@ -125,27 +125,36 @@ data = {{ path = "rows.jsonl" }}
 """
 
 
+RUN = """
+import json, sys
+from fedpeft.central.job import run
+from fedpeft.central.world import World
+from fedpeft.processes import free_port
+from fedpeft.training import checkpoint
+from fedpeft.training.config import load_central
+
+losses, config = [], load_central("job.toml", json.loads(sys.argv[1]))
+run(config, World(port=free_port()), progress=lambda report: losses.append(report.loss))
+print(json.dumps([losses, checkpoint.read(config.state).tally.skipped]))
+"""
+
+
+def job(folder, changes):
+    """Losses and skipped steps of a central job, in a process of its own: DeepSpeed keeps groups of a job that has ended."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RUN, json.dumps(changes)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @DEEPSPEED
 @pytest.mark.parametrize("stage", "023")
-def test_central_jobs_in_fp16_and_with_moments_of_a_byte(shared_models, tmp_path, monkeypatch, stage):
-    from fedpeft.central.job import STATE, run
-    from fedpeft.central.world import World
-    from fedpeft.processes import free_port
-    from fedpeft.training.config import load_central
-
-    monkeypatch.chdir(tmp_path)
+def test_central_jobs_in_fp16_and_with_moments_of_a_byte(shared_models, tmp_path, stage):
     rows = [{"prompt": f"Once there was {i} ", "completion": f"and then {i + 1}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "job.toml").write_text(JOB.format(model=shared_models / "stories260k"))
-    world, found = World(port=free_port()), {}
-    ways = {"plain": {}, "fp16": {"training.precision": "fp16"}, "half": {"base.quantization": "fp16"}}
-    ways["bytes"] = {"training.optimizer": "adamw8bit"}
-    for name, changes in ways.items():
-        losses: list[float] = []
-        config = load_central(tmp_path / "job.toml", {"output": name, "deepspeed.stage": stage, **changes})
-        run(config, world, progress=lambda report, losses=losses: losses.append(report.loss))
-        found[name] = losses
-        held = checkpoint.read(config.output / STATE)
-        assert held is not None
-        if not held.tally.skipped:
-            np.testing.assert_allclose(losses, found["plain"], rtol=0.05)
+    plain, _ = job(tmp_path, {"output": "plain", "deepspeed.stage": stage})
+    for name, value in (("training.precision", "fp16"), ("base.quantization", "fp16"), ("training.optimizer", "adamw8bit")):
+        losses, skipped = job(tmp_path, {"output": name, "deepspeed.stage": stage, name: value})
+        assert np.isfinite(losses).all()
+        if not skipped:
+            np.testing.assert_allclose(losses, plain, rtol=0.05)

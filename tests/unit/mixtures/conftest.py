@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.mixtures.crowd import INTERPRETED, ROWS, TABLES
+from tests.unit.mixtures.crowd import INTERPRETED, ROWS, TABLES, bf16_products_of_values
 
 from fedpeft.adapters import Adapter, AdapterSpec, make_spec
 from fedpeft.bases import Base, BaseSpec, HeadSpec, load_base
@@ -113,18 +113,5 @@ def crowd(warm: Any, make_adapter: Any, head_of: Any) -> Callable[..., Any]:
 if INTERPRETED:
 
     @pytest.fixture(scope="session", autouse=True)
-    def _bf16_products_of_values() -> None:
-        """Triton's interpreter holds bf16 as integers and multiplies those; here products are of what they stand for, in float32."""
-        from triton.runtime import interpreter
-
-        own = interpreter.InterpreterBuilder.create_dot
-
-        def valued(handle: Any) -> Any:
-            if handle.dtype.scalar.name != "bf16":
-                return handle
-            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
-
-        def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-            return own(builder, valued(a), valued(b), *rest)
-
-        interpreter.InterpreterBuilder.create_dot = create_dot
+    def _interpreter() -> None:
+        bf16_products_of_values()

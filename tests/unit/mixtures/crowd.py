@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedpeft.adapters import attach
@@ -48,3 +50,17 @@ def alone(base, adapters, batch):
 
 def near(found, wanted, tolerance=1e-5):
     assert float((found.detach() - wanted).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
+
+
+def bf16_products_of_values() -> None:
+    """Triton's interpreter holds bf16 as integers and multiplies those; from here on it multiplies what they stand for, in float32."""
+    from triton.runtime import interpreter
+
+    own = interpreter.InterpreterBuilder.create_dot
+
+    def valued(handle: Any) -> Any:
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda builder, a, b, *rest: own(builder, valued(a), valued(b), *rest)
