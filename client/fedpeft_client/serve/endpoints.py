@@ -14,7 +14,10 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from fedpeft.bases.spec import CLASSIFIERS
+from fedpeft.errors import DataError
 from fedpeft.serving.backend import Backend
+from fedpeft.serving.oneshot import Seen
 from fedpeft_client.serve.bodies import read, until_gone
 from fedpeft_client.serve.errors import ApiError, invalid
 from fedpeft_client.serve.flow import Flow
@@ -42,15 +45,19 @@ class Endpoints:
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         began, body = time.monotonic(), parse(await read(http, self.settings), Chat)
+        await self._fits(body)
         target = await choose(self.backend, body.model, body.fedpeft, body.asked)
         if target.kind != "generation":
             return await self._label(http, body, target, [body.asked])
+        self._writes(body, target)
         ids = await self._reading(chat_prompt, self.backend, target, body)
         return await self._generate(http, Job(body, target, [ids], body.budget, body.tops, True, began))
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions: the prompt as it stands, no template, no line end."""
         began, body = time.monotonic(), parse(await read(http, self.settings), Completion)
+        if self.backend.sees:
+            raise invalid(f"the base {self.backend.base.spec.model} reads images; send one to /v1/chat/completions as image_url", "prompt")
         self._few(len(body.prompts) * body.copies, "prompt")
         if body.model == AUTO and body.fedpeft is None and len(body.prompts) > 1:
             raise invalid("auto routes one prompt a request; send several requests, or name a task", "prompt", "invalid_value")
@@ -59,6 +66,7 @@ class Endpoints:
         prompts = [await self._reading(of_prompt, self.backend, prompt) for prompt in body.prompts]
         if target.kind != "generation":
             return await self._label(http, body, target, [prompt.text for prompt in prompts])
+        self._writes(body, target)
         return await self._generate(
             http, Job(body, target, [prompt.ids for prompt in prompts], body.max_tokens, body.logprobs, False, began)
         )
@@ -107,12 +115,22 @@ class Endpoints:
             found[TASK + task] = {"id": TASK + task, "object": "model", "created": 0, "owned_by": "fedpeft", "fedpeft": base | about}
         return found
 
-    async def _generate(self, http: HttpRequest, job: Job) -> Response:
-        if self.backend.base.family == "encoder":
-            why = f"'auto' found no task near this request ({job.target.route.get('why', '')}), and " if job.body.model == AUTO else ""
+    async def _fits(self, body: Chat) -> None:
+        """Raise `ApiError` when an image comes to a base that reads text, or what comes to one that reads images is none."""
+        if self.backend.sees:
+            await self._reading(self.backend.read_in, body.asked)
+        elif body.image is not None:
+            raise invalid(f"the base {self.backend.base.spec.model} reads text and no image_url; ask it in words", "messages")
+
+    def _writes(self, body: Chat | Completion, target: Target) -> None:
+        """Raise `ApiError` when the base generates no text."""
+        if self.backend.base.family in CLASSIFIERS:
+            why = f"'auto' found no task near this request ({target.route.get('why', '')}), and " if body.model == AUTO else ""
             tasks = [TASK + task for task in sorted(self.backend.catalog.served())]
             base = f"the base {self.backend.base.spec.model} is an encoder and generates no text"
             raise invalid(f"{why}{base}; name a classification task of {tasks}", "model")
+
+    async def _generate(self, http: HttpRequest, job: Job) -> Response:
         wanted = fitted(job, self.backend, self.settings.max_tokens)
         with hold(self.backend, job.target) as held:
             flow = Flow(self.backend, wanted, held.mixture)
@@ -128,7 +146,7 @@ class Endpoints:
     async def _label(self, http: HttpRequest, body: Chat | Completion, target: Target, texts: Sequence[str]) -> Response:
         """Tasks that answer by a label or a choice: it is the completion, and the scores are beside it."""
         check_label(body, target)
-        rows = [await self._reading(self.backend.ids, text) for text in texts]
+        rows = [await self._reading(self.backend.read_in, text) for text in texts]
         with hold(self.backend, target) as held:
             asks = [self._asked(held, text, ids) for text, ids in zip(texts, rows, strict=True)]
         found = await self._all(http, asks)
@@ -139,7 +157,7 @@ class Endpoints:
             return JSONResponse(render.whole(choices, usage), headers=held.header)
         return EventStream(replayed(render, choices, usage, body.wants_usage), lambda: None, held.header)
 
-    def _asked(self, held: Held, text: str, ids: Sequence[int]) -> Future[Any]:
+    def _asked(self, held: Held, text: str, ids: Sequence[int] | Seen) -> Future[Any]:
         served, mixture = held.target.served, self.backend.catalog.share(held.mixture)
         assert served is not None
         if held.target.kind == "classification":
@@ -150,7 +168,10 @@ class Endpoints:
         return await until_gone(http, asyncio.gather(*map(asyncio.wrap_future, asks)))
 
     async def _reading(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.wrap_future(self.backend.read(work, *arguments))
+        try:
+            return await asyncio.wrap_future(self.backend.read(work, *arguments))
+        except DataError as fault:  # an image that is none
+            raise invalid(str(fault)) from None
 
     def _few(self, count: int, name: str) -> None:
         if count > self.settings.max_inputs:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import TemplateError
 
 from fedpeft.serving.backend import Backend
+from fedpeft.serving.oneshot import Seen
 from fedpeft_client.serve.errors import invalid
 from fedpeft_client.serve.flow import Wanted
 from fedpeft_client.serve.schema import Chat
@@ -42,9 +43,11 @@ def of_prompt(backend: Backend, given: str | list[int]) -> Read:
     return Read(backend.text(given), given)
 
 
-def of_input(backend: Backend, given: str | list[int]) -> list[int]:
-    """A text or its tokens, to be embedded. Raises `ApiError` when a token is none of the base's, or they are too many."""
-    ids = backend.ids(given, cut=False) if isinstance(given, str) else given
+def of_input(backend: Backend, given: str | list[int]) -> list[int] | Seen:
+    """A text or its tokens, or an image, to be embedded. Raises `ApiError` when a token is none of the base's, or they are too many."""
+    ids = backend.read_in(given, cut=False) if isinstance(given, str) else given
+    if isinstance(ids, Seen):
+        return ids
     _known(ids, backend.vocabulary, "input")
     if len(ids) > backend.context:
         raise invalid(f"the base takes {backend.context} tokens, a text has {len(ids)}; split it", "input", "context_length_exceeded")

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from fedpeft.serving import Sampling
 from fedpeft_client.serve.errors import ApiError, invalid
+from fedpeft_client.serve.messages import Message
 
 Body = TypeVar("Body", bound=BaseModel)
 Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
@@ -45,15 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of the API that only their neutral values are accepted of: anything else would change the answer, and cannot be had here."""
 IGNORED = frozenset({"user", "metadata", "store"})
 """Fields that do not change what is answered, and that nothing here keeps."""
-UNSAID: dict[str, tuple[Any, ...]] = {
-    "name": (None,),
-    "refusal": (None,),
-    "audio": (None,),
-    "annotations": (None, []),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-}
-"""Fields of a message, likewise: clients send an answer's message back with all of them."""
 
 
 class Ours(BaseModel):
@@ -122,38 +114,6 @@ class Common(BaseModel):
         )
 
 
-class Part(BaseModel):
-    """A text part of a message."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn; parts of text are joined."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _said(cls, table: Any) -> Any:
-        return {key: value for key, value in table.items() if value not in UNSAID.get(key, ())} if isinstance(table, dict) else table
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-    def plain(self) -> dict[str, str]:
-        """What chat templates take."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-
-
 class Chat(Common):
     """POST /v1/chat/completions."""
 
@@ -171,6 +131,8 @@ class Chat(Common):
             raise clash("max_tokens", f"is {self.max_tokens} and max_completion_tokens is {self.max_completion_tokens}; send one of them")
         if not any(message.role == "user" for message in self.messages):
             raise clash("messages", "there is none of the role 'user'")
+        if sum(len(message.images) for message in self.messages) > 1:
+            raise clash("messages", "there are several images, and one a request is answered; send several requests")
         return self
 
     @property
@@ -184,8 +146,15 @@ class Chat(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def image(self) -> str | None:
+        """The URL of the request's image, where it has one."""
+        return next((url for message in self.messages for url in message.images), None)
+
+    @property
     def asked(self) -> str:
-        """The last message of the user: what is routed and classified."""
+        """The request's image, or else the last message of the user: what is routed and classified."""
+        if self.image is not None:
+            return self.image
         return next(message.text for message in reversed(self.messages) if message.role == "user")
 
 

@@ -157,7 +157,10 @@ def _opened(source: str | bytes) -> tuple[Any, str]:
         except (binascii.Error, ValueError):
             raise DataError(f"an image in base64 ({(head or body)[:32]}...): not base64; {WAYS}") from None
     if not isinstance(source, File):
-        raise DataError(f"{source[:48]!r}: holds no image, and this base reads images; {WAYS}")
+        raise DataError(
+            f"{source[:48]!r}: holds no image, and this base reads images; it must be data:image/png;base64,... (no link is followed), or "
+            "for a command of this machine the path of a file that is there"
+        )
     try:
         return open(source, "rb"), source
     except OSError as fault:

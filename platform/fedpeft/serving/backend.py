@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.adapters import Adapter
-from fedpeft.errors import AdapterError, BaseError
+from fedpeft.bases.spec import CLASSIFIERS
+from fedpeft.errors import AdapterError
 from fedpeft.routing import Route, XLoraRouter
 from fedpeft.routing.policies import token_router
 from fedpeft.serving.beside import OWN, Beside
@@ -24,7 +25,7 @@ from fedpeft.serving.catalog import Catalog, Served, Source
 from fedpeft.serving.decoder import Decoder
 from fedpeft.serving.engine import Engine
 from fedpeft.serving.heads import Heads, bare
-from fedpeft.serving.oneshot import Oneshots, Question, Routing, Text
+from fedpeft.serving.oneshot import Oneshots, Question, Routing, Seen, Text
 from fedpeft.serving.requests import ClosedError, Mixture, Request, TokenMixture
 from fedpeft.serving.scheduler import Limits, Scheduler
 
@@ -43,10 +44,6 @@ class Backend:
     def __init__(self, base: Base, source: Source, limits: Limits, router: str = "chain", beside: Beside | None = None) -> None:
         from fedpeft.mixtures import Bank as Mixtures
 
-        if base.tokenizer is None:
-            raise BaseError(
-                f"base {base.spec.model}: {type(base.model).__name__} reads images, and a server answers texts; ask it with fedpeft route"
-            )
         self.base, self._router, self._beside = base, router, beside
         self._own: frozenset[str] = frozenset()
         self._routed: tuple[int, Routing] | None = None
@@ -60,7 +57,7 @@ class Backend:
         self._oneshots = Oneshots(base, self._bank, self._heads)
         try:
             decoder = Decoder(base, self._bank)
-            if base.family != "encoder":
+            if base.family not in CLASSIFIERS:
                 decoder.probe()
         except BaseException:
             self._open.close()
@@ -100,9 +97,14 @@ class Backend:
         return self.context if self.apart and read <= self.context else self.context - read
 
     @property
+    def sees(self) -> bool:
+        """Whether requests are images: the base reads nothing else."""
+        return self.base.processor is not None
+
+    @property
     def vocabulary(self) -> int:
         """How many tokens the base knows."""
-        return int(self.base.config.get_text_config().vocab_size)
+        return 0 if self.sees else int(self.base.config.get_text_config().vocab_size)
 
     @property
     def counts(self) -> Any:
@@ -129,17 +131,17 @@ class Backend:
             self.catalog.release(request.mixture)
             raise
 
-    def embed(self, ids: Sequence[int], mixture: Mixture) -> Future[Any]:
+    def embed(self, ids: Sequence[int] | Seen, mixture: Mixture) -> Future[Any]:
         """A text's embedding (D,) under a mixture from `Catalog.take`, which is released when it is there."""
-        return self._asked(self._oneshots.embed, Text(tuple(ids), mixture), mixture)
+        return self._asked(self._oneshots.embed, Text(_held(ids), mixture), mixture)
 
-    def classify(self, ids: Sequence[int], mixture: Mixture, labels: tuple[str, ...]) -> Future[dict[str, float]]:
+    def classify(self, ids: Sequence[int] | Seen, mixture: Mixture, labels: tuple[str, ...]) -> Future[dict[str, float]]:
         """Label -> probability by the only adapter of ``mixture``; released as by `embed`."""
         from fedpeft.tasks.encoding import ended
 
-        if self.apart:
+        if self.apart and not isinstance(ids, Seen):
             ids = ended(self.base, list(ids))
-        return self._asked(self._oneshots.classify, Text(tuple(ids), mixture, labels), mixture)
+        return self._asked(self._oneshots.classify, Text(_held(ids), mixture, labels), mixture)
 
     def answer(self, text: str, mixture: Mixture, task: Any) -> Future[Any]:
         """What ``task`` itself says to ``text``; released as by `embed`."""
@@ -152,7 +154,7 @@ class Backend:
         return await self._beside.weight(served, text, self._embedded)
 
     async def _embedded(self, text: str) -> Any:
-        ids = await asyncio.wrap_future(self.read(self.ids, text))
+        ids = await asyncio.wrap_future(self.read(self.read_in, text))
         return await asyncio.wrap_future(self.embed(ids, {}))
 
     def with_own(self, mixture: Mixture, weight: float) -> Mixture:
@@ -203,6 +205,16 @@ class Backend:
             return self._reader.submit(work, *arguments)
         except RuntimeError:
             raise ClosedError("the server is stopping; ask another one") from None
+
+    def read_in(self, text: str, cut: bool = True) -> list[int] | Seen:
+        """What is embedded or classified: a text's tokens, as `ids`, or the image that it holds. Inside `read`.
+
+        Raises:
+            DataError: the base reads images, and this is none.
+        """
+        if self.base.processor is None:
+            return self.ids(text, cut)
+        return Seen(self.base.processor.pixels(text), self.base.processor.tokens)
 
     def ids(self, text: str, cut: bool = True) -> list[int]:
         """Token ids of a text that is embedded or classified, by default cut to the base's limit. Inside `read`."""
@@ -269,11 +281,17 @@ def _head(base: Base) -> HeadSpec:
     """The head that the bank's model has: an encoder's is never used, each task brings its own."""
     from fedpeft.bases import HeadSpec
 
-    return HeadSpec("classification", ("no", "yes")) if base.family == "encoder" else HeadSpec("lm")
+    return HeadSpec("classification", ("no", "yes")) if base.family in CLASSIFIERS else HeadSpec("lm")
+
+
+def _held(ids: Sequence[int] | Seen) -> tuple[int, ...] | Seen:
+    return ids if isinstance(ids, Seen) else tuple(ids)
 
 
 def _ends(base: Base) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and those that the model was tuned to end a turn with."""
+    if base.processor is not None:
+        return frozenset()
     settings = getattr(base.model, "generation_config", None)
     tuned = getattr(settings, "eos_token_id", None)
     found = [base.tokenizer.eos_token_id, *(tuned if isinstance(tuned, list) else [tuned])]

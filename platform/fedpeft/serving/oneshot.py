@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedpeft.bases.encoders import Bare, Encoder
+from fedpeft.bases.vision import tokens_of
 from fedpeft.bases.watch import states
 from fedpeft.errors import AdapterError, DataError, FedpeftError
 from fedpeft.routing import Request, Route, Router, RouterCard, make_router
@@ -32,11 +33,22 @@ BATCH_TOKENS = 4096
 """Padded tokens of one forward."""
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """An image in the place of a text's tokens: its pixels (3, H, W), and how many tokens the trunk makes of it."""
+
+    pixels: NDArray[np.uint8]
+    tokens: int
+
+    def __len__(self) -> int:
+        return self.tokens
+
+
 @dataclass(frozen=True)
 class Text:
-    """Token ids under a mixture; ``labels`` where the row is to be classified by the head of the mixture's first adapter."""
+    """Token ids, or an image, under a mixture; ``labels`` where the row is to be classified by the head of the mixture's first adapter."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | Seen
     mixture: Mixture
     labels: tuple[str, ...] = ()
 
@@ -94,7 +106,7 @@ class Oneshots:
         )
         try:
             return routing.router.route(request)
-        except AdapterError as fault:
+        except (AdapterError, DataError) as fault:
             return fault
 
     def answer(self, questions: Sequence[Question]) -> list[str | FedpeftError]:
@@ -120,8 +132,8 @@ class Oneshots:
 
     def _embed(self, texts: list[Text]) -> list[NDArray[np.float32]]:
         inputs = self._inputs(texts)
-        mask = inputs["attention_mask"].float()
-        hidden = self._forward(texts, self._base.reader, inputs).last_hidden_state.float()
+        hidden = tokens_of(self._forward(texts, self._base.reader, inputs).last_hidden_state).float()
+        mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).float()
         mean = torch.einsum("ntd,nt->nd", hidden, mask) / mask.sum(1, keepdim=True)
         return list(normalize(mean).cpu().numpy())
 
@@ -135,10 +147,13 @@ class Oneshots:
         return [dict(zip(text.labels, row.softmax(0).tolist(), strict=True)) for text, row in zip(texts, logits, strict=True)]
 
     def _inputs(self, texts: list[Text]) -> dict[str, Tensor]:
-        """Ids and mask (N, T)."""
+        """Ids and mask (N, T), or pixels."""
+        images = [text.ids.pixels for text in texts if isinstance(text.ids, Seen)]
+        if images:
+            return {"pixel_values": torch.from_numpy(np.stack(images)).to(self._base.device)}
         pad = int(self._base.tokenizer.pad_token_id)
         width = max(len(text.ids) for text in texts)
-        ids = torch.tensor([[*text.ids, *[pad] * (width - len(text.ids))] for text in texts])
+        ids = torch.tensor([[*cast(tuple[int, ...], text.ids), *[pad] * (width - len(text.ids))] for text in texts])
         mask = (torch.arange(width) < torch.tensor([len(text.ids) for text in texts])[:, None]).long()
         return {"input_ids": ids.to(self._base.device), "attention_mask": mask.to(self._base.device)}
 

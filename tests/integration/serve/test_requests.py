@@ -182,3 +182,9 @@ def test_keys_are_asked_for_where_they_are_set(serving, fresh, registry, tmp_pat
         assert found.json()["error"]["code"] == "invalid_api_key"
     for key in ("first-key", "second-key"):
         assert api.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_an_image_for_a_base_of_text_is_refused(api):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    found = api.post("/v1/chat/completions", model="base", messages=[{"role": "user", "content": [part]}])
+    assert (found.status_code, "reads text and no image_url" in found.text) == (400, True)

@@ -11,7 +11,7 @@ import torch
 from fedpeft.adapters import Adapter, attach, initial, make_spec
 from fedpeft.bases import BaseSpec, HeadSpec, load_base
 from fedpeft.config import describe
-from fedpeft.errors import AdapterError, BaseError
+from fedpeft.errors import AdapterError
 from fedpeft.methods import METHODS
 from fedpeft.mixtures import Bank, Gates
 from fedpeft.mixtures.routers import routed
@@ -163,13 +163,6 @@ def test_what_cannot_be_served_is_named_and_another_task_is_not_hurt(stories, tm
             backend.catalog.find("bad")
         with pytest.raises(AdapterError, match=r"tasks are \['good'\]"):
             backend.catalog.find("none")
-
-
-def test_a_base_that_reads_images_is_refused_before_anything_is_attached(vision_folder, tmp_path):
-    base = load_base(BaseSpec(str(vision_folder("ViT"))), "cpu")
-    with pytest.raises(BaseError, match="ViTForImageClassification reads images, and a server answers texts"):
-        Backend(base, Registry(tmp_path), Limits())
-    assert base.holder is None
 
 
 def test_a_full_queue_and_a_closed_engine_say_so_and_hold_nothing(stories, tmp_path):
