@@ -77,7 +77,7 @@ class Rater:
         """Counters of held-out rows by task; how near rows are to their tasks is asked where ``cards`` are due."""
         roster = self.around.roster
         roster.refresh()
-        able = {name: tuple(site.name for site in roster.present if site.scores(name)) for name in done.tasks}
+        able = {name: tuple(site.name for site in roster.expected if site.scores(name)) for name in done.tasks}
         if self.private is not None:
             return self.private.score(done, able, set(done.tasks) - set(self.centroids), self._noised)
         if self.setup.privacy is not None:

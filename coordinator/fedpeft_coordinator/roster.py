@@ -30,6 +30,7 @@ class Roster:
         self._setup, self._journal, self._transport, self._events = setup, journal, transport, events
         self.sites: dict[str, Site] = journal.sites()
         self.connected: set[str] = set()
+        self._met: set[str] = set()
         self._changed: set[str] = set()
         self._chose: frozenset[str] = frozenset()
         self._tried: dict[int, int] = {}
@@ -41,6 +42,7 @@ class Roster:
         for name in seen.keys() - self.connected:
             self._events("site", site=name, tasks=dict(seen[name].train), device=seen[name].device, refused=seen[name].refused)
         self.connected = set(seen)
+        self._met |= self.connected
         self._keep(seen.values())
         self.flush()
         return self.sites
@@ -63,6 +65,11 @@ class Roster:
     def present(self) -> list[Site]:
         """Sites that are connected and may be asked."""
         return [site for name, site in self.sites.items() if name in self.connected and site.usable]
+
+    @property
+    def expected(self) -> list[Site]:
+        """Sites that are `present`, and those known that may come back: they have not been here since this coordinator was started."""
+        return [site for name, site in self.sites.items() if site.usable and (name in self.connected or name not in self._met)]
 
     def left_out(self, number: int) -> Mapping[str, frozenset[str]]:
         """Sites by task that gave up in an earlier attempt of round ``number``."""

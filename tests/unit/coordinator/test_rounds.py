@@ -214,3 +214,15 @@ def test_journal_gives_back_what_it_took(fake: ModuleType, tmp_path: Path) -> No
     rounds = federation.open().run()
     assert Journal(f"sqlite:///{tmp_path / 'journal.sqlite'}").rounds() == rounds
     assert isinstance(federation.open().tensors("area"), Tensors)
+
+
+def test_sites_that_come_back_after_the_coordinator_did_are_waited_for_to_score_what_is_published(fake: ModuleType, tmp_path: Path) -> None:
+    federation = fake.Federation(tmp_path, fake.setup(rounds=1), fake.sites())
+    coordinator = federation.open()
+    while not (coordinator.history and coordinator.history[-1].step == "committed"):
+        coordinator.step()
+    nobody_yet = federation.open(fault=lambda _site, request: Failure("is away") if request.kind == "hello" else None)
+    assert nobody_yet.roster.refresh()
+    assert not nobody_yet.roster.present
+    assert nobody_yet.run()[-1].tasks["area"].scores["accuracy"] > 0
+    assert federation.published[0][2].metrics["accuracy"] > 0
