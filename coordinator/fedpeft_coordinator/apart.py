@@ -1,6 +1,6 @@
 """A question to the base, answered in a process of its own: ``python -m fedpeft_coordinator.apart WHAT QUESTION ANSWER``.
 
-It ends with its answer, and what it loaded goes with it. Its faults are ours: it says them in its last line, and its exit code is theirs.
+It ends with its answer, and what it loaded goes with it. Its faults are ours: it answers what they say, with their exit code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import BaseError, FedpeftError, kind_of
-from fedpeft.processes import FLAG, hold, last_words
+from fedpeft.processes import FLAG, hold
 
 
 def answer(what: str, question: dict[str, Any]) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def answer_bytes(what: str, question: dict[str, Any]) -> bytes:
                     process.kill()
         if code == 0:
             return answered.read_bytes()
-        raise _fault(code, log)
+        raise _fault(code, answered, log)
 
 
-def _fault(code: int, log: Path) -> Exception:
+def _fault(code: int, answered: Path, log: Path) -> Exception:
     """What the process that ended with ``code`` met: a fault of ours, its end by the system, or a defect."""
     kind = kind_of(code)
-    if kind is not None:
-        return kind(last_words(log))
+    if kind is not None and answered.exists():
+        return kind(answered.read_text(encoding="utf-8"))
     if code < 0:
         return BaseError(f"base: the process that looks at it was ended by signal {-code}; free memory, or look into the system's log")
     return RuntimeError(f"the process that looks at the base ended with code {code}:\n{log.read_text(errors='replace')}")
@@ -61,7 +61,7 @@ def main() -> int:
         plugins.load()
         Path(answered).write_bytes(ANSWERS[what](json.loads(Path(asked).read_text(encoding="utf-8"))))
     except FedpeftError as fault:
-        print(fault, file=sys.stderr, flush=True)
+        Path(answered).write_text(str(fault), encoding="utf-8")
         return fault.exit_code
     return 0
 

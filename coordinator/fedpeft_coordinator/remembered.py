@@ -28,19 +28,25 @@ SOURCES = "sources"
 
 def answer(matter: dict[str, Any], ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``ask`` answers, or answered when all that it depends on was as it is now. Raises what ``ask`` raises."""
-    path = home() / "layouts" / f"{_digest(matter, sys.version, _places(), _installed())}.json"
+    try:
+        path = home() / "layouts" / f"{_digest(matter, sys.version, _places(), _installed())}.json"
+    except (RuntimeError, OSError):  # a user without a home, as containers have, or a folder of modules that cannot be listed
+        return _bare(ask())[0]
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["state"] == state(kept[SOURCES]):
             return dict(kept["answer"])
-    found = ask()
-    sources = found.pop(SOURCES)
+    found, sources = _bare(ask())
     kept = {"answer": found, "state": state(sources), SOURCES: sources}
     with suppress(StorageError, OSError):
         write_atomic(path, json.dumps(kept).encode(), 0o600)
         for old in sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-MOST]:
             old.unlink()
     return found
+
+
+def _bare(answered: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    return {key: value for key, value in answered.items() if key != SOURCES}, answered[SOURCES]
 
 
 def loaded() -> list[str]:

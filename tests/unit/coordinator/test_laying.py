@@ -74,6 +74,13 @@ def test_what_cannot_be_read_or_written_is_asked_anew(asked: Asked, tmp_path: Pa
     assert remembered.answer({}, asked)["layouts"] == 3
 
 
+def test_a_user_without_a_home_is_served_too(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDPEFT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("~unknown").expanduser())
+    assert [remembered.answer({}, asked) for _ in range(2)] == [{"layouts": 1}, {"layouts": 2}]
+
+
 def test_the_fewest_answers_stay(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "MOST", 3)
     for number in range(5):
@@ -85,7 +92,8 @@ def test_what_a_process_apart_meets_is_a_fault_of_ours_or_a_defect(tmp_path: Pat
     child = tmp_path / "child"
     monkeypatch.setattr(sys, "executable", str(child))
     for script, kind, words in (
-        ("echo chatter >&2; echo the method fits nothing >&2; exit 6", AdapterError, "^the method fits nothing$"),
+        ('printf "the method fits nothing" > "$6"; echo chatter >&2; exit 6', AdapterError, "^the method fits nothing$"),
+        ("echo killed on the way >&2; exit 6", RuntimeError, "code 6:\nkilled on the way"),
         ("kill -9 $$", BaseError, "signal 9"),
         ("echo KeyError: 3 >&2; exit 1", RuntimeError, "code 1:\nKeyError: 3"),
     ):
