@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fedpeft_coordinator.config import FederationConfig
 
 EVALUATED = ("loss", "count", "examples", "correct", "tp", "fp", "fn", "exact", "generated", "rouge")
-CARDS = ("embedding.sum", "embedding.count")
 Counted = dict[str, int]
 
 

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import get_args
 
 import click
 import pytest
 import typer
 
+from fedpeft.bases.spec import Quantization
 from fedpeft.cli.main import run, tree
 from fedpeft.config import parse
 from fedpeft.errors import ConfigError
@@ -73,6 +75,7 @@ def test_init_on_this_machine_needs_no_keys(tmp_path):
     assert run(["init", str(tmp_path / "small"), "--site", "a", "--task", "t=x,y"]) == 0
     assert load_federation(tmp_path / "small/coordinator/federation.toml").link.tls is None
     assert not (tmp_path / "small/keys").exists()
+    assert f"# {', '.join(get_args(Quantization))}: the site's own choice" in (tmp_path / "small/a/site.toml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ CASES = [
     ("route hello --router there", None, LinkError, "this server reads no texts"),
     ("route hello --router there --task verb", None, AdapterError, "task 'verb'"),
     ("route hello --registry {folder} --router there", None, ConfigError, "is a folder; give grpc://"),
+    ("coordinator serve {folder} --set port", None, ConfigError, "--set port: needs the form key=value, for example port=8001"),
     ("evaluate {folder}/absent.jsonl", None, 4, "absent.jsonl"),
     ("route hello --registry grpc://127.0.0.1:9", None, LinkError, "cannot be reached"),
 ]
