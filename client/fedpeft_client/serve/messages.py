@@ -14,7 +14,7 @@ UNSAID: dict[str, tuple[Any, ...]] = {
     "function_call": (None,),
     "tool_calls": (None, []),
 }
-"""Fields of a message, likewise: clients send an answer's message back with all of them."""
+"""Fields of a message, of which nothing is said where they hold these values: clients send an answer's message back with all of them."""
 
 
 class Link(BaseModel):

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.bases.images import File, held
 from fedpeft.errors import AdapterError
 from fedpeft.routing.moments import BUCKETS, Exact, Measure
 
@@ -38,9 +39,11 @@ def places(text: str) -> NDArray[np.int64]:
 
 
 def counted(texts: Iterable[str]) -> Exact:
-    """How many n-grams of ``texts`` lie in each bucket (B,)."""
+    """How many n-grams of ``texts`` lie in each bucket (B,); of images none, as a file's name may be a person's."""
     found = np.zeros(BUCKETS)
     for text in texts:
+        if isinstance(text, File) or held(text):
+            continue
         found += np.bincount(places(text), minlength=BUCKETS)
     return found
 

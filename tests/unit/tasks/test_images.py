@@ -21,6 +21,7 @@ from PIL import Image
 from fedpeft.bases import Base, BaseSpec, meta_base
 from fedpeft.bases.images import File, picture
 from fedpeft.errors import BaseError, DataError
+from fedpeft.routing.ngrams import counted
 from fedpeft.tasks import Choice, Classification, Generation, Source, read_rows
 from fedpeft.tasks.arrange import subset
 from fedpeft.tasks.images import Images, Kept
@@ -193,6 +194,12 @@ def test_what_is_kept_is_bounded_and_shared_with_parts(base: Base, scans: Path) 
     assert len(list(data.ids)) == 6
     with pytest.raises(DataError, match="No such file"):
         list(small)
+
+
+def test_names_of_files_are_not_counted_as_texts(scans: Path) -> None:
+    texts = [TASK.text_of(row) for row in read_rows(Source(path=str(scans)))]
+    assert not counted([*texts, "data:image/png;base64,aGVsbG8="]).any()
+    assert counted(["a cough"]).any()
 
 
 def test_only_this_machines_own_rows_name_files(scans: Path) -> None:
