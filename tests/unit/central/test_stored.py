@@ -135,6 +135,7 @@ ANY = SimpleNamespace(
     tokenizer=SimpleNamespace(pad_token_id=0),
     spec=BaseSpec("m"),
     config=SimpleNamespace(),
+    processor=None,
 )
 
 

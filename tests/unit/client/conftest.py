@@ -40,18 +40,20 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def packaged_encoder(small_encoder: Path) -> Iterator[Path]:
     """Its folder; here ``minilm`` is the small encoder: what a site does is the same on any base."""
-    packaged, patch = resolve_model("minilm"), pytest.MonkeyPatch()
-    patch.setattr(resolve, "_package_folder", lambda _alias: small_encoder)
-    yield packaged
-    patch.undo()
+    packaged = resolve_model("minilm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "_package_folder", lambda _alias: small_encoder)
+        yield packaged
 
 
-@pytest.fixture(scope="package")
-def base(packaged_encoder: Path) -> Base:
-    return load_base(BaseSpec("minilm"), "cpu")
+@pytest.fixture(scope="session")
+def base(small_encoder: Path) -> Base:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "_package_folder", lambda _alias: small_encoder)
+        return load_base(BaseSpec("minilm"), "cpu")
 
 
 @pytest.fixture
@@ -131,6 +133,6 @@ class Plans:
         return {result.task: result for result in reply.open(RoundReply).results}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def plans(base: Base) -> Plans:
     return Plans(base)

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_disk_waits() -> Iterator[None]:
     """Crashes here are exceptions, not power cuts: leave out the waits for the disk (subprocesses keep them)."""
     from sqlalchemy import event
