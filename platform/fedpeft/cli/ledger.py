@@ -8,13 +8,33 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft.cli import output
+from fedpeft.config import read_toml
+from fedpeft.control.place import FEDERATIONS
 
 app = typer.Typer(help="Show, verify and forecast what differential privacy has cost.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Option("--ledger", envvar="FEDPEFT_LEDGER", help="Folder of the ledger, at a coordinator or a site.")]
+HERE = Path("ledger")
+FILES = ("site.toml", *FEDERATIONS)
+"""Whose state folder may hold it."""
+
+
+def _found(given: Path) -> Path:
+    """``given``; where nothing was and no such folder is here, the ledger of the site or the federation that is. Raises `ConfigError`."""
+    if given != HERE or given.is_dir():
+        return given
+    files = (Path(name) for name in FILES if Path(name).is_file())
+    places = (file.parent / Path(str(read_toml(file).get("state", "state"))).expanduser() / HERE for file in files)
+    return next((place for place in places if place.is_dir()), given)
+
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--ledger", envvar="FEDPEFT_LEDGER", callback=_found, help="Folder of the ledger; without, that of the site or federation here."
+    ),
+]
 Delta = Annotated[float, typer.Option(min=1e-300, max=0.999, help="Delta at which epsilon is told.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-HERE = Path("ledger")
 
 
 def _open(folder: Path) -> Any:

@@ -48,3 +48,16 @@ def test_the_federations_own_is_found(folder, capsys, file, text, place):
     assert (folder / place / "keys").is_dir()
     assert run(VERBS[0]) == 0
     assert beside(folder) == str(folder / place)
+
+
+@pytest.mark.parametrize(
+    ("file", "state", "place"),
+    [("site.toml", "own", "own/ledger"), ("coordinator/federation.toml", "state", "coordinator/state/ledger"), ("x.toml", "", "ledger")],
+)
+def test_the_ledger_here_is_found_too(folder, capsys, file, state, place):
+    (folder / "federation.toml").write_text("")  # a site has a copy of it
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(f'state = "{state}"')
+    (folder / place).mkdir(parents=True)
+    assert run(["ledger", "verify"]) == 9
+    assert capsys.readouterr().err.startswith(f"fedpeft: {place}: no ledger there; give --ledger")
