@@ -104,7 +104,7 @@ def _tokenizer(words: int) -> Any:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point; exit code 1 where a case failed or was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=210.0)
@@ -117,6 +117,7 @@ def main() -> None:
         print(line(one), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    raise SystemExit(any("fault" in one or "skipped" in one for one in found))
 
 
 if __name__ == "__main__":
