@@ -86,6 +86,9 @@ def _peft(model: torch.nn.Module, adapters: dict[str, Adapter]) -> torch.nn.Modu
             save(adapter, Path(folder) / name)
         paths = [str(Path(folder) / name) for name in adapters]
         made: torch.nn.Module = create_arrow_model(model, paths, ArrowConfig(top_k=TOP, router_temperature=1.0)).eval()
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:  # its router mixes types, and so fails, where autocast finds adapters in float32 on a base in bf16
+            parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
     return made
 
 
