@@ -14,6 +14,7 @@ from fedpeft.errors import FedpeftError, kind_of
 from fedpeft.files import write_atomic
 from fedpeft.parity import copies
 from fedpeft.parity.plan import Plan
+from fedpeft.tasks.images import written
 
 if TYPE_CHECKING:
     from fedpeft.training import TrainSettings
@@ -73,7 +74,7 @@ def table(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def pool(plan: Plan, name: str, folder: Path) -> Path:
     """All sites' rows of one task as JSON Lines under ``folder``, with their splits. Raises `DataError` or `StorageError`."""
-    lines = [json.dumps({**row, "split": split}, default=str) for split in ("train", "test") for row in plan.rows(name, split)]
+    lines = [json.dumps({**row, "split": split}, default=written) for split in ("train", "test") for row in plan.rows(name, split)]
     path = (folder / "pool" / f"{name}.jsonl").resolve()
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.bases.images import File, held
+from fedpeft.bases.images import File, held, text_of
 from fedpeft.errors import DataError
 from fedpeft.tasks.protocol import Row
 
@@ -92,6 +92,11 @@ def source_of(row: Row, number: int) -> str | bytes:
     if not isinstance(value, str | bytes) or not value:
         raise DataError(f"row {number}: field {IMAGE!r} is {_excerpt(row.get(IMAGE))}; give {FORMS}")
     return value
+
+
+def written(value: Any) -> str:
+    """``value`` in rows that are written as JSON, which has no form for it: an image's bytes as a text that holds them, else its text."""
+    return text_of(value) if isinstance(value, bytes) else str(value)
 
 
 def has_image(row: Row) -> bool:

@@ -25,6 +25,7 @@ from fedpeft.routing.ngrams import counted
 from fedpeft.tasks import Choice, Classification, Generation, Source, read_rows
 from fedpeft.tasks.arrange import subset
 from fedpeft.tasks.images import Images, Kept
+from fedpeft.tasks.images import written as written_as
 from fedpeft.tasks.rows import stream_rows
 
 TASK = Classification("scans", ("ill", "well"))
@@ -67,7 +68,7 @@ def test_every_form_of_a_row_gives_the_same_pixels(base: Base, scans: Path, tmp_
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:
-            path.write_text("\n".join(map(json.dumps, rows)))
+            path.write_text("\n".join(json.dumps(row, default=written_as) for row in rows))
         return read_rows(Source(path=str(path)))
 
     text = [base64.b64encode(file.read_bytes()).decode() for file in files]
@@ -78,6 +79,7 @@ def test_every_form_of_a_row_gives_the_same_pixels(base: Base, scans: Path, tmp_
         written("urls.jsonl", [f"data:image/png;base64,{one}" for one in text]),
         written("bare.jsonl", text),
         written("bytes.parquet", [{"bytes": file.read_bytes(), "path": file.name} for file in files]),
+        written("copied.jsonl", [{"bytes": file.read_bytes(), "path": file.name} for file in files]),
         written("hub.parquet", [{"bytes": None, "path": f"../{file.relative_to(tmp_path)}"} for file in files]),
         list(stream_rows(Source(path=str(lists / "paths.jsonl")))),
     ]
