@@ -248,7 +248,8 @@ def main(folder: Path, part: str) -> int:
 
 
 def rank_of(world: World, folder: Path, part: str) -> int:
-    """One rank; its exit code."""
+    """One rank, which ends with whoever started its parent; its exit code."""
+    hold()
     log = os.open(folder / f"{part}{world.size}.{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
