@@ -198,6 +198,11 @@ def _settle(folder: Path, wanted: Starter) -> None:
             shutil.copy(keys / f"{name}.pub", coordinator / "sites")
 
 
+def quorum(sites: int) -> int:
+    """How many of ``sites`` a round needs: all of up to three, then two thirds, so that one that is away holds nobody up."""
+    return sites if sites <= 3 else -(-2 * sites // 3)
+
+
 def _federation(wanted: Starter) -> str:
     tasks = "".join(
         TASK.format(name=name, labels=", ".join(f'"{label}"' for label in labels)) if labels else TEXT.format(name=name)
@@ -205,7 +210,7 @@ def _federation(wanted: Starter) -> str:
     )
     listen, guard = ("0.0.0.0", GUARD) if wanted.guarded else ("127.0.0.1", "")
     return FEDERATION.format(
-        name=wanted.name, base=wanted.base, sites=len(wanted.sites), tasks=tasks, listen=listen, port=wanted.port, guard=guard
+        name=wanted.name, base=wanted.base, sites=quorum(len(wanted.sites)), tasks=tasks, listen=listen, port=wanted.port, guard=guard
     )
 
 

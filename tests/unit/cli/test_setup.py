@@ -55,6 +55,13 @@ def test_a_site_that_is_added_is_as_those_that_were_there(tmp_path, capsys, host
     load_site(folder / "c/site.toml")
 
 
+@pytest.mark.parametrize(("sites", "needed"), [(1, 1), (3, 3), (4, 3), (5, 4), (9, 6)])
+def test_one_of_many_sites_may_be_away(tmp_path, sites, needed):
+    named = [part for number in range(sites) for part in ("--site", f"s{number}")]
+    assert run(["init", str(tmp_path / "f"), *named, "--task", "t=x,y"]) == 0
+    assert load_federation(tmp_path / "f/coordinator/federation.toml").cohort.min_sites == needed
+
+
 def test_a_site_is_added_to_nothing_but_a_federation_of_ours(tmp_path, capsys):
     def refused(*sites: str) -> str:
         assert run(["init", str(tmp_path / "f"), *(part for site in sites for part in ("--site", site))]) == ConfigError.exit_code
