@@ -9,6 +9,7 @@ from fedpeft.wire.v1.federation_pb2 import TaskResult
 from fedpeft_client import answers
 from fedpeft_client.answers import Answer
 from fedpeft_client.beginning import MissingVersion
+from fedpeft_client.policy import RestingError
 from fedpeft_client.rounds import WrongBase
 
 log = logging.getLogger("fedpeft.worker")
@@ -21,6 +22,10 @@ def failure(task: str, fault: Exception, here: dict[str, str] | None = None) -> 
         return answers.without(task, TaskResult.STATUS_MISSING_VERSION, str(fault))
     if here is not None:
         here[task] = str(fault) if isinstance(fault, FedpeftError) else _reason(task, fault)
+    if isinstance(fault, RestingError):
+        resting = answers.without(task, TaskResult.STATUS_RESTING, str(fault))
+        resting.result.rests = fault.seconds
+        return resting
     if isinstance(fault, PolicyError | PrivacyError | WrongBase):
         return answers.without(task, TaskResult.STATUS_REFUSED, str(fault))
     return answers.without(task, TaskResult.STATUS_FAILED, _reason(task, fault))

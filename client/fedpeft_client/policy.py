@@ -38,15 +38,26 @@ class Ask:
     encoders: tuple[str, ...] = ()
     at: time | None = None
     sent_today: int = 0
+    day_left: int = 0
 
 
 def today(site: SiteConfig) -> dict[str, Any]:
     """When it is, and what the audit log says left today; the log is read where its bytes are limited alone."""
     now, limited = datetime.now().astimezone(), site.policy.max_upload_mb_per_day is not None
     sent = audit.sent_today(site.state / "audit.jsonl", now.astimezone(UTC).date()) if limited else 0
-    return {"at": now.time(), "sent_today": sent}
+    clock = now.astimezone(UTC)
+    return {"at": now.time(), "sent_today": sent, "day_left": DAY - (clock.hour * 3600 + clock.minute * 60 + clock.second)}
 
 
+class RestingError(PolicyError):
+    """A plan that the site would carry out at another time, ``seconds`` from now."""
+
+    def __init__(self, text: str, seconds: int) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+
+
+DAY = 86_400
 Rule = Callable[[Ask, SiteConfig], str | None]
 
 
@@ -54,13 +65,15 @@ def check(ask: Ask, site: SiteConfig) -> tuple[str, ...]:
     """Check every rule; return their names.
 
     Raises:
+        RestingError: no rules but those of a time of the day are broken.
         PolicyError: the plan breaks rules; each is named with what was asked and what is allowed.
     """
-    faults = [f"{name}: {fault}" for name, rule in RULES.items() if (fault := rule(ask, site)) is not None]
+    faults = {name: fault for name, rule in RULES.items() if (fault := rule(ask, site)) is not None}
+    told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    if faults and faults.keys() <= LATER.keys():
+        raise RestingError(f"policy of {site.name} lets task {ask.task!r} wait: {told}", max(LATER[name](ask, site) for name in faults))
     if faults:
-        raise PolicyError(
-            f"policy of {site.name} refuses task {ask.task!r}: {'; '.join(faults)}; change the plan, or [policy] in the site's file"
-        )
+        raise PolicyError(f"policy of {site.name} refuses task {ask.task!r}: {told}; change the plan, or [policy] in the site's file")
     return tuple(RULES)
 
 
@@ -102,6 +115,13 @@ def _hours(ask: Ask, site: SiteConfig) -> str | None:
     first, last = map(time.fromisoformat, hours.split("-"))
     inside = first <= ask.at < last if first < last else ask.at >= first or ask.at < last
     return None if inside else f"asked at {ask.at:%H:%M}, allowed {hours}"
+
+
+def _until_hours(ask: Ask, site: SiteConfig) -> int:
+    assert site.policy.hours is not None
+    assert ask.at is not None
+    first = time.fromisoformat(site.policy.hours.split("-")[0])
+    return ((first.hour - ask.at.hour) * 3600 + (first.minute - ask.at.minute) * 60 - ask.at.second) % DAY
 
 
 def _daily(ask: Ask, site: SiteConfig) -> str | None:
@@ -167,3 +187,5 @@ RULES: dict[str, Rule] = {
     "max_epsilon": _epsilon,
     "max_steps": _steps,
 }
+LATER: dict[str, Callable[[Ask, SiteConfig], int]] = {"hours": _until_hours, "max_upload_mb_per_day": lambda ask, _site: ask.day_left}
+"""Rules that a plan breaks for a while only: seconds until it does not."""

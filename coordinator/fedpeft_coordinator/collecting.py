@@ -23,7 +23,9 @@ MAX_COUNTERS, MAX_VALUES = 1024, 1 << 18
 MAX_REASON = 300
 GAVE_UP = ("failed: ", "refused: ", "bad update: ")
 """How reasons begin that are a site's own."""
-NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed"}
+RESTS = "resting"
+"""How reasons begin that pass by themselves."""
+NAMED = {TaskResult.STATUS_REFUSED: "refused", TaskResult.STATUS_FAILED: "failed", TaskResult.STATUS_RESTING: RESTS}
 
 Accept = Callable[[str, TaskResult, Envelope], None]
 """Takes one site's result of one task into account, or raises `UpdateError` or `PrivacyError`."""
@@ -33,7 +35,7 @@ Accept = Callable[[str, TaskResult, Envelope], None]
 class Report:
     """What one answer meant: per task ``ok`` or why it does not count, which tasks the site wants sent whole, and facts.
 
-    ``spent`` is what the site says that its rows have spent, by task.
+    ``spent`` is what the site says that its rows have spent, by task; a site that ``rests`` says for how many seconds.
     """
 
     site: str
@@ -45,6 +47,7 @@ class Report:
     vanished: bool = False
     bytes_up: int = 0
     spent: Mapping[str, float] = field(default_factory=dict)
+    rests: int | None = None
 
     @property
     def drops(self) -> dict[str, str]:
@@ -77,6 +80,7 @@ def read(answer: Answer, plan: Round, tasks: Sequence[str], accept: Accept) -> R
         seconds=sum(results[task].train_seconds for task in good),
         base_loads=reply.base_loads,
         bytes_up=envelope.size,
+        rests=max((one.rests for one in results.values() if one.status == TaskResult.STATUS_RESTING), default=None),
         spent={task: results[task].epsilon for task in good if 0 < results[task].epsilon < inf},
     )
 

@@ -126,6 +126,7 @@ LINES: dict[str, Callable[[Event], str | None]] = {
     "let_in": lambda event: f"site {escape(event['site'])} may join now: its key is there",
     "shut_out": lambda event: f"[yellow]site {escape(event['site'])} is shut out: its key is gone, or is another now[/yellow]",
     "admission": lambda event: f"[yellow]sites' keys stay as they were: {escape(event['reason'])}[/yellow]",
+    "resting": lambda event: f"[yellow]site {escape(event['site'])} is asked again in {event['seconds'] / 3600:.1f} h[/yellow]",
     "again": lambda event: (
         f"[dim]site {escape(event['site'])} is asked again: {escape(AGAIN.get(event['reason']) or event['reason'])}[/dim]"
     ),

@@ -10,7 +10,7 @@ from fedpeft import __version__
 from fedpeft.errors import CohortError
 from fedpeft.wire.pacing import pause
 from fedpeft.wire.v1.federation_pb2 import Capabilities
-from fedpeft_coordinator.collecting import GAVE_UP, Report, line
+from fedpeft_coordinator.collecting import GAVE_UP, RESTS, Report, line
 from fedpeft_coordinator.events import Events
 from fedpeft_coordinator.journal import Journal
 from fedpeft_coordinator.setup import Setup
@@ -18,6 +18,8 @@ from fedpeft_coordinator.state import Round, Site
 from fedpeft_coordinator.transport import Transport
 
 POLL_SECONDS = 0.2
+LEAST_REST, LONGEST_REST = 60.0, 86_400.0
+"""Seconds after which a site that rests is asked again, whatever it said."""
 
 
 class Roster:
@@ -35,6 +37,7 @@ class Roster:
         self._chose: frozenset[str] = frozenset()
         self._tried: dict[int, int] = {}
         self._left_out: dict[int, dict[str, frozenset[str]]] = {}
+        self._rests: dict[str, float] = {}
 
     def refresh(self) -> dict[str, Site]:
         """Take in who is connected now."""
@@ -48,18 +51,24 @@ class Roster:
         return self.sites
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
-        """Refresh until ``ready``. Raises `CohortError` after the cohort's deadline, saying ``what`` was missing."""
+        """Refresh until ``ready``. Raises `CohortError` after the cohort's deadline, saying ``what`` was missing, but for who rests."""
         began = time.monotonic()
         while True:
             self.refresh()
             if ready():
                 return
+            if any(map(self.rests, self.sites)):
+                began = time.monotonic()
             if time.monotonic() >= began + self._setup.limits.deadline:
                 raise CohortError(
                     f"{what()} within {self._setup.limits.deadline:g} s (cohort.deadline); start more sites with "
                     "`fedpeft client join SITE.toml` and run the same command again"
                 )
             time.sleep(pause(time.monotonic() - began, POLL_SECONDS))
+
+    def rests(self, site: str) -> bool:
+        """Whether ``site`` said that its policy allows nothing now."""
+        return time.monotonic() < self._rests.get(site, 0.0)
 
     @property
     def present(self) -> list[Site]:
@@ -78,12 +87,13 @@ class Roster:
     def leave_out(self, done: Round) -> int:
         """Take in who gave up in ``done``, so that what hindered one site hinders not all of them; answers how often it was tried.
 
-        A coordinator that is started again begins to count anew.
+        A coordinator that is started again begins to count anew; an attempt in which a site rested counts for nothing.
         """
         before = self.left_out(done.number)
         gave_up = {name: frozenset(site for site, why in row.drops.items() if why.startswith(GAVE_UP)) for name, row in done.tasks.items()}
         self._left_out = {done.number: {name: sites | before.get(name, frozenset()) for name, sites in gave_up.items()}}
-        self._tried = {done.number: self._tried.get(done.number, 0) + 1}
+        rested = any(why.startswith(RESTS) for row in done.tasks.values() for why in row.drops.values())
+        self._tried = {done.number: self._tried.get(done.number, 0) + (not rested)}
         return self._tried[done.number]
 
     def note(self, report: Report, trained: bool = False) -> None:
@@ -96,6 +106,10 @@ class Roster:
         changed = replace(site, have={**site.have, **report.have}, base_loads=loads, vanished=report.vanished, unfit=unfit)
         if report.vanished:
             self.connected.discard(site.name)
+        if report.rests is not None:
+            seconds = min(max(report.rests, LEAST_REST), LONGEST_REST)
+            self._rests[site.name] = time.monotonic() + seconds
+            self._events("resting", site=site.name, seconds=round(seconds))
         self._keep([changed])
 
     @property
@@ -131,6 +145,7 @@ class Roster:
             return replace(said, passes=self._clusters(said))
         said = replace(said, passes=(*known.passes, *(task for task in self._clusters(said) if task not in self._clusters(known))))
         if known.instance != said.instance or not said.instance:
+            self._rests.pop(said.name, None)
             return said
         return replace(said, have={**said.have, **known.have}, base_loads=max(said.base_loads, known.base_loads), unfit=known.unfit)
 

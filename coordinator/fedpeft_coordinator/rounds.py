@@ -148,7 +148,8 @@ class Coordinator:
             raise
 
     def _planned(self, number: int, attempt: int, seen: Callable[[Site], Site] = lambda site: site) -> Round:
-        sites, shelf = map(seen, self.roster.refresh().values()), sharing.Shelf(self._load, self.store)
+        awake = [site for name, site in self.roster.refresh().items() if not self.roster.rests(name)]
+        sites, shelf = map(seen, awake), sharing.Shelf(self._load, self.store)
         known = Known(self.history, sites, self._load, shelf, self.roster.left_out(number))
         return self._scaling.planned(planning.plan_round(self.setup, number, attempt, known))
 

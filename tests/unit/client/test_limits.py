@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fedpeft.errors import ConfigError, PolicyError
 from fedpeft_client import audit
 from fedpeft_client.cli import app
 from fedpeft_client.config import Policy, SiteConfig, load_site
-from fedpeft_client.policy import Ask, check, today
+from fedpeft_client.policy import Ask, RestingError, check, today
 
 
 @pytest.fixture
@@ -37,6 +38,26 @@ def test_a_site_works_in_its_hours_alone(site, hours, inside, outside):
     for at in outside:
         with pytest.raises(PolicyError, match=f"hours: asked at {at}, allowed {hours}"):
             check(asked(at), limited)
+
+
+@pytest.mark.parametrize(
+    ("limits", "at", "seconds"),
+    [
+        ({"hours": "19:00-07:00"}, "07:00", 12 * 3600),
+        ({"hours": "19:00-07:00"}, "18:59:30", 30),
+        ({"hours": "09:00-17:30"}, "17:30", 15 * 3600 + 1800),
+        ({"max_upload_mb_per_day": 0.5}, "12:00", 7),
+        ({"hours": "12:01-13:00", "max_upload_mb_per_day": 0.5}, "12:00", 60),
+    ],
+)
+def test_what_is_only_too_early_says_when_it_is_not(site, limits, at, seconds):
+    limited = site.model_copy(update={"policy": Policy(**limits)})
+    with pytest.raises(RestingError, match="policy of s lets task 't' wait: ") as early:
+        check(replace(asked(at), day_left=7), limited)
+    assert early.value.seconds == seconds
+    with pytest.raises(PolicyError, match="refuses task 't'") as never:
+        check(asked(at), site.model_copy(update={"policy": Policy(max_rank=1, **limits)}))
+    assert not isinstance(never.value, RestingError)
 
 
 def test_hours_that_are_none_are_refused(tmp_path):

@@ -53,7 +53,6 @@ def test_an_encoder_beside_the_base_is_used_where_the_policy_allows_it(site: Sit
         ({"max_epsilon": 2.0}, {"privacy_json": dumps(Whole(8.0, 1e-5, Mechanism(0.5, 1.0, 3)))}, ["max_epsilon"]),
         ({"modules": ("*.value.*",)}, {}, ["modules"]),
         ({"max_steps": 1}, {}, ["max_steps"]),
-        ({"max_upload_mb_per_day": 0.001}, {}, ["max_upload_mb_per_day"]),
         ({"max_steps": 1, "min_cohort": 9}, {}, ["max_steps", "min_cohort"]),
     ],
 )
@@ -65,6 +64,14 @@ def test_each_policy_rule_refuses_by_name(site: SiteConfig, make_worker: MakeWor
         assert f"{name}: asked" in result.reason
     assert not reply.arrays
     assert "refused" in (site.state / "audit.jsonl").read_text()
+
+
+def test_a_plan_that_comes_too_early_is_put_off(site: SiteConfig, make_worker: MakeWorker, plans) -> None:
+    reply = make_worker(policy(site, max_upload_mb_per_day=0.001)).handle(plans.message(plans.of()))
+    result = plans.results(reply)["kinds"]
+    assert (result.status, 0 < result.rests <= 86_400) == (TaskResult.STATUS_RESTING, True)
+    assert "max_upload_mb_per_day: asked" in result.reason
+    assert not reply.arrays
 
 
 def test_a_policy_that_names_this_base_accepts(site: SiteConfig, make_worker: MakeWorker, plans, base) -> None:

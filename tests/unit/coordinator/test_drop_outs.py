@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from fedpeft.errors import CohortError
 from fedpeft.routing.moments import MOMENTS
 from fedpeft.wire import Envelope, flat
 from fedpeft.wire.v1.federation_pb2 import TaskResult
+from fedpeft_coordinator import display, roster
 from fedpeft_coordinator.transport import Failure
 
 
@@ -96,6 +98,28 @@ def test_counters_of_another_length_are_a_named_drop_out_and_measure_no_task_ane
 def _embed_wider(result: TaskResult, _arrays: object) -> None:
     if MOMENTS in result.counters:
         result.counters[MOMENTS].values.extend([0.0] * 4)
+
+
+def test_sites_that_rest_are_waited_for_and_use_up_no_attempts(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "LEAST_REST", 0.02)
+    made = fake.setup(rounds=2, tasks=("area",), min_sites=3)
+    made = replace(made, limits=replace(made.limits, retries=1, deadline=0.01))  # nobody who rests lets a deadline pass
+    federation, left = fake.Federation(tmp_path, made, fake.sites()), 6
+
+    def early(result: TaskResult, arrays: dict[str, bytes]) -> None:
+        nonlocal left
+        if left and result.weight:
+            left -= 1
+            arrays.clear()
+            result.Clear()
+            result.task, result.status, result.reason = "area", TaskResult.STATUS_RESTING, "hours: asked at 12:00, allowed 19:00-07:00"
+
+    federation.sites["west"].twist = early
+    rounds = federation.open().run()
+    assert [row.tasks["area"].outcome for row in rounds] == ["updated"] * 2
+    assert (left, rounds[0].attempt >= 6) == (0, True)
+    assert {(row["site"], row["seconds"]) for row in federation.named("resting")} == {("west", 0)}
+    assert any("west is asked again in 0.0 h" in str(display.said(row)) for row in federation.named("resting"))
 
 
 def test_a_site_that_vanishes_is_named_and_not_asked_again_until_it_returns(fake: ModuleType, tmp_path: Path) -> None:

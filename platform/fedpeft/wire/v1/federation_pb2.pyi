@@ -311,7 +311,7 @@ class RoundReply(_message.Message):
     def __init__(self, site: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[TaskResult, _Mapping]]] = ..., base_loads: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class TaskResult(_message.Message):
-    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest", "masked", "epsilon")
+    __slots__ = ("task", "status", "reason", "weight", "counters", "layout_fingerprint", "train_seconds", "adapter_digest", "masked", "epsilon", "rests")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[TaskResult.Status]
@@ -319,11 +319,13 @@ class TaskResult(_message.Message):
         STATUS_REFUSED: _ClassVar[TaskResult.Status]
         STATUS_FAILED: _ClassVar[TaskResult.Status]
         STATUS_MISSING_VERSION: _ClassVar[TaskResult.Status]
+        STATUS_RESTING: _ClassVar[TaskResult.Status]
     STATUS_UNSPECIFIED: TaskResult.Status
     STATUS_OK: TaskResult.Status
     STATUS_REFUSED: TaskResult.Status
     STATUS_FAILED: TaskResult.Status
     STATUS_MISSING_VERSION: TaskResult.Status
+    STATUS_RESTING: TaskResult.Status
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +343,7 @@ class TaskResult(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
+    RESTS_FIELD_NUMBER: _ClassVar[int]
     task: str
     status: TaskResult.Status
     reason: str
@@ -351,7 +354,8 @@ class TaskResult(_message.Message):
     adapter_digest: str
     masked: Masked
     epsilon: float
-    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ..., epsilon: _Optional[float] = ...) -> None: ...
+    rests: int
+    def __init__(self, task: _Optional[str] = ..., status: _Optional[_Union[TaskResult.Status, str]] = ..., reason: _Optional[str] = ..., weight: _Optional[float] = ..., counters: _Optional[_Mapping[str, Values]] = ..., layout_fingerprint: _Optional[str] = ..., train_seconds: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ..., epsilon: _Optional[float] = ..., rests: _Optional[int] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("values",)
