@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -112,6 +113,10 @@ def _unscored(event: Event) -> str:
     )
 
 
+def _clock(moment: float) -> str:
+    return time.strftime("%H:%M", time.localtime(moment))
+
+
 LINES: dict[str, Callable[[Event], str | None]] = {
     "site": _site,
     "round": _round,
@@ -126,7 +131,7 @@ LINES: dict[str, Callable[[Event], str | None]] = {
     "let_in": lambda event: f"site {escape(event['site'])} may join now: its key is there",
     "shut_out": lambda event: f"[yellow]site {escape(event['site'])} is shut out: its key is gone, or is another now[/yellow]",
     "admission": lambda event: f"[yellow]sites' keys stay as they were: {escape(event['reason'])}[/yellow]",
-    "resting": lambda event: f"[yellow]site {escape(event['site'])} is asked again in {event['seconds'] / 3600:.1f} h[/yellow]",
+    "resting": lambda event: f"[yellow]site {escape(event['site'])} rests until {_clock(event['time'] + event['seconds'])}[/yellow]",
     "again": lambda event: (
         f"[dim]site {escape(event['site'])} is asked again: {escape(AGAIN.get(event['reason']) or event['reason'])}[/dim]"
     ),
